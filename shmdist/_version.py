@@ -1,0 +1,3 @@
+"""The version of shmdist, read by the build and told to peers in the handshake."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Other libraries' ways of asking for parallel work, served by shmdist."""

@@ -1,0 +1,446 @@
+"""Remote calls: run a function on another process, and get its value or a reference to it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
+
+from shmdist.errors import RemoteException, capture, remote_exception
+from shmdist.futures import Future
+from shmdist.runtime.node import Node, Reply, current_node
+from shmdist.runtime.reftable import RRID
+from shmdist.runtime.strand import current
+from shmdist.wire import codec
+from shmdist.wire.messages import WANT_STORE, WANT_VALUE, Kind
+
+_CALL = int(Kind.CALL)
+_T = TypeVar("_T")
+
+
+def _check(f: Any, name: str) -> None:
+    if not callable(f):
+        raise TypeError(f"{name}(f, where, *args): f must be callable, not {f!r:.80}")
+
+
+def _what(f: Any) -> str:
+    return getattr(f, "__qualname__", None) or f"{f!r:.80}"
+
+
+class _Place:
+    """Where a call is to run: a process id, or a worker that a pool lends."""
+
+    __slots__ = ("pid", "pool")
+
+    def __init__(self, where: Any, name: str) -> None:
+        self.pool: Any = None
+        if type(where) is int:
+            self.pid = where
+        elif hasattr(where, "_lend"):
+            self.pool = where
+            self.pid = where._lend()
+        elif hasattr(where, "__index__") and not isinstance(where, bool):
+            self.pid = where.__index__()
+        elif hasattr(where, "take") and hasattr(where, "put"):  # a pool of the user's own
+            self.pool = where
+            self.pid = where.take()
+        else:
+            raise TypeError(f"{name}(f, where, *args): where must be a process id or a worker pool, not {where!r:.80}")
+
+    def back(self) -> None:
+        """Give the worker back to the pool that lent it."""
+        pool, self.pool = self.pool, None
+        if pool is not None:
+            (pool._give_back if hasattr(pool, "_give_back") else pool.put)(self.pid)
+
+
+def remotecall_fetch(f: Callable[..., _T], where: Any, /, *args: Any, **kwargs: Any) -> _T:
+    """Run ``f(*args, **kwargs)`` on another process, and wait for its value.
+
+    Parameters
+    ----------
+    f : callable
+        Goes by name when it can be imported, by value otherwise.
+    where : int or worker pool
+        Process id; this process's own runs it here. Of a pool, a free worker.
+    *args, **kwargs
+        For `f`. The worker gets copies; the caller may change his when this returns.
+
+    Raises
+    ------
+    RemoteException
+        What `f` raised there; it is an instance of that error's type as well.
+    ProcessExitedException
+        The worker is gone.
+    SerializationError
+        `f` or an argument cannot be sent; the text names the culprit.
+    KeyboardInterrupt
+        Ctrl-C here; the call is interrupted there.
+
+    Notes
+    -----
+    Thread-safe. Calls on one worker run side by side; two from one caller start in order.
+
+    References
+    ----------
+    Julia manual, `remotecall_fetch`.
+
+    Examples
+    --------
+    >>> remotecall_fetch(max, 1, 3, 4)
+    4
+    """
+    node = current_node()
+    if type(where) is not int or where == node.pid:
+        return _fetch_slowly(node, f, where, args, kwargs)  # type: ignore[no-any-return]
+    if not callable(f):
+        _check(f, "remotecall_fetch")
+    payload = codec.dumps((f, args, kwargs), "the call")
+    strand = current()
+    strand.enter()
+    try:
+        reply = node.request(where, _CALL, WANT_VALUE, payload)
+        try:
+            if not reply.done:
+                node.dispatcher.wait(reply)
+        except BaseException:
+            node.cancel(reply)
+            raise
+    finally:
+        strand.leave()
+    return node.open(reply, _what(f))  # type: ignore[no-any-return]
+
+
+def _fetch_slowly(node: Node, f: Any, where: Any, args: Any, kwargs: Any) -> Any:
+    """The rarer forms of remotecall_fetch: on a pool, or on this process."""
+    _check(f, "remotecall_fetch")
+    place = _Place(where, "remotecall_fetch")
+    try:
+        if place.pid != node.pid:
+            return remotecall_fetch(f, place.pid, *args, **kwargs)
+        try:
+            return f(*args, **kwargs)
+        except Exception as error:
+            raise remote_exception(node.pid, capture(error)) from error
+    finally:
+        place.back()
+
+
+def remotecall(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) -> Future:
+    """Run ``f(*args, **kwargs)`` on another process; returns at once with a Future of its value.
+
+    Parameters
+    ----------
+    f : callable
+        The function.
+    where : int or worker pool
+        Process id. Of a pool, a free worker, which goes back when the call has ended.
+    *args, **kwargs
+        For `f`; copied before this returns.
+
+    Returns
+    -------
+    Future
+        The value stays on the worker until it is fetched.
+
+    Raises
+    ------
+    ProcessExitedException, SerializationError
+        As for :func:`remotecall_fetch`.
+
+    References
+    ----------
+    Julia manual, `remotecall`.
+
+    Examples
+    --------
+    >>> remotecall(pow, 1, 2, 10).fetch()
+    1024
+    """
+    _check(f, "remotecall")
+    place = _Place(where, "remotecall")
+    return _start(f, place.pid, args, kwargs, place.back if place.pool is not None else None)
+
+
+def _start(f: Any, pid: int, args: Any, kwargs: Any, at_end: Callable[[], None] | None = None) -> Future:
+    """Begin a call whose value stays where it runs; `at_end` is called when it has ended."""
+    node = current_node()
+    call_id = next(node.call_ids)
+    rrid = RRID(node.pid, call_id)
+    what = _what(f)
+    try:
+        if pid == node.pid:
+            future = _start_here(node, f, rrid, args, kwargs, at_end)
+        else:
+            payload = codec.dumps((f, args, kwargs), "the call")
+            link_check = node.links.get(pid) or node.link_to(pid)
+            del link_check
+            future = Future._of_call(rrid, pid, what)
+
+            def ended(reply: Reply) -> None:
+                future._reply = reply
+                if at_end is not None:
+                    node.dispatcher.start(at_end)
+                future._on_reply(reply)
+
+            strand = current()
+            strand.enter()
+            try:
+                reply = node.request(pid, _CALL, WANT_STORE, payload, callback=ended, call_id=call_id)
+                if future._reply is None:
+                    future._reply = reply
+            finally:
+                strand.leave()
+    except BaseException:
+        if at_end is not None:
+            at_end()
+        raise
+    for group in _groups():
+        group.append(future)
+    return future
+
+
+def _start_here(node: Node, f: Any, rrid: RRID, args: Any, kwargs: Any, at_end: Any) -> Future:
+    """Begin a call on a thread of this process."""
+    entry = node.create(rrid, "future", node.pid)
+    future = Future._of_call(rrid, node.pid, _what(f))
+
+    def run() -> None:
+        strand = current()
+        depth, strand.depth = strand.depth, 0
+        try:
+            value, captured = f(*args, **kwargs), None
+        except BaseException as error:
+            value, captured = None, capture(error)
+        strand.depth = depth
+        node.set_value(entry, value if captured is None else captured)
+        if at_end is not None:
+            at_end()
+
+    node.dispatcher.start(run)
+    return future
+
+
+#: The `sync` blocks that enclose the running code; ``tasks`` sets it.
+_groups: Callable[[], Any] = lambda: ()  # noqa: E731 - a hook, replaced as a whole
+
+
+def remotecall_wait(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) -> Future:
+    """Run ``f(*args, **kwargs)`` on another process and wait for its end, not for its value.
+
+    Returns
+    -------
+    Future
+        Of the value, which stays on the worker.
+
+    Raises
+    ------
+    RemoteException
+        What `f` raised there.
+
+    References
+    ----------
+    Julia manual, `remotecall_wait`.
+
+    Examples
+    --------
+    >>> remotecall_wait(pow, 1, 2, 3).isready()
+    True
+    """
+    return remotecall(f, where, *args, **kwargs).wait()
+
+
+def remote_do(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) -> None:
+    """Run ``f(*args, **kwargs)`` on another process and forget it.
+
+    Its value is dropped; an error is printed by the worker.
+
+    References
+    ----------
+    Julia manual, `remote_do`.
+
+    Examples
+    --------
+    >>> remote_do(print, 1)
+    <BLANKLINE>
+    """
+    _check(f, "remote_do")
+    place = _Place(where, "remote_do")
+    node = current_node()
+    try:
+        if place.pid == node.pid:
+            _do_here(f, args, kwargs)
+            return
+        payload = codec.dumps((f, args, kwargs), "the call")
+        strand = current()
+        strand.enter()
+        try:
+            link = node.link_to(place.pid)
+            try:
+                node.send(link, codec.frame(_CALL, 0, 0, next(node.call_ids), payload), payload)
+            except ConnectionError:
+                raise node.death(place.pid) from None
+        finally:
+            strand.leave()
+    finally:
+        place.back()
+
+
+def _do_here(f: Any, args: Any, kwargs: Any) -> None:
+    try:
+        f(*args, **kwargs)
+    except Exception as error:
+        print(capture(error).traceback_text, file=sys.stderr)  # noqa: T201 - the contract: it is printed
+
+
+@overload
+def remote(f: Callable[..., _T], /) -> Callable[..., _T]: ...
+@overload
+def remote(pool: Any, f: Callable[..., _T], /) -> Callable[..., _T]: ...
+def remote(pool: Any, f: Any = None, /) -> Any:
+    """Return a function that runs `f` on a worker of a pool, and returns its value.
+
+    Parameters
+    ----------
+    pool : worker pool, optional
+        Default: the default worker pool. ``remote(f)`` leaves it out.
+    f : callable
+        The function.
+
+    References
+    ----------
+    Julia manual, `remote`.
+
+    Examples
+    --------
+    >>> remote(abs)(-3)
+    3
+    """
+    if f is None:
+        pool, f = None, pool
+    _check(f, "remote")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return remotecall_fetch(f, _default_pool() if pool is None else pool, *args, **kwargs)
+
+    try:
+        functools.update_wrapper(call, f)
+    except Exception:  # noqa: S110 - some callables refuse to tell their names
+        pass
+    return call
+
+
+#: Returns the default worker pool, and the worker with least to do; ``pools`` sets them.
+_default_pool: Callable[[], Any] = lambda: 1  # noqa: E731 - a hook, replaced as a whole
+_any_worker: Callable[[], int] = lambda: current_node().pid  # noqa: E731 - likewise
+
+
+def _pid_of(pid: Any, name: str) -> int:
+    if pid in ("any", ":any"):
+        return _any_worker()
+    if isinstance(pid, bool) or not hasattr(pid, "__index__"):
+        raise TypeError(f"{name}: the place must be a process id or 'any', not {pid!r:.80}")
+    index: int = pid.__index__()
+    return index
+
+
+def spawnat(pid: Any, f: Callable[..., Any] | None = None, /, *args: Any, **kwargs: Any) -> Any:
+    """Run ``f(*args, **kwargs)`` on a process; returns a Future at once.
+
+    Parameters
+    ----------
+    pid : int or "any"
+        ``"any"`` chooses the worker with least to do.
+    f : callable, optional
+        Left out, the result decorates a ``def`` without arguments, whose name is then
+        bound to the Future.
+    *args, **kwargs
+        For `f`.
+
+    Returns
+    -------
+    Future
+
+    References
+    ----------
+    Julia manual, `@spawnat`.
+
+    Examples
+    --------
+    >>> spawnat(1, pow, 2, 5).fetch()
+    32
+    >>> @spawnat(1)
+    ... def answer():
+    ...     return 6 * 7
+    >>> answer.fetch()
+    42
+    """
+    if f is None:
+        if args or kwargs:
+            raise TypeError("spawnat(pid, f, *args): the function is missing")
+        return lambda body: spawnat(pid, body)
+    _check(f, "spawnat")
+    return _start(f, _pid_of(pid, "spawnat"), args, kwargs)
+
+
+def spawn(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+    """Run ``f(*args, **kwargs)`` on the worker with least to do; returns a Future at once.
+
+    As a decorator over a ``def`` without arguments it binds the name to the Future.
+
+    References
+    ----------
+    Julia manual, `@spawn`.
+
+    Examples
+    --------
+    >>> spawn(sum, [1, 2, 3]).fetch()
+    6
+    """
+    future: Future = spawnat("any", f, *args, **kwargs)
+    return future
+
+
+def fetchfrom(pid: Any, f: Callable[..., _T], /, *args: Any, **kwargs: Any) -> _T:
+    """Run ``f(*args, **kwargs)`` on a process, and return its value.
+
+    References
+    ----------
+    Julia manual, `@fetchfrom`.
+
+    Examples
+    --------
+    >>> fetchfrom(1, len, "abc")
+    3
+    """
+    return remotecall_fetch(f, _pid_of(pid, "fetchfrom"), *args, **kwargs)
+
+
+def fetchany(f: Callable[..., _T], /, *args: Any, **kwargs: Any) -> _T:
+    """Run ``f(*args, **kwargs)`` on the worker with least to do, and return its value.
+
+    References
+    ----------
+    Julia manual, `@fetch`.
+
+    Examples
+    --------
+    >>> fetchany(len, "abcd")
+    4
+    """
+    return fetchfrom("any", f, *args, **kwargs)
+
+
+__all__ = [
+    "RemoteException",
+    "fetchany",
+    "fetchfrom",
+    "remote",
+    "remote_do",
+    "remotecall",
+    "remotecall_fetch",
+    "remotecall_wait",
+    "spawn",
+    "spawnat",
+]

@@ -1,0 +1,708 @@
+"""Members of the cluster: adding and removing workers, and asking who is there."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+from shmdist.errors import LaunchWorkerError, ProcessExitedException, ShmdistError, describe_exit
+from shmdist.managers.base import ClusterManager, WorkerConfig
+from shmdist.managers.local import LocalManager, out_of_memory_kills
+from shmdist.runtime.node import Node, current_node
+from shmdist.runtime.strand import current
+from shmdist.runtime.worker import host_identity
+from shmdist.wire import codec, door
+from shmdist.wire.link import Link, LinkClosed
+from shmdist.wire.messages import Join, Kind, PeerInfo
+
+_TOPOLOGIES = ("all_to_all", "master_worker", "custom")
+_EXIT = 3.0  # seconds a worker gets to end when it is asked to, before it is killed
+_ATEXIT = 1.0  # the same when the program ends
+_log = logging.getLogger("shmdist.cluster")
+
+
+class WorkerList(list[int]):
+    """The process ids that ``addprocs`` returns; as a context manager it removes them.
+
+    Examples
+    --------
+    >>> with addprocs(1) as pids:  # doctest: +SKIP
+    ...     print(pids)
+    [2]
+    """
+
+    __module__ = "shmdist"
+
+    def __enter__(self) -> WorkerList:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        alive = set(workers())
+        left = [pid for pid in self if pid in alive and pid != 1]
+        if left:
+            rmprocs(*left)
+
+
+class _Member:
+    """What process 1 knows of a worker besides what all know."""
+
+    __slots__ = ("config", "leaving", "manager", "oom_before", "pidfd")
+
+    def __init__(self, manager: ClusterManager, config: WorkerConfig) -> None:
+        self.manager = manager
+        self.config = config
+        self.leaving = False
+        self.pidfd = -1
+        self.oom_before = out_of_memory_kills()
+
+
+class _Cluster:
+    """Process 1's side of the cluster; hangs on its node as ``settings["cluster"]``."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.members: dict[int, _Member] = {}  # under `changing`, but for reads of one entry
+        self.changing = threading.RLock()  # guards adding and removing: one at a time
+        self.next_pid = 2
+        node.inquest = self.inquest
+        node.lost_hooks.append(self.on_lost)
+        me = PeerInfo(1, host_identity(), _hostname(), os.getpid(), (), None)
+        node.peers[1] = me
+        atexit.register(self.at_exit)
+
+    # ------------------------------------------------------------------ coming
+
+    def add(self, manager: ClusterManager, params: dict[str, Any]) -> list[int]:
+        """Launch, connect and take in the workers of `manager`."""
+        topology = params["topology"]
+        if not self.node.cookie:
+            import secrets
+
+            self.node.cookie = secrets.token_hex(32).encode()
+        joined: list[tuple[int, Any]] = []
+        pids: list[int] = []
+        failure: LaunchWorkerError | None = None
+        try:
+            launching = manager.launch({**params, "cookie": self.node.cookie.decode()})
+            try:
+                for config in launching:
+                    pid, reply = self._connect(manager, config, params)
+                    joined.append((pid, reply))
+            except LaunchWorkerError as error:
+                failure = error
+            for pid, reply in joined:
+                self._take_in(pid, reply)
+                pids.append(pid)
+        except BaseException:
+            for pid, _ in joined:
+                if pid in self.members:
+                    with contextlib.suppress(Exception):
+                        self._end([pid], 0.0)
+            raise
+        self._introduce(pids, topology, params["lazy"])
+        if failure is not None:
+            failure.pids = tuple(pids)
+            raise failure
+        return pids
+
+    def _connect(self, manager: ClusterManager, config: WorkerConfig, params: dict[str, Any]) -> tuple[int, Any]:
+        """Connect to a launched worker, and ask it to join; its answer is not waited for."""
+        node = self.node
+        pid, self.next_pid = self.next_pid, self.next_pid + 1
+        try:
+            connection = manager.connect(pid, config)
+            door.prove(connection, node.cookie, 1)
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                manager.kill(pid, config)
+            raise LaunchWorkerError(
+                f"worker {pid} was launched, but could not be reached: {error}",
+                host=config.host,
+                phase="connect",
+            ) from error
+        member = self.members[pid] = _Member(manager, config)
+        link = Link(connection, pid)
+        if config.io is not None:
+            for fd, error_stream, rest in zip(config.io, (False, True), config.io_rest, strict=True):
+                node.outputs.add(fd, pid, error=error_stream, rest=rest)
+                node.dispatcher.poller.add_output(fd)
+        node.add_link(link)
+        if config.process is not None and hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):
+                member.pidfd = os.pidfd_open(config.process.pid)
+                # What it wrote is read to its end though a child of its own may hold the link open.
+                node.dispatcher.watch(member.pidfd, link.shut)
+        settings = {"lazy": params["lazy"], "topology": params["topology"]}
+        if config.process is not None:
+            settings["parent"] = os.getpid()
+        join = Join(pid, params["lazy"], params["topology"], tuple(node.peers.values()), settings)
+        return pid, node.request(pid, int(Kind.JOIN), 0, codec.dumps(join))
+
+    def _take_in(self, pid: int, reply: Any) -> None:
+        """Wait for a worker's answer to the invitation."""
+        node = self.node
+        timeout = float(os.environ.get("SHMDIST_WORKER_TIMEOUT", "60"))
+        member = self.members[pid]
+        if not node.wait(reply, timeout):
+            raise LaunchWorkerError(f"worker {pid} did not join within {timeout:g} s", host=member.config.host)
+        try:
+            info, _versions = node.open(reply, "joining the cluster")
+        except ProcessExitedException as error:
+            raise LaunchWorkerError(
+                f"worker {pid} ended while it joined: {error}", host=member.config.host, phase="join"
+            ) from error
+        with node.lock:
+            if pid not in node.graves:
+                node.peers[pid] = info
+
+    def _introduce(self, pids: list[int], topology: str, lazy: bool) -> None:
+        """Make the new workers known to all, and all to them."""
+        node = self.node
+        idents = {self.members[pid].config.ident: pid for pid in pids if pid in self.members}
+        with node.lock:
+            for pid in pids:
+                if pid not in node.peers:
+                    continue
+                links: frozenset[int] | None = None
+                if topology == "master_worker":
+                    links = frozenset()
+                elif topology == "custom":
+                    wanted = self.members[pid].config.connect_idents or ()
+                    links = frozenset(idents[ident] for ident in wanted if ident in idents)
+                node.peers[pid] = replace(node.peers[pid], links=links)
+            if topology == "custom":  # a connection that either side names is one of both
+                for pid in pids:
+                    named = frozenset(p for p in pids if p in node.peers and pid in (node.peers[p].links or ()))
+                    if pid in node.peers:
+                        node.peers[pid] = replace(node.peers[pid], links=(node.peers[pid].links or frozenset()) | named)
+            everybody = tuple(node.peers.values())
+        payload = codec.dumps(everybody)
+        for pid in list(self.members):
+            link = node.links.get(pid)
+            if link is not None:
+                with contextlib.suppress(LinkClosed):
+                    link.send(codec.frame(int(Kind.PEERS), 0, 0, 0, payload))
+        for pid in pids:
+            member = self.members.get(pid)
+            if member is not None:
+                member.manager.manage(pid, member.config, "register")
+        for hook in list(node.joined_hooks):
+            hook(pids)
+        if not lazy:
+            self._connect_all(pids)
+
+    def _connect_all(self, pids: list[int]) -> None:
+        """Have the new workers connect to all older ones, and wait for it."""
+        from shmdist.calls import remotecall
+
+        calls = [remotecall(_connect_to, pid, [p for p in self.members if p < pid]) for pid in pids]
+        for call in calls:
+            call.wait()
+
+    # ------------------------------------------------------------------ going
+
+    def inquest(self, pid: int) -> BaseException:
+        """Find out how a worker ended whose link did."""
+        member = self.members.get(pid)
+        node = self.node
+        info = node.peers.get(pid)
+        if member is None:
+            return ProcessExitedException(pid)
+        process = member.config.process
+        exitcode = signal_name = None
+        oom = False
+        if process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=1.0)
+            exitcode, signal_name = describe_exit(process.poll())
+            oom = signal_name == "SIGKILL" and out_of_memory_kills() > member.oom_before
+        node.outputs.drain(pid)
+        return ProcessExitedException(
+            pid,
+            host=info.name if info is not None else member.config.host,
+            ospid=member.config.ospid,
+            exitcode=exitcode,
+            signal=signal_name,
+            stderr_tail=() if member.leaving else node.outputs.tail(pid),
+            oom=oom,
+        )
+
+    def on_lost(self, pid: int) -> None:
+        """Tell the other workers, and give back what this one had."""
+        node = self.node
+        payload = codec.dumps((pid, node.graves[pid]))
+        for other, link in list(node.links.items()):
+            if other != pid:
+                node.post(link, int(Kind.LOST), 0, 0, payload)
+        member = self.members.pop(pid, None)
+        if member is None:
+            return
+        for op in ("deregister", "finalize"):
+            try:
+                member.manager.manage(pid, member.config, op)
+            except Exception:
+                _log.exception("manage(%d, %r) failed", pid, op)
+        if member.pidfd >= 0:
+            node.dispatcher.unwatch(member.pidfd)
+            os.close(member.pidfd)
+        for fd in node.outputs.fds(pid):
+            node.dispatcher.poller.remove(fd)
+            node.outputs.close(fd)
+        node.outputs.forget(pid)
+        if hasattr(member.config.userdata, "close"):
+            with contextlib.suppress(OSError):
+                member.config.userdata.close()
+        if node.has_output:
+            node.print_output()
+
+    def ask_to_exit(self, pids: Sequence[int]) -> None:
+        """Ask workers to end."""
+        for pid in pids:
+            member = self.members.get(pid)
+            link = self.node.links.get(pid)
+            if member is None:
+                continue
+            member.leaving = True
+            if link is not None:
+                self.node.post(link, int(Kind.EXIT), 0, 0)
+
+    def _end(self, pids: Sequence[int], patience: float) -> None:
+        """Ask workers to end, kill those that do not in `patience` seconds, and wait for all."""
+        self.ask_to_exit(pids)
+        left = self._wait_gone(pids, patience)
+        for pid in left:
+            member = self.members.get(pid)
+            if member is not None:
+                _log.warning("worker %d did not end when asked; it is killed", pid)
+                member.manager.kill(pid, member.config)
+        left = self._wait_gone(left, 5.0)
+        for pid in left:  # killed, and still its link is open: a child of its own holds it
+            for link in list(self.node.all_links.get(pid, ())):
+                link.shut()
+        self._wait_gone(left, 5.0)
+
+    def _wait_gone(self, pids: Sequence[int], timeout: float) -> list[int]:
+        """Wait until workers are gone; returns those that are not in time."""
+        deadline = time.monotonic() + timeout
+        strand = current()
+        pause = 0.001
+        while True:
+            left = [pid for pid in pids if pid in self.members]
+            if not left or time.monotonic() >= deadline:
+                return left
+            if strand.pending:
+                strand.deliver()
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.02)
+
+    def remove(self, pids: Sequence[int], waitfor: float | None) -> None:
+        """Remove workers; see :func:`rmprocs`."""
+        if waitfor is None:
+            self._end(pids, _EXIT)
+            return
+        self.ask_to_exit(pids)
+        left = self._wait_gone(pids, waitfor)
+        if left:
+            self.node.dispatcher.start(lambda: self._end(left, 0.0))
+            raise TimeoutError(f"workers {left} did not end within {waitfor:g} s; they are being killed")
+
+    def at_exit(self) -> None:
+        """End all workers with the program; promptly, silently, whatever they do."""
+        node = self.node
+        if node.closed or os.getpid() != node.ospid:
+            return
+        try:
+            self._end(list(self.members), _ATEXIT)
+        except BaseException:
+            for member in list(self.members.values()):
+                with contextlib.suppress(Exception):
+                    member.manager.kill(0, member.config)
+        if node.has_output:
+            node.print_output()
+        node.closed = True
+        node.dispatcher.close()
+
+
+def _connect_to(pids: list[int]) -> None:
+    """Make links to other workers; on a worker."""
+    node = current_node()
+    for pid in pids:
+        with contextlib.suppress(ConnectionError, ShmdistError, ValueError):
+            node.link_to(pid)
+
+
+def _hostname() -> str:
+    import socket
+
+    return socket.gethostname()
+
+
+def _cluster(what: str) -> _Cluster:
+    """Return process 1's cluster; elsewhere it is an error."""
+    node = current_node()
+    if node.pid != 1:
+        raise ShmdistError(f"only process 1 can {what}, and this is process {node.pid}: use remotecall(..., 1)")
+    cluster: _Cluster | None = node.settings.get("cluster")
+    if cluster is None:
+        with node.lock:
+            cluster = node.settings.get("cluster")
+            if cluster is None:
+                cluster = node.settings["cluster"] = _Cluster(node)
+    return cluster
+
+
+def addprocs(what: Any = None, /, **params: Any) -> WorkerList:
+    """Add worker processes.
+
+    Parameters
+    ----------
+    what : int, ClusterManager, or None
+        How many workers on this host; ``None``: one per CPU that this process may use. Or
+        a manager that launches them.
+    topology : {"all_to_all", "master_worker", "custom"}
+        Which workers may be connected with one another.
+    lazy : bool
+        Connect two workers when one first calls the other, not now.
+    dir : str
+        The workers' working directory; default the current one.
+    exename : str
+        The Python interpreter; default this one.
+    exeflags : sequence of str
+        Arguments for the interpreter.
+    env : mapping
+        Environment variables of the workers, besides this process's.
+    enable_threaded_blas : bool
+        Let numerical libraries use threads in the workers. By default the variables that
+        say so are set to 1, unless the program's environment has them.
+    restrict : bool
+        For local workers: let them be reached from this host alone.
+
+    Returns
+    -------
+    list of int
+        Their process ids. Also a context manager that removes them at its end.
+
+    Raises
+    ------
+    LaunchWorkerError
+        Some did not come up; ``pids`` has those that did, and they stay.
+    TypeError
+        A parameter that the manager does not have.
+
+    Notes
+    -----
+    No ``if __name__ == "__main__"`` guard is needed: workers do not run the program.
+
+    References
+    ----------
+    Julia manual, `addprocs`.
+
+    Examples
+    --------
+    >>> with addprocs(2) as pids:
+    ...     len(pids)
+    2
+    """
+    cluster = _cluster("add processes")
+    if what is None or (hasattr(what, "__index__") and not isinstance(what, bool)):
+        manager: ClusterManager = LocalManager(what)
+    elif isinstance(what, ClusterManager):
+        manager = what
+    else:
+        raise TypeError(f"addprocs() takes a number of workers or a ClusterManager, not {what!r:.80}")
+    known = manager.default_params()
+    for name in params:
+        if name not in known:
+            raise TypeError(f"addprocs() has no parameter {name!r}; {type(manager).__name__} takes {', '.join(sorted(known))}")
+    merged = {**known, **params}
+    if merged["topology"] not in _TOPOLOGIES:
+        raise ValueError(f"topology must be one of {', '.join(_TOPOLOGIES)}, not {merged['topology']!r}")
+    strand = current()
+    with cluster.changing:
+        strand.enter()
+        try:
+            return WorkerList(cluster.add(manager, merged))
+        finally:
+            strand.leave()
+
+
+def rmprocs(*pids: Any, waitfor: float | None = None) -> Any:
+    """Remove worker processes.
+
+    Parameters
+    ----------
+    *pids : int or sequence of int
+        Workers.
+    waitfor : float, optional
+        Seconds to wait for their end. 0 returns a `Task` at once. Default: as long as it
+        takes; a worker that ignores being asked is killed.
+
+    Raises
+    ------
+    TimeoutError
+        They did not end in time; they are killed in the background.
+
+    Notes
+    -----
+    Calls that run on a removed worker fail with `ProcessExitedException`.
+
+    References
+    ----------
+    Julia manual, `rmprocs`.
+
+    Examples
+    --------
+    >>> rmprocs(*addprocs(1))
+    """
+    cluster = _cluster("remove processes")
+    wanted = _pids(pids)
+    if 1 in wanted:
+        raise ValueError("process 1 cannot be removed")
+    node = current_node()
+    for pid in wanted:
+        if pid not in cluster.members and pid not in node.graves:
+            raise ValueError(f"there is no worker {pid}; the workers are {sorted(cluster.members)}")
+    if waitfor == 0:
+        return _in_background(lambda: _remove(cluster, wanted, None))
+    _remove(cluster, wanted, waitfor)
+    return None
+
+
+def _remove(cluster: _Cluster, pids: list[int], waitfor: float | None) -> None:
+    strand = current()
+    strand.enter()
+    try:
+        cluster.remove(pids, waitfor)
+    finally:
+        strand.leave()
+
+
+def _run_in_background(job: Any) -> Any:
+    current_node().dispatcher.start(job)
+
+
+#: Starts a Task; ``tasks`` sets it.
+_in_background: Any = _run_in_background
+
+
+def _pids(pids: Sequence[Any]) -> list[int]:
+    """Flatten what functions that take process ids are given."""
+    flat: list[int] = []
+    for pid in pids:
+        if hasattr(pid, "__index__") and not isinstance(pid, bool):
+            flat.append(pid.__index__())
+        elif isinstance(pid, str):
+            raise TypeError(f"process ids are integers, not {pid!r}")
+        elif hasattr(pid, "workers") and callable(pid.workers):
+            flat += pid.workers()
+        else:
+            flat += _pids(tuple(pid))
+    return list(dict.fromkeys(flat))
+
+
+def _alive() -> list[int]:
+    node = current_node()
+    leaving = ()
+    cluster = node.settings.get("cluster")
+    if cluster is not None:
+        leaving = [pid for pid, member in list(cluster.members.items()) if member.leaving]
+    return sorted(pid for pid in list(node.peers) if pid not in leaving)
+
+
+def procs(pid: int | None = None) -> list[int]:
+    """Return the ids of all processes, or of all on the host of process `pid`.
+
+    References
+    ----------
+    Julia manual, `procs`.
+
+    Examples
+    --------
+    >>> procs()
+    [1]
+    """
+    alive = _alive()
+    if pid is None:
+        return alive
+    node = current_node()
+    node.check_member(pid)
+    host = node.peers[pid].host
+    return [other for other in alive if node.peers[other].host == host]
+
+
+def workers() -> list[int]:
+    """Return the ids of all workers; ``[1]`` when there are none.
+
+    References
+    ----------
+    Julia manual, `workers`.
+
+    Examples
+    --------
+    >>> workers()
+    [1]
+    """
+    return [pid for pid in _alive() if pid != 1] or [1]
+
+
+def nprocs() -> int:
+    """Return the number of processes.
+
+    References
+    ----------
+    Julia manual, `nprocs`.
+
+    Examples
+    --------
+    >>> nprocs()
+    1
+    """
+    return len(_alive())
+
+
+def nworkers() -> int:
+    """Return the number of workers; 1 when there is only process 1.
+
+    References
+    ----------
+    Julia manual, `nworkers`.
+
+    Examples
+    --------
+    >>> nworkers()
+    1
+    """
+    return len(workers())
+
+
+def myid() -> int:
+    """Return the id of this process; 1 for the one that the user started.
+
+    References
+    ----------
+    Julia manual, `myid`.
+
+    Examples
+    --------
+    >>> myid()
+    1
+    """
+    return current_node().pid
+
+
+def other_procs() -> list[int]:
+    """Return the ids of all processes but this one.
+
+    Examples
+    --------
+    >>> other_procs()
+    []
+    """
+    me = myid()
+    return [pid for pid in _alive() if pid != me]
+
+
+def other_workers() -> list[int]:
+    """Return the ids of all workers but this process.
+
+    Examples
+    --------
+    >>> other_workers()
+    []
+    """
+    return [pid for pid in other_procs() if pid != 1]
+
+
+def interrupt(*pids: Any) -> None:
+    """Interrupt the remote calls that run on workers; an idle worker is unharmed.
+
+    Parameters
+    ----------
+    *pids : int or sequence of int
+        Workers; none named: all.
+
+    Notes
+    -----
+    Each call that runs there ends in ``KeyboardInterrupt``, which its caller sees as a
+    `RemoteException`. On the worker's main thread blocking system calls are interrupted as
+    well; on another thread such a call's caller gets the error, and the thread ends when
+    the system call returns.
+
+    References
+    ----------
+    Julia manual, `interrupt`.
+
+    Examples
+    --------
+    >>> interrupt()
+    """
+    node = current_node()
+    wanted = _pids(pids) or [pid for pid in workers() if pid != 1]
+    cluster = node.settings.get("cluster")
+    for pid in wanted:
+        if pid == node.pid:
+            node.tasks.interrupt_all()
+            continue
+        node.post(node.link_to(pid), int(Kind.STOP), 0, 0)
+        member = cluster.members.get(pid) if cluster is not None else None
+        if member is not None:
+            member.manager.manage(pid, member.config, "interrupt")
+
+
+def cluster_cookie(cookie: str | bytes | None = None) -> str:
+    """Return the cluster's cookie, the secret that its processes prove to one another; or set it.
+
+    Parameters
+    ----------
+    cookie : str or bytes, optional
+        A new one, before the first worker is added. Make it random.
+
+    References
+    ----------
+    Julia manual, `cluster_cookie`.
+
+    Examples
+    --------
+    >>> len(cluster_cookie()) >= 32
+    True
+    """
+    node = current_node()
+    if cookie is not None:
+        if node.links:
+            raise ShmdistError("the cookie cannot change while there are workers")
+        text = cookie.encode() if isinstance(cookie, str) else bytes(cookie)
+        if not text or b"\n" in text:
+            raise ValueError("the cookie must be a text of one line")
+        node.cookie = text
+    elif not node.cookie:
+        import secrets
+
+        node.cookie = secrets.token_hex(32).encode()
+    return node.cookie.decode()
+
+
+__all__ = [
+    "WorkerList",
+    "addprocs",
+    "cluster_cookie",
+    "interrupt",
+    "myid",
+    "nprocs",
+    "nworkers",
+    "other_procs",
+    "other_workers",
+    "procs",
+    "rmprocs",
+    "workers",
+]

@@ -1,0 +1,533 @@
+"""Future: the value, present or still to come, of a computation on some process.
+
+Where the value is
+------------------
+It lives with its owner, the process that computes it, until somebody fetches it. A fetch
+brings a copy here and gives this process's count at the owner back. Results that cannot
+change and are small (numbers, short texts) come along with the word that they are ready.
+
+The face of ``concurrent.futures`` is inherited and set up only when somebody looks at it:
+``concurrent.futures.wait`` and ``as_completed`` reach into a future's private fields, and
+the first such reach subscribes the future to its completion.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import pickle
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+from shmdist.channels import LocalCell
+from shmdist.errors import CapturedException, ShmdistError, remote_exception
+from shmdist.runtime.node import Cancelled, Node, Reply, current_node
+from shmdist.runtime.reftable import RRID, State
+from shmdist.runtime.strand import current
+from shmdist.wire import codec
+from shmdist.wire.messages import IS_ERROR, NOT_RUN, WANT_VALUE, Kind
+
+_CALL, _OP = int(Kind.CALL), int(Kind.OP)
+_FACE = frozenset({"_condition", "_state", "_waiters", "_done_callbacks", "_result", "_exception"})
+_Base = concurrent.futures.Future
+
+
+def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float | None = None) -> Any:
+    """Run an operation on the reference `rrid` at its owner, another process.
+
+    Raises
+    ------
+    TimeoutError
+        The operation was withdrawn; a taken item that was on its way goes back.
+    """
+    node = current_node()
+    payload = codec.dumps((name, tuple(rrid), argument), "the value")
+    strand = current()
+    strand.enter()
+    try:
+        reply = node.request(owner, _OP, 0, payload)
+        try:
+            if not node.wait(reply, timeout):
+                raise TimeoutError(f"{name} of a reference on process {owner} timed out after {timeout} s")
+        except BaseException:
+            if name == "take":
+                node.unclaimed_takes[reply.call_id] = (owner, rrid)
+                if reply.done and reply.frame is not None:
+                    node.unclaimed(reply.frame)  # it came at the very moment of giving up
+            node.cancel(reply)
+            raise
+    finally:
+        strand.leave()
+    return node.open(reply, f"{name} of a reference")
+
+
+def call_owner(owner: int, function: Callable[..., Any], *args: Any, timeout: float | None = None) -> Any:
+    """Run ``function(*args)`` on `owner`, which may be this process, as a call of its own."""
+    node = current_node()
+    if owner == node.pid:
+        return function(*args)
+    payload = codec.dumps((function, args, {}), "the call")
+    strand = current()
+    strand.enter()
+    try:
+        reply = node.request(owner, _CALL, WANT_VALUE, payload)
+        try:
+            if not node.wait(reply, timeout):
+                raise TimeoutError(f"process {owner} did not answer within {timeout} s")
+        except BaseException:
+            node.cancel(reply)
+            raise
+    finally:
+        strand.leave()
+    return node.open(reply, getattr(function, "__name__", "the call"))
+
+
+class Reference:
+    """What Future and RemoteChannel have in common: a name, an owner, a count there."""
+
+    _rrid: RRID
+    _where: int
+    _held = False  # a count at the owner is to be given back
+    _inert = False
+
+    def _set_up(self, rrid: RRID, where: int) -> None:
+        self._rrid = rrid
+        self._where = where
+        self._held = True
+        current_node().dispatcher.ensure_standby()  # it tells the owner when this reference is dropped
+
+    @property
+    def where(self) -> int:
+        """The process that holds the value."""
+        return self._where
+
+    def _release(self) -> None:
+        """Give the count at the owner back, once."""
+        if self._held:
+            self._held = False
+            current_node().release(self._where, self._rrid)
+
+    def __del__(self) -> None:
+        if self._held:
+            self._held = False
+            try:
+                current_node().release(self._where, self._rrid)
+            except Exception:  # noqa: S110 - at interpreter exit nobody needs the count
+                pass
+
+    def _alive(self) -> Node:
+        """Return the node, or say why this reference leads nowhere."""
+        if self._inert:
+            raise ShmdistError(
+                f"this {type(self).__name__} was pickled outside a cluster and refers to nothing: "
+                f"send references as arguments or results of remote calls, or through channels"
+            )
+        return current_node()
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Any:
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Reference) or type(self) is not type(other):
+            return NotImplemented
+        return self._rrid == other._rrid
+
+    def __hash__(self) -> int:
+        return hash(self._rrid)
+
+    def __getitem__(self, index: Any) -> Any:
+        self._alive()
+        return call_owner(self._where, _index_here, self, index)
+
+
+def _index_here(ref: Any, index: Any) -> Any:
+    """Index the value of `ref` on its owner."""
+    value = ref.fetch()
+    return value if index == () and type(index) is tuple else value[index]
+
+
+class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stubs
+    """A value on some process, there or still to come; written once.
+
+    Parameters
+    ----------
+    pid : int, optional
+        The process that holds the value; default this one.
+
+    Notes
+    -----
+    Futures are made by ``remotecall``, ``spawn`` and ``spawnat``; one made directly gets
+    its value by :meth:`put`. It may be sent to any process. The value is freed when the
+    last reference to it in the cluster is gone or has fetched it.
+
+    It is a `concurrent.futures.Future` too, for ``concurrent.futures.wait`` and
+    ``as_completed``, and can be awaited in asyncio.
+
+    References
+    ----------
+    Julia manual, `Future` in "Distributed Computing".
+
+    Examples
+    --------
+    >>> future = Future()
+    >>> future.isready()
+    False
+    >>> future.put(42)
+    >>> future.fetch()
+    42
+    """
+
+    __module__ = "shmdist"
+    _outcome: tuple[bool, Any] | None = None  # (True, value) or (False, error), once it is here
+    _reply: Reply | None = None  # of the call that computes it, when this process made it
+    _what = "a remote call"
+
+    def __init__(self, pid: int | None = None) -> None:
+        node = current_node()
+        owner = node.pid if pid is None else pid
+        rrid = RRID(node.pid, next(node.call_ids))
+        if owner == node.pid:
+            node.create(rrid, "future", node.pid)
+        else:
+            node.link_to(owner)
+            payload = codec.dumps(("new", tuple(rrid), None))
+            strand = current()
+            strand.enter()
+            try:
+                node.request(owner, _OP, 0, payload)
+            finally:
+                strand.leave()
+        self._set_up(rrid, owner)
+
+    @classmethod
+    def _of_call(cls, rrid: RRID, where: int, what: str) -> Future:
+        """Return the future of a call that is about to be sent."""
+        self = cls.__new__(cls)
+        self._set_up(rrid, where)
+        self._what = what
+        return self
+
+    def __repr__(self) -> str:
+        if self._inert and self._outcome is None:
+            state = "inert"
+        elif self._outcome is None:
+            state = "ready" if self._reply is not None and self._reply.done else "pending"
+        else:
+            state = "fetched" if self._outcome[0] else "failed"
+        return f"<Future {tuple(self._rrid)} on process {self._where}, {state}>"
+
+    # ------------------------------------------------------------------ its outcome
+
+    def _on_reply(self, reply: Reply) -> None:
+        """The call has ended; on the reading thread, so nothing here may block."""
+        if "_condition" in self.__dict__:
+            current_node().dispatcher.start(self._finish)
+
+    def _settle(self, succeeded: bool, value: Any) -> None:
+        """Keep the outcome, and let the owner forget it."""
+        self._outcome = (succeeded, value)
+        self._release()
+
+    def _open_reply(self, reply: Reply) -> None:
+        """Take what the word of the call's end brought; the value may still be with the owner."""
+        node = current_node()
+        frame = reply.frame
+        if reply.error is not None:
+            self._settle(False, reply.error)
+        elif frame is None:
+            return
+        elif frame.flags & NOT_RUN:
+            self._settle(False, Cancelled(f"{self._what} was withdrawn before it began"))
+        elif frame.flags & IS_ERROR:
+            self._settle(False, node.load_error(frame))
+        elif frame.body:
+            self._settle(True, pickle.loads(frame.body))
+
+    def _give(self) -> Any:
+        assert self._outcome is not None
+        succeeded, value = self._outcome
+        if succeeded:
+            return value
+        raise value
+
+    def fetch(self, timeout: float | None = None) -> Any:
+        """Wait for the value, and return it; it is kept here, and freed at its owner.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds.
+
+        Raises
+        ------
+        RemoteException
+            What the computation raised.
+        ProcessExitedException
+            Its process is gone.
+        TimeoutError
+            The computation goes on.
+        KeyboardInterrupt
+            Ctrl-C; a call that this process began for it is interrupted too.
+        """
+        if self._outcome is not None:
+            return self._give()
+        node = self._alive()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._await_end(node, timeout)
+        if self._outcome is None:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if self._where == node.pid:
+                self._fetch_here(node, left)
+            else:
+                try:
+                    self._settle(True, ask(self._where, "fetch", self._rrid, timeout=left))
+                except ShmdistError as error:
+                    self._settle(False, error)
+        if node.has_output:
+            node.print_output()
+        return self._give()
+
+    def _await_end(self, node: Node, timeout: float | None) -> None:
+        """Wait for the end of the call that this process began, if it did."""
+        reply = self._reply
+        if reply is None:
+            return
+        if not reply.done:
+            strand = current()
+            strand.enter()
+            try:
+                try:
+                    if not node.wait(reply, timeout):
+                        raise TimeoutError(f"{self._what} on process {self._where} took more than {timeout} s")
+                except TimeoutError:
+                    raise
+                except BaseException:
+                    self._interrupt(node)
+                    raise
+            finally:
+                strand.leave()
+        if self._outcome is None:
+            self._open_reply(reply)
+
+    def _interrupt(self, node: Node) -> None:
+        """Interrupt the call that computes this; its end still comes."""
+        reply = self._reply
+        link = node.links.get(self._where)
+        if reply is not None and not reply.done and link is not None:
+            node.post(link, int(Kind.CANCEL), 0, reply.call_id)
+
+    def _fetch_here(self, node: Node, timeout: float | None) -> None:
+        """Wait for a value that lives in this process."""
+        cell = LocalCell()
+        with node.lock:
+            entry = node.refs.lookup(self._rrid)
+            ready = entry.state is not State.UNSET
+            if not ready:
+                entry.waiters.append(cell)
+        if not ready:
+            strand = current()
+            strand.enter()
+            try:
+                if not node.dispatcher.wait(cell, timeout):  # type: ignore[arg-type]  # same face
+                    raise TimeoutError(f"{self!r} got no value within {timeout} s")
+            finally:
+                with node.lock:
+                    if cell in entry.waiters:
+                        entry.waiters.remove(cell)
+                strand.leave()
+            if cell.exc is not None:
+                self._settle(False, cell.exc)
+                return
+        value = entry.value
+        if isinstance(value, CapturedException):
+            self._settle(False, remote_exception(node.pid, value))
+        else:
+            self._settle(True, value)
+
+    def wait(self, timeout: float | None = None) -> Future:
+        """Wait until the value is there, without fetching it; raises what :meth:`fetch` would.
+
+        Returns
+        -------
+        Future
+            This one.
+        """
+        node = self._alive() if self._outcome is None else current_node()
+        if self._outcome is None:
+            self._await_end(node, timeout)
+        if self._outcome is None and self._reply is None:
+            if self._where == node.pid:
+                with node.lock:
+                    entry = node.refs.lookup(self._rrid)
+                    ready = entry.state is State.SET and not isinstance(entry.value, CapturedException)
+                if not ready:
+                    self._fetch_here(node, timeout)
+            else:
+                ask(self._where, "wait", self._rrid, timeout=timeout)
+        if self._outcome is not None and not self._outcome[0]:
+            raise self._outcome[1]
+        return self
+
+    def put(self, value: Any, timeout: float | None = None) -> Future:
+        """Give the future its value.
+
+        Raises
+        ------
+        ShmdistError
+            It has one already.
+        """
+        node = self._alive()
+        if self._where == node.pid:
+            with node.lock:
+                entry = node.refs.lookup(self._rrid)
+            node.set_value(entry, value)
+        else:
+            ask(self._where, "put", self._rrid, value, timeout)
+        return self
+
+    def isready(self, timeout: float | None = None) -> bool:
+        """Tell whether the value (or error) is there."""
+        if self._outcome is not None:
+            return True
+        if self._reply is not None:
+            return self._reply.done
+        node = self._alive()
+        if self._where == node.pid:
+            with node.lock:
+                return node.refs.lookup(self._rrid).state is State.SET
+        return bool(ask(self._where, "isready", self._rrid, timeout=timeout))
+
+    # ------------------------------------------------------------------ concurrent.futures
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _FACE:
+            raise AttributeError(f"'Future' object has no attribute {name!r}")
+        node = current_node()
+        with node.lock:  # two threads may look at once
+            if "_condition" in self.__dict__:
+                return self.__dict__[name]
+            _Base.__init__(self)
+        if self._outcome is not None:
+            self._finish()
+        elif self._reply is not None:
+            if self._reply.done:
+                self._finish()
+        elif not self._inert:
+            node.dispatcher.start(self._finish)
+        return self.__dict__[name]
+
+    def _finish(self) -> None:
+        """Bring the outcome to the face of concurrent.futures."""
+        try:
+            value = self.fetch()
+        except Cancelled:
+            _Base.cancel(self)
+            with self._condition:
+                if self._state == "CANCELLED":
+                    self.set_running_or_notify_cancel()
+            return
+        except BaseException as error:
+            settle, outcome = self.set_exception, error
+        else:
+            settle, outcome = self.set_result, value
+        try:
+            settle(outcome)
+        except concurrent.futures.InvalidStateError:
+            pass  # another thread did it
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Return the value; the same as :meth:`fetch`."""
+        return self.fetch(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the outcome; return the error, or None."""
+        try:
+            self.fetch(timeout)
+        except TimeoutError:
+            if self._outcome is None:
+                raise
+        except Exception:
+            if self._outcome is None:
+                raise
+        assert self._outcome is not None
+        return None if self._outcome[0] else self._outcome[1]
+
+    def done(self) -> bool:
+        """Tell whether the outcome is there."""
+        return self.isready()
+
+    def running(self) -> bool:
+        """Tell whether the computation has not ended."""
+        return not self.isready()
+
+    def cancelled(self) -> bool:
+        """Tell whether the call was withdrawn before it began."""
+        if self._outcome is None and self._reply is not None and self._reply.done:
+            self._open_reply(self._reply)
+        return self._outcome is not None and isinstance(self._outcome[1], Cancelled)
+
+    def cancel(self) -> bool:
+        """Withdraw the call that computes this, or interrupt it when it runs.
+
+        Returns
+        -------
+        bool
+            False when it has ended, or was not begun by this process.
+        """
+        if self._outcome is not None or self._reply is None or self._reply.done:
+            return False
+        self._interrupt(current_node())
+        return True
+
+    def add_done_callback(self, fn: Callable[[Any], object]) -> None:
+        """Call ``fn(self)`` when the outcome is there, on some thread of this process."""
+        _ = self._condition
+        super().add_done_callback(fn)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        import asyncio
+
+        return asyncio.wrap_future(self).__await__()
+
+    # ------------------------------------------------------------------ travel
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _load_inert, (tuple(self._rrid), self._where, self._outcome)
+
+
+def _reduce(future: Future, pickler: Any) -> Any:
+    """Pickle a future for another process of the cluster."""
+    if pickler.payload is None or future._inert:
+        return future.__reduce_ex__(5)
+    if future._outcome is None and future._reply is not None and future._reply.done:
+        future._open_reply(future._reply)
+    if future._outcome is not None:
+        return _load_settled, (tuple(future._rrid), future._where, future._outcome)
+    pickler.payload.refs.append((future._rrid, future._where))
+    return _load, (tuple(future._rrid), future._where)
+
+
+def _load(rrid: tuple[int, int], where: int) -> Future:
+    future = Future.__new__(Future)
+    future._set_up(RRID(*rrid), where)
+    codec.note_made((future._rrid, where))
+    return future
+
+
+def _load_settled(rrid: tuple[int, int], where: int, outcome: tuple[bool, Any]) -> Future:
+    future = Future.__new__(Future)
+    future._rrid, future._where, future._outcome = RRID(*rrid), where, outcome
+    return future
+
+
+def _load_inert(rrid: tuple[int, int], where: int, outcome: tuple[bool, Any] | None) -> Future:
+    future = Future.__new__(Future)
+    future._rrid, future._where, future._outcome = RRID(*rrid), where, outcome
+    future._inert = True
+    return future
+
+
+codec.reducers[Future] = _reduce

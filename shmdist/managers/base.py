@@ -1,0 +1,216 @@
+"""What a cluster manager is: how worker processes come to be, are reached, and go."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+#: Variables that set how many threads numerical libraries use.
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
+)
+
+
+@dataclass
+class WorkerConfig:
+    """What a manager knows of one worker; it fills in what it needs.
+
+    Attributes
+    ----------
+    io : tuple of int, optional
+        Descriptors of the worker's standard output and error, which process 1 reads.
+    host : str, optional
+        Host name, for people and error texts.
+    port : int, optional
+        Port the worker listens on.
+    count : int, str or None
+        Number of workers to launch on the host.
+    exename, exeflags : str and sequence of str, optional
+        Python interpreter and its arguments.
+    userdata : object
+        Whatever the manager wants to keep.
+    tunnel, forward : bool and int, optional
+        Whether all traffic goes through the login's connection, and the local port for it.
+    bind_addr : str, optional
+        Address the worker listens on.
+    sshflags : object
+        Further settings of the login.
+    max_parallel : int, optional
+        Logins at once.
+    connect_at : tuple, optional
+        Where the worker is reached: ``("unix", path)`` or ``("tcp", (host, port))``.
+    process : object
+        Of a local process, its ``subprocess.Popen``.
+    ospid : int, optional
+        Process id in the worker's operating system.
+    environ : mapping, optional
+        Environment of the worker.
+    ident, connect_idents : object and sequence, optional
+        With ``topology="custom"``: the worker's own name, and the names of the workers
+        it may be connected with.
+    enable_threaded_blas : bool, optional
+        Whether numerical libraries may use several threads.
+
+    References
+    ----------
+    Julia manual, `WorkerConfig` in "Distributed Computing".
+
+    Examples
+    --------
+    >>> WorkerConfig(host="localhost", connect_at=("tcp", ("127.0.0.1", 9000))).port is None
+    True
+    """
+
+    io: tuple[int, int] | None = None
+    host: str | None = None
+    port: int | None = None
+    count: int | str | None = None
+    exename: str | None = None
+    exeflags: Sequence[str] | None = None
+    userdata: Any = None
+    tunnel: bool | None = None
+    forward: int | None = None
+    bind_addr: str | None = None
+    sshflags: Any = None
+    max_parallel: int | None = None
+    connect_at: tuple[str, Any] | None = None
+    process: Any = None
+    ospid: int | None = None
+    environ: Mapping[str, str] | None = None
+    ident: Any = None
+    connect_idents: Sequence[Any] | None = None
+    enable_threaded_blas: bool | None = None
+    #: Bytes already read from `io`'s descriptors, to be shown with the rest.
+    io_rest: tuple[bytes, bytes] = field(default=(b"", b""), repr=False)
+
+
+class ClusterManager(ABC):
+    """Base class of cluster managers: how workers are launched, reached, and ended.
+
+    A manager starts worker processes, each of which runs ``start_worker`` with the
+    cluster's cookie, and says where each is reached.
+
+    References
+    ----------
+    Julia manual, "ClusterManagers".
+
+    Examples
+    --------
+    >>> class Here(ClusterManager):
+    ...     def launch(self, params):
+    ...         yield WorkerConfig(connect_at=("tcp", ("127.0.0.1", 9009)))
+    """
+
+    def default_params(self) -> dict[str, Any]:
+        """Return the parameters that ``addprocs`` takes for this manager, with defaults.
+
+        The ones common to all managers are there already; a manager adds its own to
+        ``super().default_params()``.
+        """
+        return {
+            "topology": "all_to_all",
+            "lazy": True,
+            "dir": os.getcwd(),
+            "exename": None,
+            "exeflags": (),
+            "env": {},
+            "enable_threaded_blas": False,
+        }
+
+    @abstractmethod
+    def launch(self, params: dict[str, Any]) -> Iterator[WorkerConfig]:
+        """Start workers, and yield each one's configuration as it comes up.
+
+        Parameters
+        ----------
+        params : dict
+            As of :meth:`default_params`, with the user's values, and ``cookie``.
+
+        Raises
+        ------
+        LaunchWorkerError
+            After the ones that did start were yielded.
+        """
+
+    def manage(self, id: int, config: WorkerConfig, op: str) -> None:
+        """Take note of what happens to a worker.
+
+        Parameters
+        ----------
+        id : int
+            Its process id in the cluster.
+        config : WorkerConfig
+            As launched.
+        op : {"register", "deregister", "interrupt", "finalize"}
+            It joined; it left; interrupt it (it also gets a message); forget it.
+        """
+
+    def kill(self, id: int, config: WorkerConfig) -> None:
+        """End a worker that has not ended though it was asked to.
+
+        The default does nothing: the manager knows no other way.
+        """
+
+    def connect(self, id: int, config: WorkerConfig) -> Connection:
+        """Return a connection to a launched worker; no handshake yet.
+
+        The default connects to ``config.connect_at``.
+        """
+        from shmdist.wire.door import knock
+
+        if config.connect_at is None:
+            raise ValueError(f"{type(self).__name__} gave no connect_at for worker {id}, and has no connect() of its own")
+        return knock(config.connect_at)
+
+
+def usable_cpus() -> int:
+    """Return the number of CPUs this process may use: affinity and cgroup quota respected."""
+    if hasattr(os, "process_cpu_count"):  # Python 3.13
+        count = os.process_cpu_count() or 1
+    elif hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    return max(1, min(count, _quota()))
+
+
+def _quota() -> int:
+    """Return the CPUs that this process's cgroups allow, rounded up; many when they set no limit."""
+    limit = 1 << 20
+    try:
+        with open("/proc/self/cgroup") as file:
+            paths = [line.strip().split(":", 2) for line in file]
+    except OSError:
+        return limit
+    for _, controllers, path in paths:
+        try:
+            if not controllers:  # version 2: each level may set its own
+                parts = path.strip("/").split("/") if path != "/" else []
+                for depth in range(len(parts) + 1):
+                    with open(os.path.join("/sys/fs/cgroup", *parts[:depth], "cpu.max")) as file:
+                        quota, period = file.read().split()
+                    if quota != "max":
+                        limit = min(limit, -(-int(quota) // int(period)))
+            elif "cpu" in controllers.split(","):
+                folder = f"/sys/fs/cgroup/cpu{path}"
+                with open(f"{folder}/cpu.cfs_quota_us") as file:
+                    quota = file.read().strip()
+                with open(f"{folder}/cpu.cfs_period_us") as file:
+                    period = file.read().strip()
+                if int(quota) > 0:
+                    limit = min(limit, -(-int(quota) // int(period)))
+        except (OSError, ValueError):
+            continue
+    return limit

@@ -1,0 +1,291 @@
+"""Workers on this host: processes started by exec, all at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from shmdist.errors import LaunchWorkerError, describe_exit
+from shmdist.managers.base import THREAD_VARIABLES, ClusterManager, WorkerConfig, usable_cpus
+
+_LONGEST = 1 << 20  # bytes of a worker's output looked through for its line
+
+
+class LocalManager(ClusterManager):
+    """Launches `n` workers on this host.
+
+    Parameters
+    ----------
+    n : int, optional
+        How many; ``None``: one per CPU that this process may use.
+    restrict : bool
+        Let the workers be reached from this host alone.
+
+    References
+    ----------
+    Julia manual, `LocalManager` in "Distributed Computing".
+
+    Examples
+    --------
+    >>> LocalManager(4)
+    LocalManager(4, restrict=True)
+    """
+
+    def __init__(self, n: int | None = None, restrict: bool = True) -> None:
+        if n is None:
+            n = usable_cpus()
+        if isinstance(n, bool) or not hasattr(n, "__index__") or n.__index__() < 1:
+            raise ValueError(f"the number of workers must be a positive integer, not {n!r}")
+        self.n = n.__index__()
+        self.restrict = restrict
+
+    def __repr__(self) -> str:
+        return f"LocalManager({self.n}, restrict={self.restrict})"
+
+    def default_params(self) -> dict[str, Any]:
+        """Return the common parameters and ``restrict``."""
+        return {**super().default_params(), "restrict": self.restrict}
+
+    def launch(self, params: dict[str, Any]) -> Iterator[WorkerConfig]:
+        """Start the processes, and yield each as soon as it has said where it listens."""
+        launches: list[_Launch] = []
+        try:
+            try:
+                for _ in range(self.n):
+                    launches.append(_Launch(params))
+            except OSError as error:
+                for launch in launches:
+                    launch.discard()
+                raise LaunchWorkerError(
+                    f"a worker process could not be started: {error}",
+                    host="localhost",
+                    phase="start",
+                    command=_command_text(params),
+                ) from error
+            yield from _until_up(launches)
+        finally:
+            for launch in launches:
+                if not launch.up:
+                    launch.discard()
+        failed = [launch.failure for launch in launches if launch.failure is not None]
+        if failed:
+            first = failed[0]
+            first.causes = tuple(failed[1:2])  # they fail alike; one more shows it
+            raise first
+
+    def kill(self, id: int, config: WorkerConfig) -> None:
+        """Kill the process."""
+        config.process.kill()
+
+    def manage(self, id: int, config: WorkerConfig, op: str) -> None:
+        """Reap the process when it is done with."""
+        if op == "finalize" and config.process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                config.process.wait(timeout=5)
+
+
+def _until_up(launches: list[_Launch]) -> Iterator[WorkerConfig]:
+    """Yield each worker as it comes up, until all have, failed, or the time is up."""
+    timeout = float(os.environ.get("SHMDIST_WORKER_TIMEOUT", "60"))
+    deadline = time.monotonic() + timeout
+    waiting = len(launches)
+    with selectors.DefaultSelector() as selector:
+        for launch in launches:
+            selector.register(launch.out, selectors.EVENT_READ, launch)
+            selector.register(launch.err, selectors.EVENT_READ, launch)
+        while waiting:
+            ready = selector.select(max(0.0, deadline - time.monotonic()))
+            if not ready and time.monotonic() >= deadline:
+                for launch in launches:
+                    if not launch.up and launch.failure is None:
+                        launch.fail(f"said nothing within {timeout:g} s (SHMDIST_WORKER_TIMEOUT)")
+                return
+            for key, _ in ready:
+                launch = key.data
+                if launch.up or launch.failure is not None:
+                    continue
+                more = launch.read(key.fd)
+                if launch.up or launch.failure is not None or not more:
+                    selector.unregister(key.fd)
+                    other = launch.err if key.fd == launch.out else launch.out
+                    if launch.up or launch.failure is not None:
+                        with contextlib.suppress(KeyError):
+                            selector.unregister(other)
+                        waiting -= 1
+                if launch.up:
+                    yield launch.config()
+
+
+class _Launch:
+    """One process on its way to be a worker."""
+
+    def __init__(self, params: dict[str, Any]) -> None:
+        self.up = False
+        self.failure: LaunchWorkerError | None = None
+        self.command = _command(params)
+        self.address = ""
+        self.text = {}  # type: dict[int, bytes]
+        environment = _environment(params)
+        settings = {
+            "cookie": params["cookie"],
+            "path": [entry or os.getcwd() for entry in sys.path],
+            "pythonpath": (environment.get("PYTHONPATH")),
+            "local": bool(params["restrict"]),
+            "parent": os.getpid(),
+        }
+        # The package itself must be found before the path can be told.
+        root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        former = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = root if not former else f"{root}{os.pathsep}{former}"
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=params["dir"] or None,
+            env=environment,
+            # The terminal's Ctrl-C is for process 1, which knows what to do about its workers.
+            start_new_session=True,
+        )
+        streams = self.process.stdin, self.process.stdout, self.process.stderr
+        assert streams[0] is not None and streams[1] is not None and streams[2] is not None
+        # The pipe of the cookie stays open: its end tells the worker that this process is gone.
+        self.lifeline = streams[0]
+        with contextlib.suppress(BrokenPipeError):
+            self.lifeline.write(json.dumps(settings).encode() + b"\n")
+            self.lifeline.flush()
+        # Bare descriptors: Popen would close its own stream objects when it is collected.
+        self.out, self.err = os.dup(streams[1].fileno()), os.dup(streams[2].fileno())
+        streams[1].close()
+        streams[2].close()
+        self.text = {self.out: b"", self.err: b""}
+
+    def read(self, fd: int) -> bool:
+        """Read what has come, and look for the line; False at the end of the pipe."""
+        data = os.read(fd, 1 << 16)
+        self.text[fd] += data
+        if fd == self.out:
+            before, found, after = self.text[fd].partition(b"shmdist_worker:")
+            if found and b"\n" in after:
+                line, _, rest = after.partition(b"\n")
+                self.address = line.decode().strip()
+                self.text[fd] = before + rest
+                self.up = True
+            elif len(self.text[fd]) > _LONGEST:
+                self.fail("printed much, but not where it listens")
+        if not data and fd == self.out and not self.up:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=1)
+            with contextlib.suppress(OSError):
+                os.set_blocking(self.err, False)
+                self.text[self.err] += os.read(self.err, 1 << 20)
+            self.fail("ended before it was up")
+        return bool(data)
+
+    def fail(self, message: str) -> None:
+        """Note why this worker did not come up."""
+        exitcode, name = describe_exit(self.process.poll())
+        if name is not None:
+            message += f" (killed by {name})"
+        self.failure = LaunchWorkerError(
+            f"a worker on this host {message}",
+            host="localhost",
+            phase="start",
+            command=" ".join(self.command),
+            exitcode=exitcode,
+            stderr_tail=self.text[self.err].decode("utf-8", "replace").splitlines()[-50:],
+        )
+
+    def discard(self) -> None:
+        """End the process, and give everything back."""
+        self.process.kill()
+        self.process.wait()
+        self.lifeline.close()
+        os.close(self.out)
+        os.close(self.err)
+
+    def config(self) -> WorkerConfig:
+        """Return the configuration of the worker, which is up."""
+        port, _, place = self.address.partition("#")
+        connect_at: tuple[str, Any]
+        if place.startswith("unix:"):
+            path = place[5:]
+            connect_at = ("unix", "\0" + path[1:] if path.startswith("@") else path)
+        else:
+            connect_at = ("tcp", (place, int(port)))
+        return WorkerConfig(
+            io=(self.out, self.err),
+            io_rest=(self.text[self.out], self.text[self.err]),
+            host="localhost",
+            connect_at=connect_at,
+            process=self.process,
+            ospid=self.process.pid,
+            userdata=self.lifeline,
+        )
+
+
+def _command(params: dict[str, Any]) -> list[str]:
+    """Return the command line of a worker."""
+    executable = params["exename"] or sys.executable
+    flags = params["exeflags"]
+    flags = [flags] if isinstance(flags, str) else list(flags)
+    if not executable:
+        raise LaunchWorkerError(
+            "this program has no sys.executable: tell addprocs the Python interpreter with exename=",
+            host="localhost",
+            phase="start",
+        )
+    command = [executable] if isinstance(executable, str) else list(executable)
+    if params["exename"] is None:
+        command += _own_flags()
+    # -P: the current directory must not come before the standard library.
+    return [*command, "-P", *flags, "-m", "shmdist", "worker"]
+
+
+def _command_text(params: dict[str, Any]) -> str:
+    return " ".join(_command(params))
+
+
+def _own_flags() -> list[str]:
+    """Return the flags that make a worker's interpreter behave as this one does."""
+    flags = []
+    if sys.flags.optimize:
+        flags.append("-" + "O" * sys.flags.optimize)
+    if sys.flags.dont_write_bytecode:
+        flags.append("-B")
+    if sys.flags.utf8_mode:
+        flags += ["-X", "utf8"]
+    flags += [f"-W{option}" for option in sys.warnoptions]
+    flags += [f"-X{key}" if value is True else f"-X{key}={value}" for key, value in sys._xoptions.items()]
+    return flags
+
+
+def _environment(params: dict[str, Any]) -> dict[str, str]:
+    """Return the environment of a worker."""
+    environment = dict(os.environ)
+    if not params["enable_threaded_blas"]:
+        for name in THREAD_VARIABLES:
+            environment.setdefault(name, "1")
+    environment.update({str(key): str(value) for key, value in dict(params["env"]).items()})
+    return environment
+
+
+def out_of_memory_kills() -> int:
+    """Return how often the system has ended a process of this cgroup for lack of memory."""
+    try:
+        with open("/proc/self/cgroup") as file:
+            path = next(line.strip().split(":", 2)[2] for line in file if line.startswith("0::"))
+        with open(f"/sys/fs/cgroup{path}/memory.events") as file:
+            return sum(int(line.split()[1]) for line in file if line.startswith("oom_kill "))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return 0
+
+
+__all__ = ["LocalManager", "out_of_memory_kills"]

@@ -1,0 +1,1 @@
+"""Bytes that processes of one host share."""

@@ -1,0 +1,543 @@
+"""RemoteChannel, the functions on references, and their owner's side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from shmdist.channels import Channel
+from shmdist.errors import ChannelClosed, ShmdistError
+from shmdist.futures import Future, Reference, ask, call_owner
+from shmdist.runtime.node import Node, Operation, current_node
+from shmdist.runtime.reftable import RRID, State
+from shmdist.runtime.strand import current
+from shmdist.wire import codec
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+
+class RemoteChannel(Reference):
+    """A channel that lives on one process and can be used from all.
+
+    Parameters
+    ----------
+    factory : callable, optional
+        Called without arguments on `pid`; returns the channel: a `Channel`, or anything
+        with its methods. Default: ``Channel(1)``.
+    pid : int, optional
+        Where the channel lives; default this process.
+
+    Notes
+    -----
+    ``RemoteChannel(2)`` is one on process 2 with the default channel. ``take`` and ``put``
+    wait at the owner without using a thread there. An item that was on its way to a
+    ``take`` which was interrupted or timed out goes back to the head of the channel.
+
+    References
+    ----------
+    Julia manual, `RemoteChannel` in "Distributed Computing".
+
+    Examples
+    --------
+    >>> channel = RemoteChannel(lambda: Channel(10))
+    >>> channel.put("a")
+    >>> channel.fetch(), len(channel), channel.take()
+    ('a', 1, 'a')
+    """
+
+    __module__ = "shmdist"
+
+    def __init__(self, factory: Callable[[], Any] | int | None = None, pid: int | None = None) -> None:
+        if isinstance(factory, int) and not callable(factory):
+            if pid is not None:
+                raise TypeError("RemoteChannel takes a factory and a process id, or one of them")
+            factory, pid = None, factory
+        if factory is not None and not callable(factory):
+            raise TypeError(f"the factory must be callable, as in RemoteChannel(lambda: Channel(10)), not {factory!r}")
+        node = current_node()
+        owner = node.pid if pid is None else pid
+        rrid = RRID(node.pid, next(node.call_ids))
+        call_owner(owner, _make_channel, tuple(rrid), factory)
+        self._set_up(rrid, owner)
+
+    def __repr__(self) -> str:
+        state = ", inert" if self._inert else ""
+        return f"<RemoteChannel {tuple(self._rrid)} on process {self._where}{state}>"
+
+    def _do(self, name: str, *args: Any, timeout: float | None = None) -> Any:
+        """Run an operation where the channel is."""
+        node = self._alive()
+        if self._where != node.pid:
+            return ask(self._where, name, self._rrid, args[0] if args else None, timeout)
+        channel = _channel(node, self._rrid)
+        if name == "len":
+            return len(channel)
+        method = getattr(channel, name)
+        return method(*args) if timeout is None else method(*args, timeout=timeout)
+
+    def put(self, value: Any, timeout: float | None = None) -> None:
+        """Put an item; waits while the channel is full.
+
+        Raises
+        ------
+        ChannelClosed, TimeoutError
+            The item is not in the channel.
+        """
+        self._do("put", value, timeout=timeout)
+
+    def take(self, timeout: float | None = None) -> Any:
+        """Remove the next item and return it; waits for one.
+
+        Raises
+        ------
+        ChannelClosed
+            The channel is closed and drained.
+        TimeoutError
+            No item was taken.
+        """
+        return self._do("take", timeout=timeout)
+
+    def fetch(self, timeout: float | None = None) -> Any:
+        """Return the next item and leave it; waits for one."""
+        return self._do("fetch", timeout=timeout)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until there is an item."""
+        self._do("wait", timeout=timeout)
+
+    def isready(self, timeout: float | None = None) -> bool:
+        """Tell whether there is an item."""
+        return bool(self._do("isready", timeout=timeout))
+
+    def isempty(self, timeout: float | None = None) -> bool:
+        """Tell whether there is no item; takes none away."""
+        return not self.isready(timeout)
+
+    def isopen(self, timeout: float | None = None) -> bool:
+        """Tell whether items may still be put."""
+        return bool(self._do("isopen", timeout=timeout))
+
+    def close(self, timeout: float | None = None) -> None:
+        """Close the channel: no more puts; what is in it can still be taken."""
+        self._do("close", timeout=timeout)
+
+    def __len__(self) -> int:
+        return int(self._do("len"))
+
+    def __bool__(self) -> bool:
+        return True  # a reference is one, however many items its channel has
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            try:
+                item = self.take()
+            except ChannelClosed:
+                return
+            yield item
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _load_inert, (tuple(self._rrid), self._where)
+
+
+def _reduce(channel: RemoteChannel, pickler: Any) -> Any:
+    """Pickle a channel's reference for another process of the cluster."""
+    if pickler.payload is None or channel._inert:
+        return channel.__reduce_ex__(5)
+    pickler.payload.refs.append((channel._rrid, channel._where))
+    return _load, (tuple(channel._rrid), channel._where)
+
+
+def _load(rrid: tuple[int, int], where: int) -> RemoteChannel:
+    channel = RemoteChannel.__new__(RemoteChannel)
+    channel._set_up(RRID(*rrid), where)
+    codec.note_made((channel._rrid, where))
+    return channel
+
+
+def _load_inert(rrid: tuple[int, int], where: int) -> RemoteChannel:
+    channel = RemoteChannel.__new__(RemoteChannel)
+    channel._rrid, channel._where, channel._inert = RRID(*rrid), where, True
+    return channel
+
+
+codec.reducers[RemoteChannel] = _reduce
+
+
+def _make_channel(rrid: tuple[int, int], factory: Callable[[], Any] | None) -> None:
+    """Make a channel on its owner, for the process that named it."""
+    channel = Channel(1) if factory is None else factory()
+    missing = [name for name in ("put", "take", "fetch", "isready", "close") if not hasattr(channel, name)]
+    if missing:
+        raise TypeError(
+            f"the factory of a RemoteChannel must return a channel; {type(channel).__name__} has no {missing[0]}()"
+        )
+    node = current_node()
+    entry = node.create(RRID(*rrid), "channel", rrid[0])
+    node.set_value(entry, channel)
+
+
+def _channel(node: Node, rrid: RRID) -> Any:
+    with node.lock:
+        entry = node.refs.get(rrid)
+    if entry is None or entry.state is not State.SET:
+        raise ShmdistError(f"there is no channel {tuple(rrid)} on process {node.pid}")
+    return entry.value
+
+
+# ---------------------------------------------------------------------- the owner's side
+
+
+def _serve(node: Node, operation: Operation, rrid: RRID, name: str, argument: Any) -> None:
+    """Run a waiting operation: its answer may come later, and it may be withdrawn till then."""
+    with node.lock:
+        entry = node.refs.lookup(rrid)
+        if entry.state is State.UNSET and name in ("fetch", "wait"):
+            # A future without a value, or one of whose creation we have not heard yet.
+            waiter = operation if name == "fetch" else _ReadyOnly(operation)
+            entry.waiters.append(waiter)
+            node.waiting[operation.link.pid, operation.call_id] = lambda: _withdraw(node, entry, waiter)
+            return
+    value = entry.value
+    if entry.kind != "channel":
+        _serve_future(node, operation, entry, name, argument)
+    elif isinstance(value, Channel):
+        _serve_channel(node, operation, value, name, argument)
+    else:
+        # A channel of the user's own: its methods may block, so they get a thread.
+        node.dispatcher.start(lambda: _serve_foreign(operation, value, name, argument))
+
+
+def _serve_future(node: Node, operation: Operation, entry: Any, name: str, argument: Any) -> None:
+    if name == "put":
+        node.set_value(entry, argument)
+        operation.resolve(None)
+    elif name in ("fetch", "wait"):
+        from shmdist.errors import CapturedException, remote_exception
+
+        if isinstance(entry.value, CapturedException):
+            operation.fail(remote_exception(node.pid, entry.value))
+        else:
+            operation.resolve(entry.value if name == "fetch" else None)
+    else:
+        raise TypeError(f"a Future has no {name}")
+
+
+def _serve_channel(node: Node, operation: Operation, channel: Channel, name: str, argument: Any) -> None:
+    key = (operation.link.pid, operation.call_id)
+    # Entered first: the operation may be resolved, and take it out, before the next line.
+    node.waiting[key] = lambda: channel.cancel(operation)
+    if name == "put":
+        channel.put_async(argument, operation)
+    elif name == "take":
+        operation.undo = channel.untake
+        channel.take_async(operation)
+    elif name == "fetch":
+        channel.fetch_async(operation)
+    else:
+        channel.wait_async(operation)
+
+
+def _serve_foreign(operation: Operation, channel: Any, name: str, argument: Any) -> None:
+    try:
+        value = getattr(channel, name)(argument) if name == "put" else getattr(channel, name)()
+    except Exception as error:
+        operation.fail(error)
+    else:
+        operation.resolve(value)
+
+
+class _ReadyOnly:
+    """Tells an operation that a value is there, and keeps the value."""
+
+    def __init__(self, operation: Operation) -> None:
+        self._operation = operation
+
+    def resolve(self, value: Any) -> None:
+        self._operation.resolve(None)
+
+    def fail(self, error: BaseException) -> None:
+        self._operation.fail(error)
+
+
+def _withdraw(node: Node, entry: Any, waiter: Any) -> bool:
+    with node.lock:
+        if waiter in entry.waiters:
+            entry.waiters.remove(waiter)
+            return True
+    return False
+
+
+def _waiting(name: str) -> Callable[[Node, Operation, RRID, Any], None]:
+    return lambda node, operation, rrid, argument: _serve(node, operation, rrid, name, argument)
+
+
+def _new(node: Node, operation: Operation, rrid: RRID, argument: Any) -> None:
+    node.create(rrid, "future", operation.link.pid)
+    operation.resolve(None)
+
+
+def _isready(node: Node, operation: Operation, rrid: RRID, argument: Any) -> None:
+    with node.lock:
+        entry = node.refs.lookup(rrid)
+    if entry.kind == "channel":
+        _at_once("isready")(node, operation, rrid, argument)
+    else:
+        operation.resolve(entry.state is State.SET)
+
+
+def _at_once(name: str) -> Callable[[Node, Operation, RRID, Any], None]:
+    def run(node: Node, operation: Operation, rrid: RRID, argument: Any) -> None:
+        channel = _channel(node, rrid)
+        operation.resolve(len(channel) if name == "len" else getattr(channel, name)())
+
+    return run
+
+
+def _untake(node: Node, operation: Operation, rrid: RRID, argument: Any) -> None:
+    channel = _channel(node, rrid)
+    if hasattr(channel, "untake"):
+        channel.untake(argument)
+    else:
+        node.dispatcher.start(lambda: channel.put(argument))
+    operation.resolve(None)
+
+
+Node.operations.update({name: _waiting(name) for name in ("fetch", "wait", "take", "put")})
+Node.operations.update({name: _at_once(name) for name in ("isopen", "close", "len")})
+Node.operations.update({"new": _new, "isready": _isready, "untake": _untake})
+
+
+# A thread that waits at a local channel reads the links meanwhile, and Ctrl-C is put off
+# while it is inside.
+def _block(cell: Any, timeout: float | None) -> None:
+    current_node().dispatcher.wait(cell, timeout)
+
+
+Channel._enter = staticmethod(lambda: current().enter())
+Channel._leave = staticmethod(lambda: current().leave())
+Channel._block = staticmethod(_block)
+
+
+# ---------------------------------------------------------------------- functions
+
+
+def fetch(x: Any, timeout: float | None = None) -> Any:
+    """Wait for and return the value of a reference; of anything else, the thing itself.
+
+    Parameters
+    ----------
+    x : Future, RemoteChannel, Channel, Task, or any object
+        Of a channel, the next item, which stays.
+    timeout : float, optional
+        Seconds; then `TimeoutError`.
+
+    References
+    ----------
+    Julia manual, `fetch`.
+
+    Examples
+    --------
+    >>> fetch(5)
+    5
+    """
+    if isinstance(x, (Reference, Channel)) or _is_task(x):
+        return x.fetch(timeout)
+    return x
+
+
+def _is_task(x: Any) -> bool:
+    return getattr(type(x), "_is_shmdist_task", False)
+
+
+def _method(x: Any, name: str) -> Any:
+    method = getattr(x, name, None)
+    if method is None:
+        raise TypeError(f"{name}() takes a Future, RemoteChannel, Channel or pool that has it, not {type(x).__name__}")
+    return method
+
+
+def wait(x: Any, timeout: float | None = None) -> Any:
+    """Wait until a reference has a value, a channel an item, a pool a free worker, a task ended.
+
+    Parameters
+    ----------
+    x : Future, RemoteChannel, Channel, Task or pool
+        What to wait for. A failed future or task raises its error.
+    timeout : float, optional
+        Seconds; then `TimeoutError`.
+
+    Examples
+    --------
+    >>> wait(Future().put(1)).fetch()
+    1
+    """
+    return _method(x, "wait")(timeout=timeout)
+
+
+def put(x: Any, value: Any, timeout: float | None = None) -> Any:
+    """Put `value` into a future (once), a channel (waits for room), or a pid into a pool.
+
+    Returns
+    -------
+    object
+        `x`.
+
+    Examples
+    --------
+    >>> take(put(Channel(1), "item"))
+    'item'
+    """
+    _method(x, "put")(value, timeout=timeout)
+    return x
+
+
+def take(x: Any, timeout: float | None = None) -> Any:
+    """Remove and return the next item of a channel, or a free worker of a pool.
+
+    Parameters
+    ----------
+    x : RemoteChannel, Channel or pool
+        A Future has no take: its value is for all who hold it.
+    timeout : float, optional
+        Seconds; then `TimeoutError`, and nothing is lost.
+
+    Examples
+    --------
+    >>> channel = Channel(2)
+    >>> channel.put(1)
+    >>> take(channel)
+    1
+    """
+    if isinstance(x, Future):
+        raise TypeError("a Future cannot be taken from: its value is for all who hold it. Use fetch()")
+    return _method(x, "take")(timeout=timeout)
+
+
+def isready(x: Any, timeout: float | None = None) -> bool:
+    """Tell whether fetch or take would return at once.
+
+    Examples
+    --------
+    >>> isready(Future())
+    False
+    """
+    if isinstance(x, Reference):
+        return bool(_method(x, "isready")(timeout=timeout))
+    return bool(_method(x, "isready")())
+
+
+def isempty(x: Any, timeout: float | None = None) -> bool:
+    """Tell whether a channel has no item; takes none.
+
+    Examples
+    --------
+    >>> isempty(Channel(1))
+    True
+    """
+    if isinstance(x, Reference):
+        return not isready(x, timeout)
+    return bool(_method(x, "isempty")())
+
+
+def isopen(x: Any, timeout: float | None = None) -> bool:
+    """Tell whether a channel is open.
+
+    Examples
+    --------
+    >>> isopen(Channel(1))
+    True
+    """
+    if isinstance(x, Reference):
+        return bool(_method(x, "isopen")(timeout=timeout))
+    return bool(_method(x, "isopen")())
+
+
+def close(x: Any, timeout: float | None = None) -> None:
+    """Close a channel: no more puts; what is in it can still be taken.
+
+    Examples
+    --------
+    >>> channel = Channel(1)
+    >>> close(channel)
+    >>> isopen(channel)
+    False
+    """
+    if isinstance(x, Reference):
+        _method(x, "close")(timeout=timeout)
+    else:
+        _method(x, "close")()
+
+
+def remoteref_id(ref: Reference) -> RRID:
+    """Return the name of a reference, the same on every process.
+
+    References
+    ----------
+    Julia manual, `remoteref_id`.
+
+    Examples
+    --------
+    >>> remoteref_id(Future()).whence
+    1
+    """
+    if not isinstance(ref, Reference):
+        raise TypeError(f"remoteref_id() takes a Future or RemoteChannel, not {type(ref).__name__}")
+    return ref._rrid
+
+
+def channel_from_id(rrid: RRID) -> Any:
+    """Return the channel behind a RemoteChannel, on the process where it lives.
+
+    Raises
+    ------
+    ShmdistError
+        There is none on this process.
+
+    Examples
+    --------
+    >>> channel_from_id(remoteref_id(RemoteChannel(lambda: Channel(5)))).size
+    5
+    """
+    return _channel(current_node(), RRID(*rrid))
+
+
+def worker_id_from_socket(connection: Connection | Any) -> int:
+    """Return the process id at the other end of a connection; -1 when it is none of the cluster's.
+
+    Parameters
+    ----------
+    connection : multiprocessing.connection.Connection
+        Or anything with the same descriptor.
+
+    Examples
+    --------
+    >>> import sys
+    >>> worker_id_from_socket(sys.__stdin__)
+    -1
+    """
+    node = current_node()
+    try:
+        fd = connection if isinstance(connection, int) else connection.fileno()
+    except (OSError, ValueError, AttributeError):
+        return -1
+    with node.lock:
+        links = [link for links in node.all_links.values() for link in links]
+    return next((link.pid for link in links if link.fd == fd and not link.closed), -1)
+
+
+__all__ = [
+    "Future",
+    "RemoteChannel",
+    "channel_from_id",
+    "close",
+    "fetch",
+    "isempty",
+    "isopen",
+    "isready",
+    "put",
+    "remoteref_id",
+    "take",
+    "wait",
+    "worker_id_from_socket",
+]

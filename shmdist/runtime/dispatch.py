@@ -1,0 +1,641 @@
+"""Who reads the links, who runs the calls, and when the reading changes hands.
+
+A hop from one thread to another costs as much as a hop between processes, so no thread
+reads for another when that can be helped.
+
+The baton
+---------
+One thread at a time reads the links of this process: the holder of ``_baton``.
+
+- A thread that waits for an answer takes the baton when it is free, and reads until its
+  answer is there.  Answers to others that come meanwhile it hands out; calls that come
+  it gives to other threads, for it must not be held up by them.
+- A worker's main thread, in :meth:`serve`, reads and runs the calls itself, one after
+  the other.  While it runs one it has let go of the baton.
+- A standby thread sleeps in the poller and takes the baton when a message comes while
+  nobody reads.  It runs calls itself too, for another standby thread is behind it.
+
+A thread that finds the baton taken waits in ``_followers``, and is woken when its answer
+has come or when the reader leaves: then it reads.
+
+*Whenever the baton is free and no follower has been woken to take it, the poller is
+armed or a standby thread is awake that will look.*  Hence somebody always reads, no
+matter what blocks, and a write that waits for the other side's reading makes progress.
+
+Late handing over
+-----------------
+A thread that runs a call "in place" (on the thread that read it) leaves its token in
+``_inplace``.  A standby thread that is woken meanwhile first naps for `GRACE`: a queue of
+short calls belongs to the thread that is working through it, and taking one out would
+cost more than running it.  If the token is still the same after the nap the call is a
+long one: the standby takes over the reading.  A call that blocks in the runtime (waits
+for an answer, takes from a channel) gives its token up at once.
+
+Frames that have been read and wait to be run stand in ``_inbox``, which only the baton's
+holder touches.
+
+Death
+-----
+The end of a link, and the death of a process whose descriptor is watched, are found by
+whoever reads; what follows from it happens on a thread of its own (``node.link_ended``),
+for it may have to wait for an exit code.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from shmdist.runtime.strand import Cell, Strand, current
+from shmdist.wire.messages import Frame, Kind
+from shmdist.wire.poller import make_poller
+
+if TYPE_CHECKING:
+    from shmdist.runtime.node import Node
+    from shmdist.runtime.task import Task
+    from shmdist.wire.link import Link
+
+SPIN = 50e-6  # seconds a reader polls before it sleeps
+GRACE = 1e-3  # seconds a call may run before the reading is taken over from it
+_PARKED = 2  # standby threads kept asleep in the poller
+_IDLE = 32  # other threads kept for reuse
+_IDLE_TIME = 10.0  # seconds an idle thread waits for work before it ends
+
+_CALL, _OP, _RESULT, _CANCEL = int(Kind.CALL), int(Kind.OP), int(Kind.RESULT), int(Kind.CANCEL)
+_log = logging.getLogger("shmdist.dispatch")
+_now = time.perf_counter
+_yield = getattr(os, "sched_yield", lambda: None)
+
+
+class _Idle:
+    """A thread kept for reuse: its lock to sleep on, and the job it is woken for."""
+
+    __slots__ = ("job", "lock")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.lock.acquire()
+        self.job: Callable[[], None] | None = None
+
+
+class _Kicker:
+    """Stands for the lock of a cell whose thread does not sleep on a lock, but reads."""
+
+    __slots__ = ("release",)
+
+    def __init__(self, poller: Any) -> None:
+        self.release = poller.kick
+
+
+class Dispatcher:
+    """The threads of one process of the cluster."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.poller = make_poller()
+        self._baton = threading.Lock()  # held by the one thread that reads
+        self._inbox: deque[Any] = deque()  # tasks and OP frames read, not yet run; the baton's holder's
+        self._frames: list[Frame] = []  # what one turn of reading brought; the baton's holder's
+        self._followers: deque[Cell] = deque()  # woken to take the baton; append and pop are atomic
+        self._leader: Cell | None = None  # what the reading thread waits for itself
+        self._inplace: object | None = None  # token of the call that runs on the thread that read it
+        self._napping = False  # a standby thread is awake and will try the baton
+        self._main_cell: Cell | None = None  # a worker's main thread, waiting for the baton or a job
+        self._main_jobs: deque[Callable[[], None]] = deque()
+        self._roles = threading.Lock()  # guards _parked, _idle, _threads, _lanes
+        self._parked = 0
+        self._idle: list[_Idle] = []
+        self._threads: set[threading.Thread] = set()
+        self._lanes: dict[tuple[int, int], deque[Task]] = {}
+        self._serial = 0
+        self._kicker = _Kicker(self.poller)
+        self.closing = False
+        self._links: dict[int, Link] = {}  # by descriptor
+        self._watched: dict[int, Callable[[], None]] = {}  # descriptors of processes, by what to do
+
+    def __repr__(self) -> str:
+        return (
+            f"<Dispatcher baton={'held' if self._baton.locked() else 'free'} links={len(self._links)} "
+            f"parked={self._parked} idle={len(self._idle)} threads={len(self._threads)} "
+            f"followers={len(self._followers)} inbox={len(self._inbox)} lanes={len(self._lanes)}>"
+        )
+
+    # ------------------------------------------------------------------ what is read
+
+    def add(self, link: Link) -> None:
+        """Read `link` from now on."""
+        self._links[link.fd] = link
+        self.ensure_standby()
+        self.poller.add(link.fd)
+
+    def watch(self, fd: int, action: Callable[[], None]) -> None:
+        """Run `action` once, on a thread of its own, when `fd` becomes readable."""
+        self._watched[fd] = action
+        self.ensure_standby()
+        self.poller.add(fd)
+
+    def unwatch(self, fd: int) -> None:
+        """Forget a watched descriptor; its owner closes it after this."""
+        self.poller.remove(fd)
+        self._watched.pop(fd, None)
+
+    def _poll(self, timeout: float) -> bool:
+        """Read what has come, waiting at most `timeout` seconds; the baton is held.
+
+        Returns
+        -------
+        bool
+            True when something came.
+        """
+        events = self.poller.poll(timeout)
+        if not events:
+            return False
+        frames = self._frames
+        ended = None
+        for fd, _ in events:
+            link = self._links.get(fd)
+            if link is not None:
+                if not link.read(frames):
+                    ended = [*(ended or ()), link]
+            elif not self.poller.is_kick(fd):
+                action = self._watched.pop(fd, None)
+                self.poller.remove(fd)
+                if action is not None:
+                    self.start(action)
+        if self.poller.has_outputs:
+            # A call's output was written before its result, so after the result has been
+            # read the output is there to be read, and must be taken first.
+            for fd in self.poller.outputs():
+                self._node.read_output(fd)
+        if frames:
+            self._frames = []
+            for frame in frames:
+                self._route(frame)
+        if ended:
+            for link in ended:
+                self.poller.remove(link.fd)
+                if self._links.pop(link.fd, None) is not None:
+                    link.shut()
+                    self.start(lambda link=link: self._node.link_ended(link))  # type: ignore[misc]
+        return True
+
+    def _route(self, frame: Frame) -> None:
+        """Give a frame to who waits for it; never runs user code, never blocks."""
+        kind = frame.kind
+        if kind == _RESULT:
+            reply = self._node.pending.pop(frame.call_id, None)
+            if reply is None:
+                self._node.unclaimed(frame)
+                return
+            reply.frame = frame
+            self._complete_here(reply)
+        elif kind == _CALL:
+            task = self._node.tasks.accept(frame)
+            if frame.lane:
+                key = (frame.link.pid, frame.lane)
+                with self._roles:
+                    lane = self._lanes.get(key)
+                    if lane is not None:
+                        lane.append(task)
+                        return
+                    self._lanes[key] = deque()
+            task.ticket = frame.link.calls_read
+            frame.link.calls_read += 1
+            self._inbox.append(task)
+        elif kind == _OP:
+            self._inbox.append(frame)
+        else:
+            try:
+                self._node.control(frame)
+            except Exception:
+                _log.exception("a %r could not be handled", frame)
+
+    def _complete_here(self, reply: Any) -> None:
+        """Complete a reply on the reading thread."""
+        reply.done = True
+        if reply.lock is not None and self._leader is not reply:
+            reply.wake()
+        if reply.callback is not None:
+            reply.callback(reply)
+
+    def complete(self, cell: Cell) -> None:
+        """Complete a cell from any thread; its waiter may be asleep, or reading."""
+        cell.done = True
+        if cell.lock is not None:
+            cell.wake()
+
+    # ------------------------------------------------------------------ the baton
+
+    def _take(self) -> bool:
+        """Take the baton if it is free."""
+        if self._baton.acquire(False):
+            self.poller.disarm()
+            return True
+        return False
+
+    def _release(self, *, promote: bool) -> None:
+        """Let go of the baton, and see to it that somebody reads.
+
+        Parameters
+        ----------
+        promote : bool
+            Wake a follower to read.  False when this thread will soon be back.
+        """
+        # Asked while the baton is still held: the inbox is its holder's.
+        left = bool(self._inbox)
+        self._baton.release()
+        if promote:
+            try:
+                self._followers.popleft().wake()
+                return
+            except IndexError:
+                pass
+            cell = self._main_cell
+            if cell is not None:
+                cell.wake()
+                return
+        if not self._napping:
+            self.poller.arm()
+            if left:
+                self.poller.nudge()
+
+    def _look_after(self) -> None:
+        """See to it that somebody reads, after a wait that ended without the baton."""
+        if not self._baton.locked():
+            self.poller.arm()
+
+    # ------------------------------------------------------------------ waiting threads
+
+    def wait(self, cell: Cell, timeout: float | None = None) -> bool:
+        """Wait until `cell` is done, reading the links meanwhile.
+
+        The caller is inside the runtime (``strand.depth`` > 0).
+
+        Parameters
+        ----------
+        cell : Cell
+            A reply, or anything else that somebody will complete.
+        timeout : float, optional
+            Seconds.
+
+        Returns
+        -------
+        bool
+            False when the time was up.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            Or what the program's handler raises; the cell is as it was.
+        """
+        if cell.done:
+            return True
+        strand = current()
+        token = self._inplace
+        if token is not None and token is strand.task:
+            self._inplace = None  # this call blocks: others need not wait for it
+        else:
+            token = None
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            while not cell.done:
+                if strand.pending:
+                    strand.deliver()
+                    continue
+                left = -1.0
+                if deadline is not None:
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        return False
+                if self._take() or self._follow(cell, left, strand):
+                    self._lead(cell, left, strand)
+            return True
+        finally:
+            if token is not None and self._inplace is None:
+                self._inplace = token
+
+    def _lead(self, cell: Cell, timeout: float, strand: Strand) -> None:
+        """Read with the baton held, until `cell` is done or something else wants the thread."""
+        self._leader = cell
+        cell.lock = self._kicker
+        strand.kick = self.poller.kick
+        strand.leading = True
+        poll, inbox = self._poll, self._inbox
+        spin_until = _now() + SPIN
+        while not cell.done and not strand.pending and not inbox:
+            if poll(0):
+                spin_until = _now() + SPIN
+            elif _now() < spin_until:
+                _yield()
+            elif not poll(timeout):
+                break
+        strand.leading = False
+        self._leader = None
+        cell.lock = None
+        if not inbox:
+            self._release(promote=True)
+            return
+        operations = []
+        for item in inbox:
+            if type(item) is Frame:
+                operations.append(item)
+            else:
+                self._hand_off(item)
+        inbox.clear()
+        if not operations:
+            self._release(promote=cell.done)
+            return
+        # Operations never block, so they are run here, as calls are run in place.
+        self._inplace = operations
+        self._release(promote=False)
+        for frame in operations:
+            self._node.operate(frame)
+        if self._inplace is operations:
+            self._inplace = None
+        if cell.done and self._followers:
+            try:
+                self._followers.popleft().wake()
+            except IndexError:
+                pass
+
+    def _follow(self, cell: Cell, timeout: float, strand: Strand) -> bool:
+        """Sleep until `cell` is done or the baton is this thread's; True with the baton."""
+        lock = threading.Lock()
+        lock.acquire()
+        cell.lock = lock
+        strand.cell = cell
+        self._followers.append(cell)
+        leads = False
+        # Looked at again now that the reader can see us: it may have left before.
+        if not cell.done and not strand.pending:
+            leads = self._take()
+            if not leads:
+                lock.acquire(timeout=timeout)
+        try:
+            self._followers.remove(cell)
+        except ValueError:
+            pass
+        strand.cell = None
+        cell.lock = None
+        if not leads:
+            if not cell.done and not strand.pending and self._take():
+                return True
+            if not self._baton.locked():
+                # It was ours to take, but there is no need: pass it on.
+                try:
+                    self._followers.popleft().wake()
+                except IndexError:
+                    self.poller.arm()
+        return leads
+
+    # ------------------------------------------------------------------ serving threads
+
+    def serve(self) -> None:
+        """Serve as a worker's main thread until the node is closed."""
+        strand = current()
+        strand.depth = 1
+        cell = Cell()
+        while not self.closing:
+            if self._take():
+                self._serve(strand, cell, forever=True)
+                continue
+            lock = threading.Lock()
+            lock.acquire()
+            cell.lock = lock
+            self._main_cell = cell
+            if not self.closing and not self._main_jobs and self._baton.locked():
+                lock.acquire()
+            self._main_cell = None
+            cell.lock = None
+            while self._main_jobs:
+                self._main_jobs.popleft()()
+
+    def _serve(self, strand: Strand, cell: Cell, *, forever: bool) -> None:
+        """Read and run calls with the baton held; returns without it."""
+        inbox, poll = self._inbox, self._poll
+        self._leader = cell
+        spin_until = _now() + SPIN if forever else 0.0
+        while not self.closing:
+            if not forever and self._main_cell is not None:
+                break  # the main thread is free, and the better one: signals reach it
+            if inbox:
+                item = inbox.popleft()
+                if self._parked == 0:
+                    self.ensure_standby()
+                self._inplace = item
+                self._leader = None
+                self._release(promote=False)
+                self._run(item, strand)
+                if not self._take():
+                    return
+                self._leader = cell
+                spin_until = _now() + SPIN
+            elif poll(0):
+                spin_until = _now() + SPIN
+            elif _now() < spin_until:
+                _yield()
+            elif forever:
+                poll(-1)
+            else:
+                break
+        self._leader = None
+        self._release(promote=True)
+
+    def _run(self, item: Any, strand: Strand) -> None:
+        """Run a task or an operation whose token is in `_inplace`, and its lane after it."""
+        if type(item) is Frame:
+            self._node.operate(item)
+            if self._inplace is item:
+                self._inplace = None
+            return
+        task: Task | None = item
+        while task is not None:
+            self._node.tasks.run(task, strand)
+            mine = self._inplace is task
+            task = self._next_of_lane(task)
+            if mine:
+                self._inplace = task
+
+    def _next_of_lane(self, task: Task) -> Task | None:
+        """Return the next task of the lane of `task`, which has ended."""
+        lane = task.frame.lane
+        if not lane:
+            return None
+        key = (task.key[0], lane)
+        with self._roles:
+            queue = self._lanes.get(key)
+            if queue:
+                return queue.popleft()
+            self._lanes.pop(key, None)
+            return None
+
+    def _hand_off(self, task: Task) -> None:
+        """Let another thread run `task`: a worker's main thread when it is free."""
+        if self._main_cell is not None and not self._main_jobs:
+            self._main_jobs.append(lambda: self._run(task, current()))
+            cell = self._main_cell
+            if cell is not None:
+                cell.wake()
+                return
+            try:  # it has just left; if it did not take the job along, another thread runs it
+                job = self._main_jobs.popleft()
+            except IndexError:
+                return
+            self.start(job)
+            return
+        self.start(lambda: self._run(task, current()))
+
+    # ------------------------------------------------------------------ threads
+
+    def start(self, job: Callable[[], None]) -> None:
+        """Run `job` on another thread of the runtime; it is inside the runtime there."""
+        with self._roles:
+            idle = self._idle.pop() if self._idle else None
+        if idle is not None:
+            idle.job = job
+            idle.lock.release()
+            return
+        self._spawn(job)
+
+    def later(self, delay: float, job: Callable[[], None]) -> None:
+        """Run `job` on another thread, `delay` seconds from now at the earliest."""
+
+        def sleep_and_run() -> None:
+            time.sleep(delay)
+            job()
+
+        self.start(sleep_and_run)
+
+    def ensure_standby(self) -> None:
+        """Make sure that a standby thread is there."""
+        with self._roles:
+            if self._parked or self._napping or self.closing:
+                return
+            self._parked += 1  # counted before it runs, so that nobody makes a second one
+        self._spawn(None)
+
+    def _spawn(self, job: Callable[[], None] | None) -> None:
+        with self._roles:
+            self._serial += 1
+            name = f"shmdist-{self._serial}"
+        thread = threading.Thread(target=self._live, args=(job,), name=name, daemon=True)
+        with self._roles:
+            self._threads.add(thread)
+        thread.start()
+
+    def _live(self, job: Callable[[], None] | None) -> None:
+        """Body of every thread of the runtime: jobs, then standing by, then idling."""
+        strand = current()
+        strand.depth = 1
+        parked = job is None
+        try:
+            while not self.closing:
+                if job is not None:
+                    self._guarded(job)
+                    job = None
+                with self._roles:
+                    if not parked and self._parked < _PARKED:
+                        self._parked += 1
+                        parked = True
+                if parked:
+                    parked = False
+                    self._stand_by(strand)
+                    continue
+                idle = _Idle()
+                with self._roles:
+                    if len(self._idle) >= _IDLE:
+                        return
+                    self._idle.append(idle)
+                if not idle.lock.acquire(timeout=_IDLE_TIME):
+                    with self._roles:
+                        if idle in self._idle:
+                            self._idle.remove(idle)
+                            return
+                    idle.lock.acquire()  # a job is on its way
+                job = idle.job
+        finally:
+            with self._roles:
+                self._threads.discard(threading.current_thread())
+
+    def _guarded(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except Exception:
+            if not self.closing:
+                _log.exception("an error in a thread of shmdist")
+
+    def _stand_by(self, strand: Strand) -> None:
+        """Sleep in the poller; when a message comes and nobody reads, serve until it is quiet."""
+        if not self._baton.locked():
+            self.poller.arm()
+        woken = self.poller.park()
+        with self._roles:
+            self._parked -= 1
+        if self.closing:
+            return
+        if woken:
+            self.poller.unwake()
+            self._guarded(self._node.housekeeping)
+        if self._inplace is not None and not self._followers:
+            self._nap()
+        if self._take():
+            self._serve(strand, Cell(), forever=False)
+        if self._node.has_output:
+            self._node.print_output()
+
+    def _nap(self) -> None:
+        """Leave the reading to the thread that works through short calls in place."""
+        self._napping = True
+        try:
+            token = self._inplace
+            while token is not None and not self._baton.locked():
+                time.sleep(GRACE if len(self._threads) < 8 else GRACE / 10)
+                if self._inplace is token:
+                    self._inplace = None  # a long call: overtaken
+                    return
+                token = self._inplace
+        finally:
+            self._napping = False
+
+    # ------------------------------------------------------------------ end
+
+    def stop_serving(self) -> None:
+        """Let the main thread leave :meth:`serve`."""
+        self.closing = True
+        cell = self._main_cell
+        if cell is not None:
+            cell.wake()
+        self.poller.kick()
+        self.poller.wake()
+        with self._roles:
+            idle, self._idle = self._idle, []
+        for each in idle:
+            each.lock.release()
+
+    def close(self) -> None:
+        """End the threads, and close the links and the poller."""
+        self.stop_serving()
+        me = threading.current_thread()
+        deadline = time.monotonic() + 1.0
+        for thread in list(self._threads):
+            if thread is not me:
+                thread.join(max(0.0, deadline - time.monotonic()))
+        for link in list(self._links.values()):
+            self.poller.remove(link.fd)
+            link.close()
+        self._links.clear()
+        if not any(thread.is_alive() for thread in list(self._threads) if thread is not me):
+            self.poller.close()
+
+    def abandon(self) -> None:
+        """Give all descriptors back in a forked child, whose parent goes on using them."""
+        self.closing = True
+        for link in list(self._links.values()):
+            link.abandon()
+        self._links.clear()
+        self.poller.close()

@@ -1,0 +1,228 @@
+"""What the runtime knows of a thread: what it runs, and when it may be interrupted.
+
+An interrupt (Ctrl-C on process 1, ``interrupt``/cancel on a worker) is an exception that
+Python raises between two bytecodes.  Inside the runtime that would be the end of a
+half-read frame or of a lock, so there it is put off:
+
+- ``depth`` > 0 means that the thread is inside the runtime.  An interrupt then only sets
+  ``pending`` and wakes the thread if it waits; the runtime raises it with
+  :meth:`Strand.deliver` where nothing is half done.
+- ``depth`` == 0 means that user code runs, and an interrupt is raised right there.
+
+On process 1 the main thread enters the runtime by putting its own SIGINT handler in
+place and leaves by putting the former one back: whatever program shmdist is used in
+keeps its own handling of Ctrl-C.  From the moment the handler is in place interrupts are
+put off, so there is no gap between the handler and ``depth``.
+"""
+
+from __future__ import annotations
+
+import _signal  # the C half of `signal`: its wrapper costs two microseconds an entry
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+_SIGINT = int(signal.SIGINT)
+
+
+class Cell:
+    """Something a thread waits for.
+
+    Attributes
+    ----------
+    done : bool
+        Set once, by whoever completes the cell; then `lock`, when there is one, is
+        released.
+    lock : lock or None
+        Where the waiting thread sleeps when another one reads for it.
+    """
+
+    __slots__ = ("__weakref__", "done", "lock")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.lock: Any = None
+
+    def wake(self) -> None:
+        """Wake the thread that sleeps here, done or not."""
+        lock = self.lock
+        if lock is not None:
+            try:
+                lock.release()
+            except RuntimeError:
+                pass  # awake already
+
+
+class Strand:
+    """The runtime's side of one thread.
+
+    `guard` orders the interrupts of a remote call against the runtime's entries and exits
+    of the thread that runs it; without a call nobody else writes here.
+    """
+
+    __slots__ = ("cell", "depth", "guard", "ident", "kick", "leading", "main", "pending", "previous", "signalled", "task")
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.pending = False
+        self.cell: Cell | None = None  # what it sleeps on
+        self.leading = False  # it reads the links
+        self.kick: Callable[[], None] | None = None  # wakes it when it reads
+        self.task: Any = None  # the remote call it runs, a runtime.task.Task
+        self.main = False  # process 1's main thread, where Python runs signal handlers
+        self.signalled = False  # a worker's main thread: interrupted by a signal
+        self.previous: Any = None  # the SIGINT handler found on entering
+        self.guard = threading.Lock()
+        self.ident = threading.get_ident()
+
+    def __repr__(self) -> str:
+        return f"<Strand depth={self.depth} pending={self.pending} task={self.task!r}>"
+
+    def enter(self) -> None:
+        """Enter the runtime: from here on interrupts are put off."""
+        if self.main and not self.depth:
+            self.previous = _signal.signal(_SIGINT, self._on_sigint)
+        elif self.task is not None:
+            with self.guard:
+                self.depth += 1
+            return
+        self.depth += 1
+
+    def leave(self) -> None:
+        """Leave the runtime, and raise what was put off.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            Or whatever the program's own SIGINT handler raises.
+        """
+        if self.task is not None:
+            with self.guard:
+                self.depth -= 1
+                pending = self.pending and not self.depth
+            if pending:
+                self.deliver()
+            return
+        self.depth -= 1
+        if self.main and not self.depth:
+            # None: a handler that was not installed from Python; it cannot be put back.
+            previous = self.previous
+            _signal.signal(_SIGINT, signal.SIG_DFL if previous is None else previous)
+            if self.pending:
+                self.deliver()
+
+    def _on_sigint(self, signum: int, stack: Any) -> None:
+        self.pending = True
+        self.poke()
+
+    def poke(self) -> None:
+        """Wake the thread out of its wait, so that it sees `pending`.  Takes no lock."""
+        if self.leading and self.kick is not None:
+            self.kick()
+        cell = self.cell
+        if cell is not None:
+            cell.wake()
+
+    def interrupted(self) -> bool:
+        """Tell whether an interrupt was put off."""
+        return self.pending
+
+    def deliver(self) -> None:
+        """Raise the interrupt that was put off; nothing may be half done here."""
+        self.pending = False
+        if self.task is not None:
+            raise KeyboardInterrupt
+        if self.main:
+            previous = self.previous
+            if callable(previous):
+                previous(_SIGINT, sys._getframe(1))
+            elif previous == signal.SIG_DFL:
+                raise KeyboardInterrupt
+
+    # -------------------------------------------------- interrupting a remote call
+
+    def strike(self, task: Any) -> None:
+        """Raise KeyboardInterrupt in `task`, if this thread runs it; from another thread."""
+        if self.signalled:
+            signal.pthread_kill(self.ident, _SIGINT)  # reaches system calls as well
+            return
+        with self.guard:
+            if self.task is not task:
+                return
+            if self.depth:
+                self.pending = True
+                self.poke()
+            else:
+                _raise_in(self.ident, KeyboardInterrupt)
+
+    def on_signal(self, signum: int, stack: Any) -> None:
+        """Handle SIGINT on a worker's main thread, for good; an idle one is unharmed."""
+        task = self.task
+        if task is None or not task.interrupted:
+            return
+        if self.depth:
+            self.pending = True
+            self.poke()
+        else:
+            raise KeyboardInterrupt
+
+    def begin(self, task: Any) -> None:
+        """Begin to run `task` on this thread; the runtime's depth is 1."""
+        with self.guard:
+            self.task = task
+            self.pending = False
+
+    def end(self) -> None:
+        """End the task: from here on no interrupt of it can arrive."""
+        with self.guard:
+            task, self.task = self.task, None
+            self.pending = False
+            self.depth = 1
+        if task.interrupted and not self.signalled:
+            # At most one exception was ever set, and it may still be on its way.
+            try:
+                _raise_in(self.ident, None)
+            except KeyboardInterrupt:
+                pass
+
+    def expose(self) -> None:
+        """Leave the runtime for user code of the task; raise an interrupt put off."""
+        with self.guard:
+            self.depth = 0
+            pending = self.pending
+        if pending or self.task.interrupted:
+            self.deliver()
+
+    def cover(self) -> None:
+        """Come back into the runtime from user code of the task."""
+        with self.guard:
+            self.depth = 1
+
+
+def _raise_in(ident: int, kind: type[BaseException] | None) -> None:
+    """Raise `kind` in another thread at its next bytecode; None takes it back."""
+    import ctypes
+
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(ident), None if kind is None else ctypes.py_object(kind)
+    )
+
+
+class _Local(threading.local):
+    """The strand of each thread."""
+
+    strand: Strand | None = None
+
+
+_local = _Local()
+
+
+def current() -> Strand:
+    """Return the calling thread's strand."""
+    strand = _local.strand
+    if strand is None:
+        strand = _local.strand = Strand()
+        strand.main = threading.current_thread() is threading.main_thread()
+    return strand

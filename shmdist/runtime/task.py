@@ -1,0 +1,288 @@
+"""A remote call in the process that runs it: from the frame to the answer.
+
+A call is in ``queued`` from the moment its frame is read, and in ``running`` from the
+moment a thread begins with it.  Whoever takes it *out* of a table owns what comes next,
+and taking out of a dict is one atomic step:
+
+- out of ``queued``: the thread that runs it, or the canceller, who answers "not run";
+- out of ``running``: the thread that ran it, or the canceller who answers for a thread
+  that sits in a system call which no Python exception can end.  The late result of such
+  a thread is dropped.
+
+Calls of one link start in the order in which they were read, whichever threads they are
+given to: each takes a ticket, and goes through the link's gate when its arguments are
+read and its turn has come.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from shmdist.errors import capture
+from shmdist.runtime.reftable import RRID
+from shmdist.wire import codec
+from shmdist.wire.messages import (
+    BROKEN,
+    BY_ID,
+    IS_ERROR,
+    NOT_RUN,
+    STORED,
+    WANT_STORE,
+    WANT_VALUE,
+    Frame,
+    Kind,
+)
+
+if TYPE_CHECKING:
+    from shmdist.runtime.node import Node
+    from shmdist.runtime.strand import Strand
+
+_RESULT = int(Kind.RESULT)
+#: A result of these types cannot change, so a copy of it can go ahead of any fetch.
+_ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
+_SMALL = 1 << 12  # bytes of a str, bytes or int that still go ahead
+_GRACE = 0.1  # seconds a call gets to end by itself when it is interrupted
+
+
+class Task:
+    """One remote call."""
+
+    __slots__ = ("frame", "interrupted", "key", "link", "strand", "ticket")
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame = frame
+        self.link = frame.link
+        self.key = (self.link.pid, frame.call_id)
+        self.interrupted = False
+        self.strand: Strand | None = None
+        self.ticket = -1
+
+    def __repr__(self) -> str:
+        return f"<Task {self.key[1]} of process {self.key[0]}, lane {self.frame.lane}>"
+
+
+class Tasks:
+    """The calls that this process runs or is going to run."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.queued: dict[tuple[int, int], Task] = {}
+        self.running: dict[tuple[int, int], Task] = {}
+
+    def __repr__(self) -> str:
+        return f"<Tasks {len(self.running)} running, {len(self.queued)} queued>"
+
+    def accept(self, frame: Frame) -> Task:
+        """Make the task of a CALL frame; on the reading thread."""
+        task = Task(frame)
+        if frame.flags & WANT_STORE:
+            # Now, not when it ends: others may ask for the value before it is there.
+            self._node.create(RRID(*task.key), "future", task.key[0])
+        self.queued[task.key] = task
+        return task
+
+    def run(self, task: Task, strand: Strand) -> None:
+        """Run `task` on this thread, whose strand is `strand`, at depth 1."""
+        key = task.key
+        self.running[key] = task
+        if self.queued.pop(key, None) is None:  # cancelled before it began
+            self.running.pop(key, None)
+            self._pass_gate(task)
+            return
+        frame = task.frame
+        store = frame.flags & WANT_STORE
+        payload: codec.Payload | None = None
+        value: Any = None
+        error: BaseException | None = None
+        strand.begin(task)
+        task.strand = strand
+        try:
+            try:
+                strand.expose()
+                function, args, kwargs = self._read(task)
+                if task.ticket >= 0:
+                    self._pass_gate(task)
+                value = function(*args, **kwargs)
+                if frame.flags & WANT_VALUE:
+                    payload = codec.dumps(value, _describe(function))
+            finally:
+                strand.cover()
+        except BaseException as caught:
+            error = caught
+        strand.end()
+        if task.ticket >= 0:
+            self._pass_gate(task)
+        if self.running.pop(key, None) is None:
+            return  # somebody answered for it
+        self._node.flush_own_output()
+        if store:
+            self._store(task, value, error)
+        elif error is not None:
+            self._answer_error(task, error)
+        elif payload is not None:
+            self._node.answer(task.link, frame.call_id, 0, payload)
+
+    def _read(self, task: Task) -> Any:
+        """Read function and arguments of `task`."""
+        frame, node = task.frame, self._node
+        if frame.flags & BROKEN:
+            raise MemoryError("this process had no memory to receive the call's arguments")
+        try:
+            call = codec.loads(frame, node.give_back)
+        except Exception as error:
+            hint = codec.unreadable(error, "the call's function or arguments").args[0]
+            error.add_note(f"{hint} (on process {node.pid}, {sys.executable})")
+            raise
+        task.frame = Frame(frame.kind, frame.flags, frame.lane, frame.call_id, b"", [])  # free the body
+        if frame.flags & BY_ID:
+            return node.functions.get(task.link.pid, call[0]), call[1], call[2]
+        return call
+
+    def _pass_gate(self, task: Task) -> None:
+        """Wait for the calls before this one to have started, then let the next start."""
+        ticket, link = task.ticket, task.link
+        if ticket < 0:
+            return
+        task.ticket = -1
+        if link.calls_started != ticket:
+            with link.gate:
+                link.gate_waiters += 1
+                while link.calls_started != ticket and not link.closed:
+                    link.gate.wait()
+                link.gate_waiters -= 1
+        link.calls_started = ticket + 1
+        if link.gate_waiters:
+            with link.gate:
+                link.gate.notify_all()
+
+    # ------------------------------------------------------------------ answers
+
+    def _store(self, task: Task, value: Any, error: BaseException | None) -> None:
+        """Keep the outcome here as the caller's Future, and tell him that it is there."""
+        node = self._node
+        frame = task.frame
+        captured = None if error is None else capture(error)
+        node.store(task.key, value, captured)
+        if captured is not None:
+            node.answer(task.link, frame.call_id, STORED | IS_ERROR, node.dump_error(captured))
+        elif type(value) in _ATOMS and sys.getsizeof(value) < _SMALL:
+            node.answer(task.link, frame.call_id, STORED, codec.dumps(value))
+        else:
+            node.answer(task.link, frame.call_id, STORED, None)
+
+    def _answer_error(self, task: Task, error: BaseException) -> None:
+        node = self._node
+        captured = capture(error)
+        if task.frame.flags & WANT_VALUE:
+            node.answer(task.link, task.frame.call_id, IS_ERROR, node.dump_error(captured))
+        else:  # remote_do: nobody waits, so it is printed where it happened
+            print(f"remote_do failed on process {node.pid}:\n{captured.traceback_text}", file=sys.stderr)  # noqa: T201 - the contract
+
+    # ------------------------------------------------------------------ interrupts
+
+    def cancel(self, key: tuple[int, int]) -> bool:
+        """Give up a call: withdraw it, or interrupt it; False when it is not here."""
+        task = self.queued.pop(key, None)
+        if task is not None:
+            codec_refs = codec.references(task.frame)
+            if codec_refs:
+                self._node.give_back(list(codec_refs))
+            if task.frame.flags & WANT_STORE:
+                self._node.store(key, None, capture(KeyboardInterrupt("cancelled before it began")))
+            self._node.post(task.link, _RESULT, NOT_RUN, task.frame.call_id)
+            return True
+        task = self.running.get(key)
+        if task is None:
+            return False
+        self.interrupt(task)
+        return True
+
+    def interrupt(self, task: Task) -> None:
+        """Raise KeyboardInterrupt in a running call."""
+        if task.interrupted:
+            return
+        task.interrupted = True
+        strand = task.strand
+        if strand is None:
+            return  # it looks at `interrupted` before it begins
+        strand.strike(task)
+        if not strand.signalled:
+            self._node.dispatcher.later(_GRACE, lambda: self._answer_for(task))
+
+    def interrupt_all(self) -> None:
+        """Interrupt every call that runs here."""
+        for task in list(self.running.values()):
+            self.interrupt(task)
+
+    def _answer_for(self, task: Task) -> None:
+        """Answer for a thread that an exception does not reach, in a system call say."""
+        if self.running.get(task.key) is not task or self.running.pop(task.key, None) is None:
+            return
+        error = KeyboardInterrupt("interrupted in a system call; its thread ends when the call returns")
+        if task.frame.flags & WANT_STORE:
+            self._store(task, None, error)
+        else:
+            self._answer_error(task, error)
+
+
+def _describe(function: Any) -> str:
+    """Name a function for an error's text."""
+    return f"the result of {getattr(function, '__qualname__', None) or repr(function)}"
+
+
+class Functions:
+    """Functions sent ahead of their calls, by sender and number; read on first use."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._table: dict[tuple[int, int], Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def put(self, frame: Frame) -> None:
+        """Keep a FUNC frame; on the reading thread, so it is not read yet."""
+        import threading
+
+        self._table[frame.link.pid, frame.call_id] = [frame, threading.Lock(), None]
+
+    def drop(self, pid: int, number: int) -> None:
+        """Forget a function."""
+        self._table.pop((pid, number), None)
+
+    def forget(self, pid: int) -> None:
+        """Forget all functions of a process that is gone."""
+        for key in [key for key in self._table if key[0] == pid]:
+            self._table.pop(key, None)
+
+    def get(self, pid: int, number: int) -> Any:
+        """Return a function, reading it when it is asked for first.
+
+        Raises
+        ------
+        LookupError
+            It was dropped.
+        Exception
+            Whatever reading it raises; every call of it raises the same.
+        """
+        entry = self._table.get((pid, number))
+        if entry is None:
+            raise LookupError(f"function {number} of process {pid} is not kept here any more")
+        frame, lock, outcome = entry
+        if outcome is None:
+            with lock:  # several calls may want it at once; it is read one time
+                if entry[2] is None:
+                    try:
+                        if frame.flags & BROKEN:
+                            raise MemoryError("this process had no memory to receive the function")
+                        entry[2] = (codec.loads(frame, self._node.give_back), None)
+                    except Exception as error:
+                        error.add_note(codec.unreadable(error, "the function").args[0])
+                        entry[2] = (None, error)
+                    entry[0] = None
+                outcome = entry[2]
+        function, error = outcome
+        if error is not None:
+            raise error
+        return function

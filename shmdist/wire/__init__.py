@@ -1,0 +1,1 @@
+"""Bytes between two processes: messages, their encoding, the handshake and the link."""

@@ -1,0 +1,207 @@
+"""Opening links: the door at which a process listens, and knocking at another's.
+
+``multiprocessing.connection`` makes listeners, clients and connections.  Its own
+challenge is not used: it is MD5 before Python 3.12, it is answered on the accepting
+thread, and it has no deadline.
+
+A stranger can hold up nobody.  The accepting thread only accepts; each handshake runs on
+a thread of its own, with a deadline, and no more than `MOST` at once.  Nothing that a
+stranger sends is unpickled, and no length of his is believed (see ``handshake``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Client, Connection, Listener
+from typing import Any
+
+from shmdist.errors import AuthenticationError, VersionMismatch
+from shmdist.wire.handshake import Acceptor, Connector
+
+MOST = 64  # handshakes of strangers at once; further ones are turned away
+DEADLINE = 10.0  # seconds for a handshake
+_log = logging.getLogger("shmdist.door")
+
+Address = tuple[str, Any]
+
+
+def _exchange(connection: Connection, machine: Connector | Acceptor, first: bytes, timeout: float) -> None:
+    """Run a handshake over a connection, within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    sock = socket.socket(fileno=os.dup(connection.fileno()))
+    try:
+        if first:
+            sock.settimeout(timeout)
+            sock.sendall(first)
+        while not machine.done:
+            data = b""
+            while len(data) < machine.wants:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError("the handshake took too long")
+                sock.settimeout(left)
+                piece = sock.recv(machine.wants - len(data))
+                if not piece:
+                    raise AuthenticationError("the other side closed the connection during the handshake")
+                data += piece
+            try:
+                answer = machine.feed(data)
+            except (AuthenticationError, VersionMismatch) as error:
+                if error.reply:
+                    with contextlib.suppress(OSError):
+                        sock.sendall(error.reply)
+                raise
+            if answer:
+                sock.sendall(answer)
+        sock.setblocking(True)
+    finally:
+        sock.close()
+
+
+def prove(connection: Connection, cookie: bytes, pid: int, timeout: float = DEADLINE) -> Connector:
+    """Run the connecting side of the handshake; the connection is closed when it fails.
+
+    Raises
+    ------
+    AuthenticationError, VersionMismatch, OSError
+        With what the other side said.
+    """
+    machine = Connector(cookie, pid)
+    try:
+        _exchange(connection, machine, machine.start(), timeout)
+    except BaseException:
+        connection.close()
+        raise
+    return machine
+
+
+def knock(address: Address, timeout: float = DEADLINE) -> Connection:
+    """Connect to an address; no handshake yet.
+
+    Parameters
+    ----------
+    address : tuple
+        ``("unix", path)`` or ``("tcp", (host, port))``.
+    timeout : float
+        Seconds.
+    """
+    family, place = address
+    if family == "unix":
+        connection = Client(place, "AF_UNIX")
+        return connection  # type: ignore[return-value]  # a Connection, for a socket's address
+    sock = socket.create_connection(tuple(place), timeout)
+    sock.setblocking(True)
+    return Connection(sock.detach())
+
+
+def private_address() -> str:
+    """Return an unused AF_UNIX address that leaves nothing behind in the file system.
+
+    On Linux it is abstract: a name in the network namespace, gone with its last socket.
+    Elsewhere it is a path in a folder that only this user may enter.
+    """
+    name = f"shmdist-{os.getpid()}-{secrets.token_hex(8)}"
+    if sys.platform == "linux":
+        return f"\0{name}"
+    import tempfile
+
+    return os.path.join(tempfile.mkdtemp(prefix="shmdist-"), name)
+
+
+class Door:
+    """A listening socket and the thread that accepts at it.
+
+    Parameters
+    ----------
+    family : {"AF_UNIX", "AF_INET", "AF_INET6"}
+        What to listen on.
+    address : str or tuple
+        Where.
+    cookie : bytes
+        What those who knock must prove to know.
+    pid : callable
+        Returns this process's id in the cluster.
+    start : callable
+        Runs a job on another thread.
+    admit : callable
+        Given each proven connection; owns it.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        address: Any,
+        cookie: bytes,
+        pid: Callable[[], int],
+        start: Callable[[Callable[[], None]], None],
+        admit: Callable[[Connection], None],
+    ) -> None:
+        self._listener = Listener(address, family, backlog=128)
+        self._unix = family == "AF_UNIX"
+        self._cookie, self._pid, self._start, self._admit = cookie, pid, start, admit
+        self._busy = 0
+        self.refused = 0  # strangers turned away
+        self.closed = False
+
+    @property
+    def address(self) -> Any:
+        """The address that is listened on."""
+        return self._listener.address
+
+    def run(self) -> None:
+        """Accept for ever; the body of a thread."""
+        while not self.closed:
+            try:
+                connection = self._listener.accept()
+            except OSError as error:
+                if self.closed:
+                    return
+                _log.warning("accepting failed: %s", error)
+                time.sleep(0.1)  # out of descriptors, say: others may be given back
+                continue
+            if self._busy >= MOST or (self._unix and not _same_user(connection)):
+                self.refused += 1
+                connection.close()
+                continue
+            self._busy += 1
+            self._start(lambda connection=connection: self._greet(connection))  # type: ignore[misc]
+
+    def _greet(self, connection: Connection) -> None:
+        """Run the accepting side of the handshake."""
+        try:
+            _exchange(connection, Acceptor(self._cookie, self._pid()), b"", DEADLINE)
+        except Exception as error:
+            self.refused += 1
+            _log.info("a connection was refused: %s", error)
+            connection.close()
+            return
+        finally:
+            self._busy -= 1
+        self._admit(connection)
+
+    def close(self) -> None:
+        """Stop listening."""
+        self.closed = True
+        with contextlib.suppress(OSError):
+            self._listener.close()
+
+
+def _same_user(connection: Connection) -> bool:
+    """Tell whether the other side of a local connection runs as this user (or as root)."""
+    option = getattr(socket, "SO_PEERCRED", None)
+    if option is None:
+        return True  # the folder of the socket keeps others out
+    sock = socket.socket(fileno=os.dup(connection.fileno()))
+    try:
+        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, option, 12))
+    finally:
+        sock.close()
+    return uid in (os.geteuid(), 0)

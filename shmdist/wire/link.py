@@ -1,0 +1,453 @@
+"""A link: one connection to another process, its framing and its two locks.
+
+Protocol
+--------
+Reading.  Only the holder of the process's reading baton (``runtime.dispatch``) calls
+:meth:`Link.read`, so reading needs no lock.  Reads never block: what has come of a frame
+is kept here until the rest comes, and a large frame is received straight into its final
+memory, so a peer that stops in the middle of a frame holds up nobody else.
+
+Writing.  A frame is complete in memory before its first byte is written.  ``_write``
+guards the writing side.  Whoever holds it writes his frame, then whatever was posted
+meanwhile in ``_outbox``, and looks once more after letting go, so that nothing posted
+stays behind:
+
+- :meth:`send` blocks until the frame is with the system.  The caller may change his
+  arrays the moment it returns.
+- :meth:`post` never blocks; readers use it.  What the system does not take at once is
+  copied and left in the outbox, and the caller is told to have it flushed.
+- A sender that is interrupted before the first byte takes his frame back; after the
+  first byte the rest is copied to the head of the outbox, for a half-written frame
+  would be the end of the link.
+
+End.  A read of no bytes, a reset, a frame that makes no sense, or :meth:`close` end the link
+for both directions; frames that were complete by then are still delivered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from shmdist.wire.messages import BROKEN, HEADER, Frame
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+_BUFFER = 1 << 18  # bytes read at once
+_DIRECT = 1 << 15  # bodies above this are received straight into their own memory
+_TURN = 1 << 23  # bytes of one link read before the others get their turn
+_IOV_MAX = 1024  # parts a system call takes
+_NUMPY_FROM = 1 << 16  # bytes from which numpy's uncleared memory is worth asking for
+_HEADER_SIZE = HEADER.size
+
+Part = bytes | bytearray | memoryview
+
+
+class LinkClosed(OSError):
+    """The link has ended; the frame was not sent, or not whole."""
+
+
+class SendInterrupted(Exception):
+    """The thread was interrupted while it waited to write.
+
+    Attributes
+    ----------
+    begun : bool
+        The frame will be sent whole in the background, for its beginning was written.
+    """
+
+    def __init__(self, begun: bool = False) -> None:
+        super().__init__(begun)
+        self.begun = begun
+
+
+def allocate(nbytes: int) -> Any:
+    """Return fresh writable memory of `nbytes` bytes, not cleared where that is cheaper."""
+    if nbytes >= _NUMPY_FROM:
+        numpy = sys.modules.get("numpy")
+        empty = getattr(numpy, "empty", None)  # numpy may be half imported by another thread
+        if empty is not None:
+            return memoryview(empty(nbytes, "B"))
+    return bytearray(nbytes)
+
+
+class _Incoming:
+    """A frame of which the rest is still to come: header, and memory being filled."""
+
+    __slots__ = ("broken", "frame", "offset", "sections", "table", "target", "todo")
+
+    def __init__(self, header: tuple[int, ...]) -> None:
+        kind, flags, _, lane, nbuf, call_id, body_len = header
+        self.frame = Frame(kind, flags, lane, call_id, b"", [])
+        self.broken = False
+        self.sections: list[Any] = []
+        self.todo: list[int] = []  # sizes still to be received after the current section
+        self.offset = 0
+        self.table = bool(nbuf)  # the current section is the table of lengths
+        self.todo = [body_len]
+        self.target: memoryview = memoryview(bytearray(nbuf * 8)) if nbuf else self._next()
+
+    def _next(self) -> memoryview:
+        """Make room for the next section."""
+        size = self.todo.pop(0)
+        self.offset = 0
+        try:
+            memory = allocate(size)
+        except (MemoryError, ValueError, OverflowError):
+            # The bytes must be read past all the same; the call is told.
+            self.broken = True
+            memory = bytearray(0)
+            self.skip = size
+            return _Hole(size)  # type: ignore[return-value]  # same face, keeps nothing
+        self.sections.append(memory)
+        return memoryview(memory)
+
+    def advance(self, count: int) -> bool:
+        """Note that `count` bytes came; True when the frame is complete."""
+        self.offset += count
+        while self.offset == len(self.target):
+            if self.table:
+                self.table = False
+                self.todo.extend(struct.unpack(f"<{len(self.target) // 8}Q", self.target))
+            if not self.todo:
+                return True
+            self.target = self._next()
+        return False
+
+    def finish(self) -> Frame:
+        """Return the complete frame."""
+        frame = self.frame
+        if self.broken:
+            frame.flags |= BROKEN
+        else:
+            frame.body = self.sections[0]
+            frame.buffers = self.sections[1:]
+        return frame
+
+
+class _Hole:
+    """Stands for memory that could not be had: as long as it, and forgets all."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._scratch = memoryview(bytearray(1 << 16))
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> memoryview:
+        left = self._size - (part.start or 0)
+        if part.stop is not None:
+            left = part.stop - (part.start or 0)
+        return self._scratch[:left]
+
+    def __setitem__(self, part: slice, value: object) -> None:
+        pass
+
+
+class Link:
+    """A connection to one process of the cluster.
+
+    Parameters
+    ----------
+    connection : multiprocessing.connection.Connection
+        Over a stream socket, already proven.  The link owns it from now on.
+    pid : int
+        The cluster's process id of the other side.
+    """
+
+    def __init__(self, connection: Connection, pid: int) -> None:
+        self.connection = connection
+        self.pid = pid
+        self.closed = False
+        self.fd = connection.fileno()
+        self._sock = socket.socket(fileno=self.fd)
+        self._sock.setblocking(False)
+        if self._sock.family != getattr(socket, "AF_UNIX", None):
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # -- reading: the baton's holder only
+        self._buffer = bytearray(_BUFFER)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0
+        self._incoming: _Incoming | None = None
+        # -- starting calls in order: tickets given by the reader, and passed by the calls' threads
+        self.calls_read = 0
+        self.calls_started = 0
+        self.gate = threading.Condition()  # guards waiting for `calls_started`
+        self.gate_waiters = 0
+        # -- writing
+        self._write = threading.Lock()  # guards the writing side of the socket
+        self._outbox: deque[Part] = deque()  # posted parts, in order; drained under `_write`
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "open"
+        return f"<Link to process {self.pid}, {state}, fd {self.fd}, {len(self._outbox)} parts posted>"
+
+    # ------------------------------------------------------------------ writing
+
+    def send(self, parts: list[Part], interrupted: Callable[[], bool] = lambda: False) -> None:
+        """Write one or more whole frames, and wait until the system has taken them.
+
+        Parameters
+        ----------
+        parts : list of bytes-like
+            Header, body and buffers, each C-contiguous bytes.
+        interrupted : callable
+            Looked at while waiting; true gives up.
+
+        Raises
+        ------
+        LinkClosed
+            The other side is gone.
+        SendInterrupted
+            Given up; the frame was not sent, or will be sent whole in the background.
+        """
+        write = self._write
+        if not write.acquire(False):
+            while not write.acquire(timeout=0.05):
+                if interrupted():
+                    raise SendInterrupted
+                if self.closed:
+                    raise LinkClosed("the link is closed")
+        try:
+            if self._outbox:
+                self._drain(block=True, interrupted=interrupted)
+            self._write_parts(parts, interrupted)
+        finally:
+            write.release()
+            if self._outbox:
+                self.flush(block=False)
+
+    def _write_parts(self, parts: list[Part], interrupted: Callable[[], bool]) -> None:
+        """Write `parts`; `_write` is held."""
+        if self.closed:
+            raise LinkClosed("the link is closed")
+        first = parts[0]
+        try:
+            if len(parts) == 1:
+                sent = self._sock.send(first)
+                if sent == len(first):
+                    return
+            else:
+                sent = self._sock.sendmsg(parts[:_IOV_MAX])
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise LinkClosed(str(error)) from None
+        rest = _skip(parts, sent)
+        started = sent > 0
+        while rest:
+            if not self._wait_writable():
+                raise LinkClosed("the link was closed while a frame was being written")
+            if interrupted():
+                if started:
+                    # Copies, for the caller's arrays are his again.
+                    self._outbox.extendleft(bytes(part) for part in reversed(rest))
+                raise SendInterrupted(started)
+            try:
+                sent = self._sock.sendmsg(rest[:_IOV_MAX])
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise LinkClosed(str(error)) from None
+            if sent:
+                started = True
+                rest = _skip(rest, sent)
+
+    def _wait_writable(self) -> bool:
+        """Wait a little for room to write; False when the link is closed."""
+        if self.closed:
+            return False
+        poller = select.poll()
+        poller.register(self.fd, select.POLLOUT)
+        poller.poll(50)
+        return not self.closed
+
+    def post(self, parts: Iterable[Part]) -> bool:
+        """Write without ever blocking; what is left over waits in the outbox.
+
+        Returns
+        -------
+        bool
+            False when something is left that :meth:`flush` must write, from a thread
+            that may block.
+        """
+        self._outbox.append(b"".join(parts))
+        return self.flush(block=False)
+
+    def flush(self, *, block: bool) -> bool:
+        """Write what was posted; True when nothing is left or somebody else is at it."""
+        while self._outbox and not self.closed:
+            if not self._write.acquire(block):
+                return True  # its holder looks at the outbox after letting go
+            try:
+                self._drain(block=block, interrupted=lambda: False)
+                left = bool(self._outbox)
+            except LinkClosed:
+                return True
+            finally:
+                self._write.release()
+            if left and not block:
+                return False
+        return True
+
+    def _drain(self, *, block: bool, interrupted: Callable[[], bool]) -> None:
+        """Write the outbox; `_write` is held."""
+        while self._outbox:
+            part = self._outbox[0]
+            try:
+                sent = self._sock.send(part)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                self._outbox.clear()
+                raise LinkClosed(str(error)) from None
+            if sent == len(part):
+                self._outbox.popleft()
+                continue
+            if sent:
+                self._outbox[0] = memoryview(part)[sent:]
+            if not block:
+                return
+            if not self._wait_writable():
+                raise LinkClosed("the link is closed")
+            if interrupted():
+                raise SendInterrupted
+
+    # ------------------------------------------------------------------ reading
+
+    def read(self, frames: list[Frame]) -> bool:
+        """Append the frames that have come whole; False at the end of the link.
+
+        Only the baton's holder may call this.  Never blocks.
+        """
+        budget = _TURN
+        receive = self._sock.recv_into
+        try:
+            while budget > 0:
+                incoming = self._incoming
+                if incoming is not None:
+                    room: Any = incoming.target[incoming.offset :]
+                    count = receive(room)
+                    if not count:
+                        return False
+                    budget -= count
+                    if incoming.advance(count):
+                        self._incoming = None
+                        self._deliver(incoming.finish(), frames)
+                    elif count < len(room):
+                        return True
+                    continue
+                end = self._end
+                count = receive(self._view[end:] if end else self._buffer)
+                if not count:
+                    return False
+                budget -= count
+                self._end = end + count
+                self._parse(frames)
+                if self._incoming is None and end + count < _BUFFER:
+                    return True  # a short read: the socket is empty
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return True
+
+    def _parse(self, frames: list[Frame]) -> None:
+        """Take the whole frames out of the read buffer, and begin a large one."""
+        start, end = self._start, self._end
+        unpack = HEADER.unpack_from
+        while end - start >= _HEADER_SIZE:
+            kind, flags, spare, lane, nbuf, call_id, body_len = header = unpack(self._buffer, start)
+            body = start + _HEADER_SIZE
+            if not nbuf:
+                stop = body + body_len
+                if stop <= end:
+                    frame = Frame(kind, flags, lane, call_id, bytes(self._view[body:stop]), [])
+                    self._deliver(frame, frames)
+                    start = stop
+                    continue
+                if body_len < _DIRECT:
+                    break  # the rest of a small frame: wait for it here
+            incoming = _Incoming(header)
+            start = body
+            complete = incoming.advance(0) if not len(incoming.target) else False
+            while not complete and start < end:
+                room = incoming.target[incoming.offset :]
+                count = min(len(room), end - start)
+                if not incoming.broken:
+                    room[:count] = self._view[start : start + count]
+                start += count
+                complete = incoming.advance(count)
+            if complete:
+                self._deliver(incoming.finish(), frames)
+            else:
+                self._incoming = incoming
+        if start == end:
+            start = end = 0
+        elif start:
+            # Keep the beginning of the next frame at the front, so that there is room for it.
+            left = end - start
+            self._view[:left] = bytes(self._view[start:end])
+            start, end = 0, left
+        self._start, self._end = start, end
+
+    def _deliver(self, frame: Frame, frames: list[Frame]) -> None:
+        frame.link = self
+        frames.append(frame)
+
+    # ------------------------------------------------------------------ end
+
+    def shut(self) -> None:
+        """End the link in both directions; the descriptor stays until :meth:`close`."""
+        self.closed = True
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def abandon(self) -> None:
+        """Give the descriptor back without ending the link; in a forked child."""
+        self.closed = True
+        with contextlib.suppress(OSError):
+            self._sock.detach()
+        with contextlib.suppress(OSError):
+            self.connection.close()
+
+    def close(self) -> None:
+        """End the link and give the descriptor back.
+
+        The caller makes sure that nobody reads the link any more and that its
+        descriptor is in no poller.
+        """
+        self.shut()
+        with self._write:  # a sender may still be in a system call with the descriptor
+            self._outbox.clear()
+            with contextlib.suppress(OSError):
+                self._sock.detach()
+            with contextlib.suppress(OSError):
+                self.connection.close()
+        with self.gate:
+            self.gate.notify_all()
+
+
+def _skip(parts: list[Part], count: int) -> list[Part]:
+    """Return `parts` without their first `count` bytes."""
+    index = 0
+    for index, part in enumerate(parts):  # noqa: B007 - used after the loop
+        size = len(part)
+        if count < size:
+            break
+        count -= size
+    else:
+        return []
+    rest = parts[index:]
+    if count:
+        rest[0] = memoryview(rest[0])[count:]
+    return [part for part in rest if len(part)]

@@ -1,0 +1,159 @@
+"""The messages of the protocol: one table of kinds, one frame layout.
+
+A frame is a fixed header, then (when ``nbuf`` > 0) a table of ``nbuf`` 64-bit
+lengths, then the body, then the out-of-band buffers one after the other::
+
+    kind u8 | flags u8 | spare u16 | lane u32 | nbuf u32 | call_id u64 | body u64
+
+All numbers are little-endian.  What the receiver needs to route the frame and to
+answer it stands in the header, apart from the pickled body: a body that cannot be
+read costs that one call and never the link.
+
+======== ======================== ============================================ =========
+kind     body                     meaning                                      answer
+======== ======================== ============================================ =========
+CALL     (f, args, kwargs)        run ``f(*args, **kwargs)``                   by flags
+RESULT   value or captured error  the answer to CALL or OP ``call_id``         none
+OP       (name, rrid, args)       an operation on a reference's owner          RESULT
+CANCEL   none                     give up CALL or OP ``call_id``               none
+REFS     ((whence, id, pid, n)..) reference counts change                      none
+FUNC     a function               keep it under ``call_id`` for later calls    none
+DROP     none                     forget function ``call_id``                  none
+HELLO    Hello                    first frame on a link, from who connected    none
+JOIN     Join                     process 1 makes the receiver a member        RESULT
+PEERS    tuple of PeerInfo        further members                              none
+LOST     (pid, text)              a member is gone                             none
+STOP     none                     interrupt every call that runs here          none
+EXIT     none                     leave the cluster and end                    none
+======== ======================== ============================================ =========
+
+A frame is a plain mutable record and not a frozen dataclass: one is made for every
+message that arrives, and a frozen one costs five times as much to make.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+HEADER = struct.Struct("<BBHIIQQ")
+
+
+class Kind(IntEnum):
+    """Type codes of the frames; the table is in the module's docstring."""
+
+    CALL = 1
+    RESULT = 2
+    OP = 3
+    CANCEL = 4
+    REFS = 5
+    FUNC = 6
+    DROP = 7
+    HELLO = 8
+    JOIN = 9
+    PEERS = 10
+    LOST = 11
+    STOP = 12
+    EXIT = 13
+
+
+# Flags of any frame.
+HAS_REFS = 0x01  # buffer 0 is a pickled tuple of the references inside the body
+# Flags of CALL: what the caller wants back.
+WANT_VALUE = 0x10  # the value itself (remotecall_fetch)
+WANT_STORE = 0x20  # keep the value here as a Future; tell when it is there
+BY_ID = 0x40  # the body is (function id, args, kwargs): a function sent before by FUNC
+# Flags of RESULT.
+IS_ERROR = 0x10  # the body is a captured error
+NOT_RUN = 0x20  # cancelled before it began
+STORED = 0x40  # the value stays with the owner; the body is empty
+BROKEN = 0x80  # the frame could not be received (no memory for it); set by the link
+
+# A lane runs its calls one after the other, in order; lane 0 is no lane.
+NO_LANE = 0
+
+
+class Frame:
+    """One received message.
+
+    Attributes
+    ----------
+    kind, flags, lane, call_id
+        As in the header.
+    body : bytes or bytearray
+        The pickled body, not yet read.
+    buffers : list
+        Writable buffers that belong to this frame alone.
+    link
+        The link it came by; set by the reader.
+    """
+
+    __slots__ = ("body", "buffers", "call_id", "flags", "kind", "lane", "link")
+
+    def __init__(self, kind: int, flags: int, lane: int, call_id: int, body: Any, buffers: list[Any]) -> None:
+        self.kind = kind
+        self.flags = flags
+        self.lane = lane
+        self.call_id = call_id
+        self.body = body
+        self.buffers = buffers
+        self.link: Any = None
+
+    def __repr__(self) -> str:
+        try:
+            name = Kind(self.kind).name
+        except ValueError:
+            name = f"kind {self.kind}"
+        return (
+            f"<Frame {name} id={self.call_id} flags={self.flags:#04x} lane={self.lane} "
+            f"body={len(self.body)} buffers={len(self.buffers)}>"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PeerInfo:
+    """What every member knows of a member.
+
+    Attributes
+    ----------
+    pid : int
+        Its process id in the cluster.
+    host : str
+        Identity of its host: equal for processes that may share memory.
+    name : str
+        The host's name, for people.
+    ospid : int
+        Its process id in its operating system.
+    addresses : tuple of tuple
+        Where it listens: ``("unix", path)`` and ``("tcp", (address, port))``.
+    links : frozenset of int, or None
+        Process ids it may be connected with besides process 1; ``None`` means all.
+    """
+
+    pid: int
+    host: str
+    name: str
+    ospid: int
+    addresses: tuple[tuple[str, Any], ...]
+    links: frozenset[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First frame on a link, from the process that connected."""
+
+    pid: int
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Process 1 makes the receiver a member of the cluster."""
+
+    pid: int
+    lazy: bool
+    topology: str
+    peers: tuple[PeerInfo, ...]
+    settings: dict[str, Any] = field(default_factory=dict)

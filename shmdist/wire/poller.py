@@ -1,0 +1,281 @@
+"""Waiting for many descriptors: one reader at a time, a parked thread behind it.
+
+Three sets, one inside the other, each an epoll instance that is itself pollable::
+
+    park  >  links  >  outputs
+
+``outputs`` holds the pipes on which workers print, ``links`` the connections and the
+``kick`` descriptor that wakes a reader out of :meth:`Poller.poll`, and ``park`` is where
+the standby threads sleep.  The reader polls ``links``.  A standby thread polls ``park``,
+in which ``links`` is present as *one* descriptor: arming and disarming it is one system
+call however many links there are, and it is armed one shot at a time, so that a message
+wakes one thread and only while nobody reads.
+
+Without epoll (macOS) the same face is served by :class:`SelectPoller`, which parks
+threads on a lock and wakes one each time the reading falls free: dearer, but equal
+in meaning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from collections.abc import Sequence
+
+_IN = 1  # EPOLLIN and POLLIN are 1 everywhere
+_EDGE = 0x40000000  # EPOLLONESHOT
+
+
+class Kick:
+    """A descriptor that is readable once :meth:`set`, until :meth:`clear`.
+
+    Safe in signal handlers and finalizers: it takes no lock.
+    """
+
+    def __init__(self) -> None:
+        if hasattr(os, "eventfd"):
+            self._in = self._out = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        else:
+            self._in, self._out = os.pipe()
+            os.set_blocking(self._in, False)
+            os.set_blocking(self._out, False)
+
+    def fileno(self) -> int:
+        """Return the descriptor to poll for reading."""
+        return self._in
+
+    def set(self) -> None:
+        """Make the descriptor readable."""
+        # A full pipe or counter is readable already; a closed one has nobody left to wake.
+        with contextlib.suppress(OSError):
+            os.write(self._out, b"\1\0\0\0\0\0\0\0")
+
+    def clear(self) -> None:
+        """Make the descriptor unreadable."""
+        with contextlib.suppress(OSError):
+            os.read(self._in, 4096)
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        for fd in {self._in, self._out}:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+class Poller:
+    """Epoll sets for the reader, for the printed output and for the standby threads."""
+
+    def __init__(self) -> None:
+        self._outputs = select.epoll()
+        self._links = select.epoll()
+        self._park = select.epoll()
+        self._kick = Kick()
+        self._wake = Kick()
+        self._always = Kick()  # set for ever: arming it wakes a standby thread at once
+        self._always.set()
+        self._links_fd = self._links.fileno()
+        self._outputs_fd = self._outputs.fileno()
+        self._kick_fd = self._kick.fileno()
+        self._always_fd = self._always.fileno()
+        self._links.register(self._kick_fd, _IN)
+        self._links.register(self._outputs_fd, _IN)
+        self._park.register(self._links_fd, _EDGE)
+        self._park.register(self._always_fd, _EDGE)
+        self._park.register(self._wake.fileno(), _IN)
+        self.has_outputs = False
+
+    def add(self, fd: int) -> None:
+        """Watch `fd` for reading."""
+        self._links.register(fd, _IN)
+
+    def remove(self, fd: int) -> None:
+        """Stop watching `fd`, a link's or an output's; unknown ones are ignored."""
+        for poller in (self._links, self._outputs):
+            with contextlib.suppress(OSError, ValueError):
+                poller.unregister(fd)
+
+    def add_output(self, fd: int) -> None:
+        """Watch `fd`, a pipe on which a worker prints."""
+        self._outputs.register(fd, _IN)
+        self.has_outputs = True
+
+    def outputs(self) -> list[int]:
+        """Return the output pipes that have something to read, without waiting."""
+        return [fd for fd, _ in self._outputs.poll(0)]
+
+    def poll(self, timeout: float = -1) -> Sequence[tuple[int, int]]:
+        """Wait at most `timeout` seconds (-1: for ever) for readable links.
+
+        Returns
+        -------
+        sequence of (descriptor, events)
+            May hold :attr:`kicked` and :attr:`printed`, which :meth:`sort` knows.
+        """
+        return self._links.poll(timeout)
+
+    def is_kick(self, fd: int) -> bool:
+        """Tell whether `fd` is the kick; if so, clear it."""
+        if fd == self._kick_fd:
+            self._kick.clear()
+            return True
+        return fd == self._outputs_fd
+
+    def kick(self) -> None:
+        """Wake the thread in :meth:`poll`; the kick lasts until it is seen."""
+        self._kick.set()
+
+    def arm(self) -> None:
+        """From now on the next message wakes one standby thread."""
+        self._park.modify(self._links_fd, _IN | _EDGE)
+
+    def disarm(self) -> None:
+        """From now on messages are the caller's to read."""
+        self._park.modify(self._links_fd, _EDGE)
+
+    def nudge(self) -> None:
+        """Wake one standby thread now, as if a message had come."""
+        self._park.modify(self._always_fd, _IN | _EDGE)
+
+    def wake(self) -> None:
+        """Wake the standby threads for housekeeping; safe in finalizers."""
+        self._wake.set()
+
+    def unwake(self) -> None:
+        """Take note of :meth:`wake`."""
+        self._wake.clear()
+
+    def park(self, timeout: float = -1) -> bool:
+        """Sleep as a standby thread.
+
+        Returns
+        -------
+        bool
+            True when woken by :meth:`wake` (perhaps among other things).
+        """
+        wake_fd = self._wake.fileno()
+        return any(fd == wake_fd for fd, _ in self._park.poll(timeout))
+
+    def close(self) -> None:
+        """Close every descriptor of the poller's own."""
+        for thing in (self._park, self._links, self._outputs, self._kick, self._wake, self._always):
+            thing.close()
+
+
+class SelectPoller(Poller):
+    """The same with :func:`select.poll` and a lock, for systems without epoll."""
+
+    def __init__(self) -> None:
+        self._kick = Kick()
+        self._kick_fd = self._kick.fileno()
+        self._table = threading.Lock()  # guards _fds, _outs and _generation
+        self._fds: set[int] = {self._kick_fd}
+        self._outs: set[int] = set()
+        self._outputs_fd = -1
+        self._state = threading.Condition()  # guards _armed, _nudged, _woken, _closed
+        self._armed = self._nudged = self._woken = self._closed = False
+        self.has_outputs = False
+
+    def add(self, fd: int) -> None:
+        """Watch `fd` for reading."""
+        with self._table:
+            self._fds.add(fd)
+        self.kick()
+
+    def remove(self, fd: int) -> None:
+        """Stop watching `fd`."""
+        with self._table:
+            self._fds.discard(fd)
+            self._outs.discard(fd)
+        self.kick()
+
+    def add_output(self, fd: int) -> None:
+        """Watch `fd`, a pipe on which a worker prints."""
+        with self._table:
+            self._outs.add(fd)
+        self.has_outputs = True
+        self.kick()
+
+    @staticmethod
+    def _select(fds: set[int], timeout: float) -> list[tuple[int, int]]:
+        poller = select.poll()
+        for fd in fds:
+            poller.register(fd, select.POLLIN)
+        return poller.poll(None if timeout < 0 else timeout * 1000)
+
+    def outputs(self) -> list[int]:
+        """Return the output pipes that have something to read, without waiting."""
+        with self._table:
+            outs = set(self._outs)
+        return [fd for fd, _ in self._select(outs, 0)] if outs else []
+
+    def poll(self, timeout: float = -1) -> Sequence[tuple[int, int]]:
+        """Wait at most `timeout` seconds for readable links or outputs."""
+        with self._table:
+            fds, outs = set(self._fds), set(self._outs)
+        found = self._select(fds | outs, timeout)
+        ready = [(fd, event) for fd, event in found if fd in fds]
+        if len(ready) < len(found):
+            ready.append((self._outputs_fd, _IN))
+        return ready
+
+    def arm(self) -> None:
+        """From now on the next message wakes one standby thread."""
+        with self._state:
+            self._armed = True
+            self._state.notify()
+
+    def disarm(self) -> None:
+        """From now on messages are the caller's to read."""
+        with self._state:
+            if not self._armed:
+                return
+            self._armed = False
+        self.kick()  # the standby thread may sit in poll()
+
+    def nudge(self) -> None:
+        """Wake one standby thread now, as if a message had come."""
+        with self._state:
+            self._nudged = True
+            self._state.notify()
+        self.kick()
+
+    def wake(self) -> None:
+        """Wake the standby threads for housekeeping; safe in finalizers."""
+        self._woken = True  # no lock here: this runs in finalizers
+        self.kick()
+
+    def unwake(self) -> None:
+        """Take note of :meth:`wake`."""
+        self._woken = False
+
+    def park(self, timeout: float = -1) -> bool:
+        """Sleep as a standby thread; True when woken by :meth:`wake`."""
+        while True:
+            with self._state:
+                # A finalizer cannot notify, so its wake is looked for twice a second.
+                self._state.wait_for(lambda: self._armed or self._nudged or self._woken or self._closed, 0.5)
+                if self._closed or self._woken or self._nudged:
+                    self._nudged = False
+                    return self._woken
+                armed = self._armed
+            if armed and self.poll(0.5):
+                with self._state:
+                    if self._armed:
+                        self._armed = False
+                        return self._woken
+
+    def close(self) -> None:
+        """Wake who is parked and close the descriptors."""
+        with self._state:
+            self._closed = True
+            self._state.notify_all()
+        self._kick.close()
+
+
+def make_poller() -> Poller:
+    """Return the best poller of this system."""
+    if hasattr(select, "epoll") and os.environ.get("SHMDIST_POLLER") != "select":
+        return Poller()
+    return SelectPoller()
