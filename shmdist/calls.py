@@ -13,7 +13,8 @@ from shmdist.runtime.node import Node, Reply, current_node
 from shmdist.runtime.reftable import RRID
 from shmdist.runtime.strand import current
 from shmdist.wire import codec
-from shmdist.wire.messages import WANT_STORE, WANT_VALUE, Kind
+from shmdist.wire.link import LinkClosed
+from shmdist.wire.messages import BY_ID, WANT_STORE, WANT_VALUE, Kind
 
 _CALL = int(Kind.CALL)
 _T = TypeVar("_T")
@@ -47,6 +48,15 @@ class _Place:
             self.pid = where.take()
         else:
             raise TypeError(f"{name}(f, where, *args): where must be a process id or a worker pool, not {where!r:.80}")
+
+    def payload(self, f: Any, args: Any, kwargs: Any) -> tuple[int, codec.Payload]:
+        """Pickle a call for this place; returns its flags, too."""
+        ship = getattr(self.pool, "ship", None)
+        if ship is None:
+            return 0, codec.dumps((f, args, kwargs), "the call")
+        shipped = ship(f)
+        shipped.send_to(self.pid)
+        return BY_ID, codec.dumps((shipped.number, args, kwargs), "the call's arguments")
 
     def back(self) -> None:
         """Give the worker back to the pool that lent it."""
@@ -96,11 +106,15 @@ def remotecall_fetch(f: Callable[..., _T], where: Any, /, *args: Any, **kwargs: 
         return _fetch_slowly(node, f, where, args, kwargs)  # type: ignore[no-any-return]
     if not callable(f):
         _check(f, "remotecall_fetch")
-    payload = codec.dumps((f, args, kwargs), "the call")
+    return _ask(node, f, where, WANT_VALUE, codec.dumps((f, args, kwargs), "the call"))  # type: ignore[no-any-return]
+
+
+def _ask(node: Node, f: Any, pid: int, flags: int, payload: codec.Payload) -> Any:
+    """Send a call whose value comes back, and wait for it."""
     strand = current()
     strand.enter()
     try:
-        reply = node.request(where, _CALL, WANT_VALUE, payload)
+        reply = node.request(pid, _CALL, flags, payload)
         try:
             if not reply.done:
                 node.dispatcher.wait(reply)
@@ -109,7 +123,7 @@ def remotecall_fetch(f: Callable[..., _T], where: Any, /, *args: Any, **kwargs: 
             raise
     finally:
         strand.leave()
-    return node.open(reply, _what(f))  # type: ignore[no-any-return]
+    return node.open(reply, _what(f))
 
 
 def _fetch_slowly(node: Node, f: Any, where: Any, args: Any, kwargs: Any) -> Any:
@@ -118,7 +132,8 @@ def _fetch_slowly(node: Node, f: Any, where: Any, args: Any, kwargs: Any) -> Any
     place = _Place(where, "remotecall_fetch")
     try:
         if place.pid != node.pid:
-            return remotecall_fetch(f, place.pid, *args, **kwargs)
+            flags, payload = place.payload(f, args, kwargs)
+            return _ask(node, f, place.pid, WANT_VALUE | flags, payload)
         try:
             return f(*args, **kwargs)
         except Exception as error:
@@ -160,12 +175,14 @@ def remotecall(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) 
     """
     _check(f, "remotecall")
     place = _Place(where, "remotecall")
-    return _start(f, place.pid, args, kwargs, place.back if place.pool is not None else None)
+    return _start(f, place, args, kwargs)
 
 
-def _start(f: Any, pid: int, args: Any, kwargs: Any, at_end: Callable[[], None] | None = None) -> Future:
-    """Begin a call whose value stays where it runs; `at_end` is called when it has ended."""
+def _start(f: Any, place: _Place, args: Any, kwargs: Any) -> Future:
+    """Begin a call whose value stays where it runs; at its end a pool gets its worker back."""
     node = current_node()
+    pid = place.pid
+    at_end = place.back if place.pool is not None else None
     call_id = next(node.call_ids)
     rrid = RRID(node.pid, call_id)
     what = _what(f)
@@ -173,9 +190,9 @@ def _start(f: Any, pid: int, args: Any, kwargs: Any, at_end: Callable[[], None] 
         if pid == node.pid:
             future = _start_here(node, f, rrid, args, kwargs, at_end)
         else:
-            payload = codec.dumps((f, args, kwargs), "the call")
-            link_check = node.links.get(pid) or node.link_to(pid)
-            del link_check
+            if pid not in node.links:
+                node.link_to(pid)
+            flags, payload = place.payload(f, args, kwargs)
             future = Future._of_call(rrid, pid, what)
 
             def ended(reply: Reply) -> None:
@@ -187,7 +204,7 @@ def _start(f: Any, pid: int, args: Any, kwargs: Any, at_end: Callable[[], None] 
             strand = current()
             strand.enter()
             try:
-                reply = node.request(pid, _CALL, WANT_STORE, payload, callback=ended, call_id=call_id)
+                reply = node.request(pid, _CALL, WANT_STORE | flags, payload, callback=ended, call_id=call_id)
                 if future._reply is None:
                     future._reply = reply
             finally:
@@ -272,14 +289,14 @@ def remote_do(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) -
         if place.pid == node.pid:
             _do_here(f, args, kwargs)
             return
-        payload = codec.dumps((f, args, kwargs), "the call")
+        flags, payload = place.payload(f, args, kwargs)
         strand = current()
         strand.enter()
         try:
             link = node.link_to(place.pid)
             try:
-                node.send(link, codec.frame(_CALL, 0, 0, next(node.call_ids), payload), payload)
-            except ConnectionError:
+                node.send(link, codec.frame(_CALL, flags, 0, next(node.call_ids), payload), payload)
+            except LinkClosed:
                 raise node.death(place.pid) from None
         finally:
             strand.leave()
@@ -381,7 +398,7 @@ def spawnat(pid: Any, f: Callable[..., Any] | None = None, /, *args: Any, **kwar
             raise TypeError("spawnat(pid, f, *args): the function is missing")
         return lambda body: spawnat(pid, body)
     _check(f, "spawnat")
-    return _start(f, _pid_of(pid, "spawnat"), args, kwargs)
+    return _start(f, _Place(_pid_of(pid, "spawnat"), "spawnat"), args, kwargs)
 
 
 def spawn(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:

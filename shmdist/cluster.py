@@ -228,6 +228,8 @@ class _Cluster:
             exitcode, signal_name = describe_exit(process.poll())
             oom = signal_name == "SIGKILL" and out_of_memory_kills() > member.oom_before
         node.outputs.drain(pid)
+        if member.config.page is not None:
+            node.last_words[pid] = member.config.page.copy()
         return ProcessExitedException(
             pid,
             host=info.name if info is not None else member.config.host,
@@ -260,6 +262,8 @@ class _Cluster:
             node.dispatcher.poller.remove(fd)
             node.outputs.close(fd)
         node.outputs.forget(pid)
+        if member.config.page is not None:
+            member.config.page.close()
         if hasattr(member.config.userdata, "close"):
             with contextlib.suppress(OSError):
                 member.config.userdata.close()

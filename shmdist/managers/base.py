@@ -94,6 +94,8 @@ class WorkerConfig:
     enable_threaded_blas: bool | None = None
     #: Bytes already read from `io`'s descriptors, to be shown with the rest.
     io_rest: tuple[bytes, bytes] = field(default=(b"", b""), repr=False)
+    #: Where a local worker notes how far it is.
+    page: Any = field(default=None, repr=False)
 
 
 class ClusterManager(ABC):

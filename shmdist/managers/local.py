@@ -14,6 +14,7 @@ from typing import Any
 
 from shmdist.errors import LaunchWorkerError, describe_exit
 from shmdist.managers.base import THREAD_VARIABLES, ClusterManager, WorkerConfig, usable_cpus
+from shmdist.memory.segment import make_page
 
 _LONGEST = 1 << 20  # bytes of a worker's output looked through for its line
 
@@ -140,6 +141,9 @@ class _Launch:
             "local": bool(params["restrict"]),
             "parent": os.getpid(),
         }
+        self.page = make_page()
+        if self.page is not None:
+            settings["page"] = self.page.fd
         # The package itself must be found before the path can be told.
         root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         former = environment.get("PYTHONPATH")
@@ -153,7 +157,10 @@ class _Launch:
             env=environment,
             # The terminal's Ctrl-C is for process 1, which knows what to do about its workers.
             start_new_session=True,
+            pass_fds=() if self.page is None else (self.page.fd,),
         )
+        if self.page is not None:
+            self.page.close_fd()
         streams = self.process.stdin, self.process.stdout, self.process.stderr
         assert streams[0] is not None and streams[1] is not None and streams[2] is not None
         # The pipe of the cookie stays open: its end tells the worker that this process is gone.
@@ -210,6 +217,8 @@ class _Launch:
         self.lifeline.close()
         os.close(self.out)
         os.close(self.err)
+        if self.page is not None:
+            self.page.close()
 
     def config(self) -> WorkerConfig:
         """Return the configuration of the worker, which is up."""
@@ -228,6 +237,7 @@ class _Launch:
             process=self.process,
             ospid=self.process.pid,
             userdata=self.lifeline,
+            page=self.page,
         )
 
 

@@ -226,7 +226,8 @@ class Dispatcher:
     def complete(self, cell: Cell) -> None:
         """Complete a cell from any thread; its waiter may be asleep, or reading."""
         cell.done = True
-        if cell.lock is not None:
+        # The thread that reads need not wake itself.
+        if cell.lock is not None and not (self._leader is cell and current().leading):
             cell.wake()
 
     # ------------------------------------------------------------------ the baton

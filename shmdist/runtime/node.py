@@ -150,6 +150,7 @@ class Node:
         self.all_links: dict[int, set[Link]] = {}  # two processes that dial each other at once have two
         self.peers: dict[int, PeerInfo] = {}  # the members that are alive, this process among them
         self.graves: dict[int, BaseException] = {}  # members that are gone, and how they went
+        self.last_words: dict[int, dict[int, int]] = {}  # how far members that are gone were: element by call
         self.refs = RefTable()
         self.call_ids = itertools.count(1)
         self.lanes = itertools.count(1)
@@ -377,19 +378,26 @@ class Node:
 
     # ------------------------------------------------------------------ errors on the wire
 
-    def dump_error(self, captured: CapturedException) -> codec.Payload:
-        """Pickle an error so that it arrives whatever the exception inside is like."""
+    def pack_error(self, captured: CapturedException) -> tuple[str, str, str, bytes]:
+        """Make an error ready to be sent so that it arrives whatever the exception inside is like."""
         try:
             blob = codec.pickle_whole(captured)
         except Exception:
             captured = captured.stand_in()
             blob = codec.pickle_whole(captured)
-        texts = captured.type_name, captured.message, captured.traceback_text
-        return codec.dumps((self.pid, *texts, blob))
+        return captured.type_name, captured.message, captured.traceback_text, blob
+
+    def dump_error(self, captured: CapturedException) -> codec.Payload:
+        """Pickle an error that is the answer to a request."""
+        return codec.dumps((self.pid, *self.pack_error(captured)))
 
     def load_error(self, frame: Frame) -> RemoteException:
         """Return the error that a RESULT frame tells."""
-        pid, type_name, message, text, blob = codec.loads(frame, self.give_back)
+        return self.unpack_error(*codec.loads(frame, self.give_back))
+
+    @staticmethod
+    def unpack_error(pid: int, type_name: str, message: str, text: str, blob: bytes) -> RemoteException:
+        """Return the error of process `pid` that :meth:`pack_error` packed."""
         try:
             captured = pickle.loads(blob)
         except Exception as error:
@@ -508,6 +516,9 @@ class Node:
             self.change_counts(changes)
         elif kind == _CANCEL:
             key = (frame.link.pid, frame.call_id)
+            if frame.flags & NOT_RUN:
+                self.tasks.withdraw(key)
+                return
             withdraw = self.waiting.pop(key, None)
             if withdraw is None:
                 self.tasks.cancel(key)

@@ -8,7 +8,8 @@ import sys
 import threading
 from collections import deque
 
-_CHUNK = 1 << 16
+_CHUNK = 1 << 16  # bytes read at once
+_TURN = 1 << 20  # bytes of one pipe read before the links get their turn
 _TAIL = 50  # lines of stderr kept for the error that tells of a worker's death
 _LONGEST = 1 << 20  # bytes after which a line is shown though it has not ended
 
@@ -22,7 +23,7 @@ class _Pipe:
         self.fd = fd
         self.pid = pid
         self.error = error
-        self.rest = b""
+        self.rest = bytearray()  # the beginning of a line
         self.tail = tail
 
 
@@ -38,46 +39,58 @@ class Outputs:
         self._pipes: dict[int, _Pipe] = {}
         self._tails: dict[int, deque[str]] = {}
         self.lines: deque[tuple[int, str]] = deque()  # worker and line; append and pop are atomic
+        self._reading = threading.Lock()  # guards `_pipes`, reading from them, and their rests
         self._showing = threading.RLock()  # guards the order in which lines are shown
 
     def add(self, fd: int, pid: int, *, error: bool, rest: bytes = b"") -> None:
         """Take a worker's pipe over; `rest` was read from it before."""
         os.set_blocking(fd, False)
         tail = self._tails.setdefault(pid, deque(maxlen=_TAIL))
-        pipe = self._pipes[fd] = _Pipe(fd, pid, error, tail)
-        self._cut(pipe, rest)
+        with self._reading:
+            pipe = self._pipes[fd] = _Pipe(fd, pid, error, tail)
+            self._cut(pipe, rest)
 
     def read(self, fd: int) -> bool:
         """Read what has come by a pipe; False at its end."""
-        pipe = self._pipes.get(fd)
-        if pipe is None:
-            return False
-        while True:
+        with self._reading:
+            pipe = self._pipes.get(fd)
+            return pipe is not None and self._read(pipe)
+
+    def _read(self, pipe: _Pipe) -> bool:
+        for _ in range(_TURN // _CHUNK):
             try:
-                data = os.read(fd, _CHUNK)
+                data = os.read(pipe.fd, _CHUNK)
             except BlockingIOError:
                 return True
             except OSError:
                 data = b""
             if not data:
-                if pipe.rest:
-                    self._line(pipe, pipe.rest)
-                    pipe.rest = b""
+                self._end_line(pipe)
                 return False
             self._cut(pipe, data)
             if len(data) < _CHUNK:
                 return True
+        return True
 
     def _cut(self, pipe: _Pipe, data: bytes) -> None:
-        *lines, rest = (pipe.rest + data).split(b"\n")
-        for line in lines:
-            self._line(pipe, line)
-        if len(rest) > _LONGEST:
-            self._line(pipe, rest)
-            rest = b""
-        pipe.rest = rest
+        # Only what is new is looked through: a line may grow dot by dot.
+        whole, newline, rest = data.rpartition(b"\n")
+        if newline:
+            pipe.rest += whole
+            for line in pipe.rest.split(b"\n"):
+                self._line(pipe, line)
+            pipe.rest.clear()
+        pipe.rest += rest
+        if len(pipe.rest) > _LONGEST:
+            self._end_line(pipe)
 
-    def _line(self, pipe: _Pipe, line: bytes) -> None:
+    def _end_line(self, pipe: _Pipe) -> None:
+        """Take what has come of a line for the whole of it."""
+        if pipe.rest:
+            self._line(pipe, pipe.rest)
+            pipe.rest.clear()
+
+    def _line(self, pipe: _Pipe, line: bytearray) -> None:
         text = line.decode("utf-8", "replace").rstrip("\r")
         if pipe.error:
             pipe.tail.append(text)
@@ -103,9 +116,12 @@ class Outputs:
 
     def drain(self, pid: int) -> None:
         """Read what a worker that has died left in its pipes."""
-        for fd, pipe in list(self._pipes.items()):
-            if pipe.pid == pid:
-                self.read(fd)
+        with self._reading:
+            for pipe in self._pipes.values():
+                # Not up to the pipe's end, which may be held open by a process that it has started.
+                if pipe.pid == pid:
+                    self._read(pipe)
+                    self._end_line(pipe)
 
     def fds(self, pid: int) -> list[int]:
         """Return the descriptors of a worker's pipes."""
@@ -113,9 +129,10 @@ class Outputs:
 
     def close(self, fd: int) -> None:
         """Close a pipe; it is in no poller any more."""
-        if self._pipes.pop(fd, None) is not None:
-            with contextlib.suppress(OSError):
-                os.close(fd)
+        with self._reading:  # nobody is to read from what gets this number next
+            if self._pipes.pop(fd, None) is not None:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
 
     def forget(self, pid: int) -> None:
         """Forget the last lines of a worker that is gone."""
@@ -123,5 +140,10 @@ class Outputs:
 
     def abandon(self) -> None:
         """Close every pipe, in a forked child."""
-        for fd in list(self._pipes):
-            self.close(fd)
+        pipes, self._pipes = self._pipes, {}
+        self._reading = threading.Lock()  # its holder may be a thread of the parent
+        self._showing = threading.RLock()
+        self.lines.clear()  # the parent shows them
+        for fd in pipes:
+            with contextlib.suppress(OSError):
+                os.close(fd)

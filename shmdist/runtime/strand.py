@@ -17,7 +17,8 @@ put off, so there is no gap between the handler and ``depth``.
 
 from __future__ import annotations
 
-import _signal  # the C half of `signal`: its wrapper costs two microseconds an entry
+# The C half of `signal`, which has no stubs: the wrapper costs two microseconds an entry.
+import _signal  # type: ignore[import-not-found]
 import signal
 import sys
 import threading
@@ -62,7 +63,20 @@ class Strand:
     of the thread that runs it; without a call nobody else writes here.
     """
 
-    __slots__ = ("cell", "depth", "guard", "ident", "kick", "leading", "main", "pending", "previous", "signalled", "task")
+    __slots__ = (
+        "cell",
+        "depth",
+        "guard",
+        "ident",
+        "kick",
+        "leading",
+        "main",
+        "pending",
+        "previous",
+        "signalled",
+        "struck",
+        "task",
+    )
 
     def __init__(self) -> None:
         self.depth = 0
@@ -73,6 +87,7 @@ class Strand:
         self.task: Any = None  # the remote call it runs, a runtime.task.Task
         self.main = False  # process 1's main thread, where Python runs signal handlers
         self.signalled = False  # a worker's main thread: interrupted by a signal
+        self.struck = False  # there, the signal has come for this task
         self.previous: Any = None  # the SIGINT handler found on entering
         self.guard = threading.Lock()
         self.ident = threading.get_ident()
@@ -160,8 +175,10 @@ class Strand:
     def on_signal(self, signum: int, stack: Any) -> None:
         """Handle SIGINT on a worker's main thread, for good; an idle one is unharmed."""
         task = self.task
-        if task is None or not task.interrupted:
+        # Once for a task: a Ctrl-C that a terminal sends as well must not hit what clears up after it.
+        if task is None or not task.interrupted or self.struck:
             return
+        self.struck = True
         if self.depth:
             self.pending = True
             self.poke()
@@ -172,7 +189,7 @@ class Strand:
         """Begin to run `task` on this thread; the runtime's depth is 1."""
         with self.guard:
             self.task = task
-            self.pending = False
+            self.pending = self.struck = False
 
     def end(self) -> None:
         """End the task: from here on no interrupt of it can arrive."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from shmdist.errors import capture
+from shmdist.errors import SerializationError, capture
 from shmdist.runtime.reftable import RRID
 from shmdist.wire import codec
 from shmdist.wire.messages import (
@@ -105,7 +105,7 @@ class Tasks:
                     self._pass_gate(task)
                 value = function(*args, **kwargs)
                 if frame.flags & WANT_VALUE:
-                    payload = codec.dumps(value, _describe(function))
+                    payload = _dump_value(value, function)
             finally:
                 strand.cover()
         except BaseException as caught:
@@ -183,6 +183,16 @@ class Tasks:
 
     def cancel(self, key: tuple[int, int]) -> bool:
         """Give up a call: withdraw it, or interrupt it; False when it is not here."""
+        if self.withdraw(key):
+            return True
+        task = self.running.get(key)
+        if task is None:
+            return False
+        self.interrupt(task)
+        return True
+
+    def withdraw(self, key: tuple[int, int]) -> bool:
+        """Take back a call that has not begun, and answer so; False when it has."""
         task = self.queued.pop(key, None)
         if task is not None:
             codec_refs = codec.references(task.frame)
@@ -191,12 +201,7 @@ class Tasks:
             if task.frame.flags & WANT_STORE:
                 self._node.store(key, None, capture(KeyboardInterrupt("cancelled before it began")))
             self._node.post(task.link, _RESULT, NOT_RUN, task.frame.call_id)
-            return True
-        task = self.running.get(key)
-        if task is None:
-            return False
-        self.interrupt(task)
-        return True
+        return task is not None
 
     def interrupt(self, task: Task) -> None:
         """Raise KeyboardInterrupt in a running call."""
@@ -226,9 +231,19 @@ class Tasks:
             self._answer_error(task, error)
 
 
-def _describe(function: Any) -> str:
-    """Name a function for an error's text."""
-    return f"the result of {getattr(function, '__qualname__', None) or repr(function)}"
+def _dump_value(value: Any, function: Any) -> codec.Payload:
+    """Pickle a result.
+
+    A result that stands for many may leave out those that cannot be sent: its method
+    ``without_unsendable`` then returns what can.
+    """
+    try:
+        return codec.dumps(value, f"the result of {getattr(function, '__qualname__', None) or repr(function)}")
+    except SerializationError:
+        salvage = getattr(value, "without_unsendable", None)
+        if salvage is None:
+            raise
+        return codec.dumps(salvage())
 
 
 class Functions:

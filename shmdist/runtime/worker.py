@@ -28,6 +28,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from shmdist._version import __version__
+from shmdist.memory.segment import Page
 from shmdist.runtime import node as node_module
 from shmdist.runtime.node import Node
 from shmdist.runtime.strand import current
@@ -116,6 +117,9 @@ def start_worker(
     bind_addr = settings.get("bind_addr", bind_addr)
     _prepare(settings, close_stdin, stderr_to_stdout)
     node = init_worker(cookie)
+    if "page" in settings:
+        page = node.settings["page"] = Page(settings["page"])
+        page.close_fd()
     me = _Worker(node)
     address = me.listen(local, bind_addr, port)
     out = out or sys.stdout

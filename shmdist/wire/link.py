@@ -14,14 +14,19 @@ stays behind:
 
 - :meth:`send` blocks until the frame is with the system.  The caller may change his
   arrays the moment it returns.
-- :meth:`post` never blocks; readers use it.  What the system does not take at once is
-  copied and left in the outbox, and the caller is told to have it flushed.
+- :meth:`post` never blocks; readers use it.  What the system does not take at once, or
+  what finds somebody else writing, is copied and left in the outbox, and the caller is
+  told to have it flushed.  The holder of ``_write`` will mostly have done it by then, but
+  he may give up at a socket that is full.  One flush is asked for at a time: ``_asked`` is
+  set before the caller is told, and cleared by the flush once it holds ``_write``, so a
+  part posted while it is set is a part that this flush will see.
 - A sender that is interrupted before the first byte takes his frame back; after the
   first byte the rest is copied to the head of the outbox, for a half-written frame
   would be the end of the link.
 
-End.  A read of no bytes, a reset, a frame that makes no sense, or :meth:`close` end the link
-for both directions; frames that were complete by then are still delivered.
+End.  A read of no bytes, a reset, a frame that makes no sense (lengths that no memory can
+have), a write that fails in the middle of a frame, or :meth:`close` end the link for both
+directions; frames that were complete by then are still delivered.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from shmdist.wire.messages import BROKEN, HEADER, Frame
+from shmdist.wire.messages import BROKEN, HAS_REFS, HEADER, Frame
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -47,6 +52,7 @@ _TURN = 1 << 23  # bytes of one link read before the others get their turn
 _IOV_MAX = 1024  # parts a system call takes
 _NUMPY_FROM = 1 << 16  # bytes from which numpy's uncleared memory is worth asking for
 _HEADER_SIZE = HEADER.size
+_SCRATCH = memoryview(bytearray(1 << 16))  # where bytes go that nobody will see
 
 Part = bytes | bytearray | memoryview
 
@@ -80,43 +86,56 @@ def allocate(nbytes: int) -> Any:
 
 
 class _Incoming:
-    """A frame of which the rest is still to come: header, and memory being filled."""
+    """A frame of which the rest is still to come: header, and memory being filled.
 
-    __slots__ = ("broken", "frame", "offset", "sections", "table", "target", "todo")
+    Memory that cannot be had for a section makes the frame a broken one: its bytes are
+    read past, what came of it is let go, and who waits for it is told.  Of a broken frame
+    only the references are kept, so that they can be given back.
+    """
+
+    __slots__ = ("broken", "frame", "offset", "refs", "sections", "table", "target", "todo")
 
     def __init__(self, header: tuple[int, ...]) -> None:
         kind, flags, _, lane, nbuf, call_id, body_len = header
         self.frame = Frame(kind, flags, lane, call_id, b"", [])
         self.broken = False
-        self.sections: list[Any] = []
-        self.todo: list[int] = []  # sizes still to be received after the current section
+        self.sections: list[Any] = []  # body and buffers, as far as they are begun
+        self.refs = 1 if flags & HAS_REFS else -1  # index of the section that holds the references
+        self.todo = deque([body_len])  # sizes of the sections after the current one
         self.offset = 0
         self.table = bool(nbuf)  # the current section is the table of lengths
-        self.todo = [body_len]
-        self.target: memoryview = memoryview(bytearray(nbuf * 8)) if nbuf else self._next()
+        self.target: Any = memoryview(bytearray(nbuf * 8)) if nbuf else self._next()
 
-    def _next(self) -> memoryview:
+    def _next(self) -> Any:
         """Make room for the next section."""
-        size = self.todo.pop(0)
+        size = self.todo.popleft()
         self.offset = 0
-        try:
-            memory = allocate(size)
-        except (MemoryError, ValueError, OverflowError):
-            # The bytes must be read past all the same; the call is told.
-            self.broken = True
-            memory = bytearray(0)
-            self.skip = size
-            return _Hole(size)  # type: ignore[return-value]  # same face, keeps nothing
+        index = len(self.sections)
+        memory: Any = None
+        if not self.broken or index == self.refs:
+            try:
+                memory = allocate(size)
+            except (MemoryError, ValueError, OverflowError):
+                self.broken = True
+                self.sections = [part if at == self.refs else None for at, part in enumerate(self.sections)]
         self.sections.append(memory)
-        return memoryview(memory)
+        return _Hole(size) if memory is None else memoryview(memory)
 
     def advance(self, count: int) -> bool:
-        """Note that `count` bytes came; True when the frame is complete."""
+        """Note that `count` bytes came; True when the frame is complete.
+
+        Raises
+        ------
+        OSError
+            The table of lengths makes no sense.
+        """
         self.offset += count
         while self.offset == len(self.target):
             if self.table:
                 self.table = False
                 self.todo.extend(struct.unpack(f"<{len(self.target) // 8}Q", self.target))
+                if max(self.todo) > sys.maxsize:
+                    raise OSError("a buffer of a frame is longer than any memory")
             if not self.todo:
                 return True
             self.target = self._next()
@@ -125,11 +144,15 @@ class _Incoming:
     def finish(self) -> Frame:
         """Return the complete frame."""
         frame = self.frame
-        if self.broken:
-            frame.flags |= BROKEN
-        else:
+        if not self.broken:
             frame.body = self.sections[0]
             frame.buffers = self.sections[1:]
+            return frame
+        frame.flags |= BROKEN
+        if 0 < self.refs < len(self.sections) and self.sections[self.refs] is not None:
+            frame.buffers = [self.sections[self.refs]]
+        else:
+            frame.flags &= ~HAS_REFS
         return frame
 
 
@@ -138,19 +161,12 @@ class _Hole:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._scratch = memoryview(bytearray(1 << 16))
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, part: slice) -> memoryview:
-        left = self._size - (part.start or 0)
-        if part.stop is not None:
-            left = part.stop - (part.start or 0)
-        return self._scratch[:left]
-
-    def __setitem__(self, part: slice, value: object) -> None:
-        pass
+        return _SCRATCH[: self._size - part.start]
 
 
 class Link:
@@ -186,6 +202,7 @@ class Link:
         # -- writing
         self._write = threading.Lock()  # guards the writing side of the socket
         self._outbox: deque[Part] = deque()  # posted parts, in order; drained under `_write`
+        self._asked = False  # somebody was told to flush, and has not begun yet
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
@@ -248,19 +265,31 @@ class Link:
             if not self._wait_writable():
                 raise LinkClosed("the link was closed while a frame was being written")
             if interrupted():
-                if started:
-                    # Copies, for the caller's arrays are his again.
-                    self._outbox.extendleft(bytes(part) for part in reversed(rest))
-                raise SendInterrupted(started)
+                if not started:
+                    raise SendInterrupted
+                if self._keep(rest):
+                    raise SendInterrupted(begun=True)
+                # No memory to keep the rest: a frame that has begun must end all the same.
             try:
                 sent = self._sock.sendmsg(rest[:_IOV_MAX])
             except BlockingIOError:
                 continue
             except OSError as error:
+                if started:
+                    self.shut()  # or the next frame would be taken for the rest of this one
                 raise LinkClosed(str(error)) from None
             if sent:
                 started = True
                 rest = _skip(rest, sent)
+
+    def _keep(self, rest: list[Part]) -> bool:
+        """Put the rest of a frame at the head of the outbox; `_write` is held."""
+        try:
+            copies = [bytes(part) for part in rest]  # the caller's arrays are his again
+        except MemoryError:
+            return False
+        self._outbox.extendleft(reversed(copies))
+        return True
 
     def _wait_writable(self) -> bool:
         """Wait a little for room to write; False when the link is closed."""
@@ -277,18 +306,25 @@ class Link:
         Returns
         -------
         bool
-            False when something is left that :meth:`flush` must write, from a thread
-            that may block.
+            False when the caller must see to it that :meth:`flush` is called, from a
+            thread that may block.
         """
         self._outbox.append(b"".join(parts))
-        return self.flush(block=False)
+        if self.flush(block=False) or self._asked:
+            return True
+        self._asked = True
+        return False
 
     def flush(self, *, block: bool) -> bool:
-        """Write what was posted; True when nothing is left or somebody else is at it."""
+        """Write what was posted; False when something may be left."""
+        if block and not self._outbox:
+            self._asked = False
         while self._outbox and not self.closed:
             if not self._write.acquire(block):
-                return True  # its holder looks at the outbox after letting go
+                return False  # its holder looks at the outbox after letting go, but may give up
             try:
+                if block:
+                    self._asked = False
                 self._drain(block=block, interrupted=lambda: False)
                 left = bool(self._outbox)
             except LinkClosed:
@@ -357,7 +393,7 @@ class Link:
                     return True  # a short read: the socket is empty
         except BlockingIOError:
             return True
-        except OSError:
+        except (OSError, MemoryError):  # no memory for even a small frame
             return False
         return True
 
@@ -366,7 +402,7 @@ class Link:
         start, end = self._start, self._end
         unpack = HEADER.unpack_from
         while end - start >= _HEADER_SIZE:
-            kind, flags, spare, lane, nbuf, call_id, body_len = header = unpack(self._buffer, start)
+            kind, flags, _spare, lane, nbuf, call_id, body_len = header = unpack(self._buffer, start)
             body = start + _HEADER_SIZE
             if not nbuf:
                 stop = body + body_len
@@ -377,14 +413,15 @@ class Link:
                     continue
                 if body_len < _DIRECT:
                     break  # the rest of a small frame: wait for it here
+            if body_len > sys.maxsize:
+                raise OSError("the body of a frame is longer than any memory")
             incoming = _Incoming(header)
             start = body
             complete = incoming.advance(0) if not len(incoming.target) else False
             while not complete and start < end:
                 room = incoming.target[incoming.offset :]
                 count = min(len(room), end - start)
-                if not incoming.broken:
-                    room[:count] = self._view[start : start + count]
+                room[:count] = self._view[start : start + count]
                 start += count
                 complete = incoming.advance(count)
             if complete:

@@ -22,10 +22,13 @@ import contextlib
 import os
 import select
 import threading
+import time
 from collections.abc import Sequence
+from math import inf
 
 _IN = 1  # EPOLLIN and POLLIN are 1 everywhere
-_EDGE = 0x40000000  # EPOLLONESHOT
+_ONCE = 0x40000000  # EPOLLONESHOT
+_TURN = 0.5  # seconds after which a thread that SelectPoller has parked looks around
 
 
 class Kick:
@@ -55,11 +58,14 @@ class Kick:
     def clear(self) -> None:
         """Make the descriptor unreadable."""
         with contextlib.suppress(OSError):
-            os.read(self._in, 4096)
+            os.read(self._in, 1 << 16)  # as much as a pipe holds
 
     def close(self) -> None:
         """Close the descriptors."""
-        for fd in {self._in, self._out}:
+        fds = {self._in, self._out}
+        # A finalizer may still call set(), and must not write into what gets these numbers next.
+        self._in = self._out = -1
+        for fd in fds:
             with contextlib.suppress(OSError):
                 os.close(fd)
 
@@ -81,8 +87,8 @@ class Poller:
         self._always_fd = self._always.fileno()
         self._links.register(self._kick_fd, _IN)
         self._links.register(self._outputs_fd, _IN)
-        self._park.register(self._links_fd, _EDGE)
-        self._park.register(self._always_fd, _EDGE)
+        self._park.register(self._links_fd, _ONCE)
+        self._park.register(self._always_fd, _ONCE)
         self._park.register(self._wake.fileno(), _IN)
         self.has_outputs = False
 
@@ -111,12 +117,12 @@ class Poller:
         Returns
         -------
         sequence of (descriptor, events)
-            May hold :attr:`kicked` and :attr:`printed`, which :meth:`sort` knows.
+            May hold the kick and the set of outputs, which :meth:`is_kick` knows.
         """
         return self._links.poll(timeout)
 
     def is_kick(self, fd: int) -> bool:
-        """Tell whether `fd` is the kick; if so, clear it."""
+        """Tell whether `fd` is the poller's own: the kick, which is cleared, or the outputs."""
         if fd == self._kick_fd:
             self._kick.clear()
             return True
@@ -128,15 +134,15 @@ class Poller:
 
     def arm(self) -> None:
         """From now on the next message wakes one standby thread."""
-        self._park.modify(self._links_fd, _IN | _EDGE)
+        self._park.modify(self._links_fd, _IN | _ONCE)
 
     def disarm(self) -> None:
         """From now on messages are the caller's to read."""
-        self._park.modify(self._links_fd, _EDGE)
+        self._park.modify(self._links_fd, _ONCE)
 
     def nudge(self) -> None:
         """Wake one standby thread now, as if a message had come."""
-        self._park.modify(self._always_fd, _IN | _EDGE)
+        self._park.modify(self._always_fd, _IN | _ONCE)
 
     def wake(self) -> None:
         """Wake the standby threads for housekeeping; safe in finalizers."""
@@ -147,7 +153,7 @@ class Poller:
         self._wake.clear()
 
     def park(self, timeout: float = -1) -> bool:
-        """Sleep as a standby thread.
+        """Sleep as a standby thread, for at most `timeout` seconds (-1: for ever).
 
         Returns
         -------
@@ -252,25 +258,32 @@ class SelectPoller(Poller):
 
     def park(self, timeout: float = -1) -> bool:
         """Sleep as a standby thread; True when woken by :meth:`wake`."""
+        end = inf if timeout < 0 else time.monotonic() + timeout
         while True:
+            # A finalizer cannot notify, so its wake is looked for twice a second.
+            turn = min(_TURN, max(0.0, end - time.monotonic()))
             with self._state:
-                # A finalizer cannot notify, so its wake is looked for twice a second.
-                self._state.wait_for(lambda: self._armed or self._nudged or self._woken or self._closed, 0.5)
+                self._state.wait_for(lambda: self._armed or self._nudged or self._woken or self._closed, turn)
                 if self._closed or self._woken or self._nudged:
                     self._nudged = False
                     return self._woken
                 armed = self._armed
-            if armed and self.poll(0.5):
+            if armed and self.poll(turn):
                 with self._state:
                     if self._armed:
                         self._armed = False
                         return self._woken
+            if time.monotonic() >= end:
+                return False
 
     def close(self) -> None:
         """Wake who is parked and close the descriptors."""
-        with self._state:
-            self._closed = True
+        self._closed = True
+        # In a forked child nobody may be left who would give the lock back.  A parked thread
+        # that is not told looks by itself within `_TURN`.
+        if self._state.acquire(False):
             self._state.notify_all()
+            self._state.release()
         self._kick.close()
 
 

@@ -1,0 +1,333 @@
+"""``@distributed`` loops and reductions: the range is cut into chunks, one worker each."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from shmdist.pools import default_worker_pool
+from shmdist.runs import Run, scatter
+from shmdist.runtime.node import current_node
+from shmdist.tasks import async_
+
+
+class _None:
+    """Stands for a value that was not given."""
+
+    def __repr__(self) -> str:
+        return "<no value>"
+
+    def __reduce__(self) -> str:
+        return "_NONE"  # the same one in every process
+
+
+_NONE: Any = _None()
+
+
+def splitrange(first: int, last: int, np: int) -> list[range]:
+    """Cut the integers from `first` to `last`, both included, into at most `np` ranges.
+
+    Their sizes differ by at most one, the larger ones first; empty ones are left out.
+
+    Parameters
+    ----------
+    first, last : int
+        Bounds, both included.
+    np : int
+        Number of parts.
+
+    Returns
+    -------
+    list of range
+
+    References
+    ----------
+    Julia's Distributed, `splitrange`.
+
+    Examples
+    --------
+    >>> splitrange(1, 10, 3)
+    [range(1, 5), range(5, 8), range(8, 11)]
+    """
+    if np < 1:
+        raise ValueError(f"splitrange() needs at least one part, not {np!r}")
+    count = max(0, last - first + 1)
+    size, larger = divmod(count, np)
+    parts = []
+    start = first
+    for part in range(min(np, count)):
+        stop = start + size + (part < larger)
+        parts.append(range(start, stop))
+        start = stop
+    return parts
+
+
+class _Chunk:
+    """What a worker does with a chunk."""
+
+    def __init__(self, body: Callable[[Any], Any], reducer: Callable[[Any, Any], Any] | None, vectorized: bool) -> None:
+        self.body = body
+        self.reducer = reducer
+        self.vectorized = vectorized
+
+    def __reduce__(self) -> Any:
+        return _Chunk, (self.body, self.reducer, self.vectorized)
+
+    def __call__(self, chunk: Any) -> Any:
+        """Run the body over a chunk; returns the chunk's partial result."""
+        if self.vectorized:
+            value = self.body(chunk)
+            return None if self.reducer is None else value
+        if self.reducer is None:
+            body = self.body
+            for element in chunk:
+                body(element)
+            return None
+        return _fold(self.reducer, self.body, chunk)
+
+
+def _fold(reducer: Callable[[Any, Any], Any], body: Callable[[Any], Any], chunk: Any) -> Any:
+    """Reduce the body's values over a chunk, from the left.
+
+    A plain loop, for the interpreter runs a Python function called from bytecode faster
+    than one called from C, as ``functools.reduce`` and ``map`` would. For addition, the most
+    usual reducer, the operator itself saves another call.
+    """
+    elements = iter(chunk)
+    value = body(next(elements))
+    if reducer is operator.add:
+        for element in elements:
+            value = value + body(element)
+    else:
+        for element in elements:
+            value = reducer(value, body(element))
+    return value
+
+
+class DistributedLoop:
+    """A loop over a range or sequence, run by workers; made by :func:`distributed`.
+
+    Calling it with what to loop over returns the reduced value, or, without a reducer, a
+    `Task` at once. `body` is the function that was decorated.
+    """
+
+    __module__ = "shmdist"
+
+    def __init__(self, body: Callable[[Any], Any], reducer: Any, options: dict[str, Any]) -> None:
+        if not callable(body):
+            raise TypeError(f"@distributed decorates a function of one argument, not {body!r:.80}")
+        self.body = body
+        self.reducer = reducer
+        self._options = options
+        functools.update_wrapper(self, body)
+
+    def __repr__(self) -> str:
+        return f"<DistributedLoop {getattr(self.body, '__qualname__', self.body)!s}, reducer {self.reducer!r}>"
+
+    def __reduce__(self) -> Any:
+        return DistributedLoop, (self.body, self.reducer, self._options)
+
+    def __call__(self, iterable: Any, *, pool: Any = None) -> Any:
+        """Run the loop.
+
+        Parameters
+        ----------
+        iterable : range, sequence or ndarray
+            Of an ndarray, the first axis.
+        pool : worker pool, optional
+            Default: the default worker pool.
+
+        Returns
+        -------
+        object
+            The reduced value; without a reducer a `Task`, whose error is the loop's.
+        """
+        sequence = _sequence(iterable)
+        if self.reducer is None:
+            return async_(self._run, sequence, pool)
+        return self._run(sequence, pool)
+
+    def _run(self, sequence: Any, pool: Any) -> Any:
+        options = self._options
+        initial = options["initial"]
+        if len(sequence) == 0:
+            if self.reducer is None:
+                return None
+            if initial is _NONE:
+                raise ValueError("a @distributed reduction over nothing has no value; give initial=")
+            return initial
+        pool = default_worker_pool() if pool is None else pool
+        pids = pool.workers()
+        work = _Chunk(self.body, self.reducer, options["vectorized"])
+        chunks = _chunks(sequence, len(pids), options["schedule"], options["chunk"])
+        if pids == [current_node().pid]:
+            from shmdist.errors import capture, remote_exception
+
+            try:
+                partial = [work(chunk) for chunk in chunks]
+            except Exception as error:
+                raise remote_exception(pids[0], capture(error)) from error
+        elif options["schedule"] == "static":
+            partial = scatter(work, [(pids[i % len(pids)], (chunk,)) for i, chunk in enumerate(chunks)])
+        else:
+            partial = _dynamic(work, chunks, pool)
+        if self.reducer is None:
+            return None
+        if initial is not _NONE:
+            partial = [initial, *partial]
+        return functools.reduce(self.reducer, partial)
+
+
+def _dynamic(work: _Chunk, chunks: Sequence[Any], pool: Any) -> list[Any]:
+    """Give each worker the next chunk when it has done one; partial results in order."""
+    items = ((index, (chunk,)) for index, chunk in enumerate(chunks))
+    run = Run(work, items, pool.workers, total=len(chunks), batch_size=1).outcomes()
+    partial: list[Any] = [None] * len(chunks)
+    try:
+        for index, succeeded, value in run:
+            if not succeeded:
+                raise value
+            partial[index] = value
+    finally:
+        run.close()  # type: ignore[attr-defined]
+    return partial
+
+
+def _sequence(iterable: Any) -> Any:
+    """Return something that has a length and can be sliced."""
+    if isinstance(iterable, (range, list, tuple, str, bytes)):
+        return iterable
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(iterable, numpy.ndarray):
+        if iterable.ndim == 0:
+            raise TypeError("@distributed cannot loop over an array without dimensions")
+        return iterable
+    if hasattr(iterable, "__len__") and hasattr(iterable, "__getitem__") and not hasattr(iterable, "keys"):
+        return iterable
+    if hasattr(iterable, "__iter__"):
+        return list(iterable)
+    raise TypeError(f"@distributed loops over a range, sequence or array, not {iterable!r:.80}")
+
+
+def _chunks(sequence: Any, workers: int, schedule: str, chunk: int | None) -> list[Any]:
+    """Cut a sequence up: evenly over the workers, or into pieces of `chunk` elements."""
+    count = len(sequence)
+    if chunk is None and schedule == "static":
+        return [sequence[part.start : part.stop] for part in splitrange(0, count - 1, workers)]
+    if chunk is None:
+        chunk = max(1, count // (workers * 16))
+    return [sequence[start : start + chunk] for start in range(0, count, chunk)]
+
+
+def _takes_two(f: Any) -> bool:
+    """Tell whether a callable is a reducer (of two values) and not a loop's body (of one)."""
+    if hasattr(f, "nin"):  # a numpy ufunc
+        return int(f.nin) == 2
+    try:
+        signature = inspect.signature(f)
+    except (TypeError, ValueError):
+        return True  # min, max: built-in functions that do not tell
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        return False
+    required = [
+        parameter
+        for parameter in signature.parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    # A body with a default, as in `def body(i, n=10)`, is still a body.
+    return len(required) != 1
+
+
+def distributed(
+    reducer: Any = None,
+    iterable: Any = _NONE,
+    /,
+    *,
+    vectorized: bool = False,
+    schedule: str = "static",
+    chunk: int | None = None,
+    initial: Any = _NONE,
+    pool: Any = None,
+) -> Any:
+    """Make a loop over a range run on all workers: a decorator of its body.
+
+    Parameters
+    ----------
+    reducer : callable, optional
+        Combines two values; associative, need not be commutative: partial results are
+        reduced in order. Left out, the loop returns a `Task` at once.
+    iterable : range, sequence or ndarray, optional
+        With it the loop is run now, and the name is bound to its value.
+    vectorized : bool
+        The body is given a whole chunk (a `range`, or a slice of the sequence or array)
+        and returns the chunk's value.
+    schedule : {"static", "dynamic"}
+        One chunk for each worker, sizes differing by at most one; or many, each given to
+        the next worker that is free.
+    chunk : int, optional
+        Elements in a chunk. ``"static"`` then deals chunks out in turn.
+    initial : object, optional
+        Value to begin with, and of an empty loop.
+    pool : worker pool, optional
+        Default: the default worker pool.
+
+    Returns
+    -------
+    callable
+        The loop; or its value, when `iterable` is given.
+
+    Raises
+    ------
+    RemoteException, ProcessExitedException
+        From the loop; what else runs is cancelled.
+
+    References
+    ----------
+    Julia manual, `@distributed`; OpenMP, the ``schedule`` clause.
+
+    Examples
+    --------
+    >>> import operator
+    >>> @distributed(operator.add)
+    ... def squares(i):
+    ...     return i * i
+    >>> squares(range(10))
+    285
+    >>> @distributed(max, [3, 1, 2])
+    ... def largest(x):
+    ...     return x
+    >>> largest
+    3
+    """
+    if schedule not in ("static", "dynamic"):
+        raise ValueError(f"schedule must be 'static' or 'dynamic', not {schedule!r}")
+    if chunk is not None and (isinstance(chunk, bool) or int(chunk) != chunk or chunk < 1):
+        raise ValueError(f"chunk must be a positive integer, not {chunk!r}")
+    options = {"vectorized": vectorized, "schedule": schedule, "chunk": chunk, "initial": initial}
+    if reducer is not None and not callable(reducer):
+        raise TypeError(f"the reducer must be a function of two values, not {reducer!r:.80}")
+    if reducer is not None and iterable is _NONE and not _takes_two(reducer):
+        return _with_pool(DistributedLoop(reducer, None, options), pool)
+
+    def decorate(body: Callable[[Any], Any]) -> Any:
+        loop = _with_pool(DistributedLoop(body, reducer, options), pool)
+        return loop if iterable is _NONE else loop(iterable)
+
+    return decorate
+
+
+def _with_pool(loop: DistributedLoop, pool: Any) -> Any:
+    """Bind a loop to a pool, when one is given."""
+    if pool is None:
+        return loop
+    return functools.partial(loop, pool=pool)
+
+
+__all__ = ["DistributedLoop", "distributed", "splitrange"]

@@ -1,0 +1,451 @@
+"""``pmap`` and ``pgenerate``: a function over the elements of iterables, on workers."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from shmdist.errors import capture, remote_exception
+from shmdist.pools import CachingPool, default_worker_pool
+from shmdist.runs import WINDOW, BatchRunner, Item, Outcome, Run
+from shmdist.runtime.node import current_node
+
+
+class ExponentialBackOff:
+    """Delays that grow: for ``retry_delays``.
+
+    Parameters
+    ----------
+    n : int
+        How many delays.
+    first_delay, max_delay : float
+        Seconds.
+    factor : float
+        Each delay is so many times the one before.
+    jitter : float
+        Each delay varies by up to this fraction, at random.
+
+    References
+    ----------
+    Julia manual, `ExponentialBackOff`.
+
+    Examples
+    --------
+    >>> list(ExponentialBackOff(3, first_delay=1, factor=2, jitter=0))
+    [1, 2, 4]
+    """
+
+    __module__ = "shmdist"
+
+    def __init__(
+        self,
+        n: int = 1,
+        first_delay: float = 0.05,
+        max_delay: float = 10.0,
+        factor: float = 5.0,
+        jitter: float = 0.1,
+    ) -> None:
+        if n < 0 or first_delay < 0 or max_delay < 0 or factor < 0 or not 0 <= jitter <= 1:
+            raise ValueError("ExponentialBackOff: all parameters must be >= 0, and jitter <= 1")
+        self.n, self.first_delay, self.max_delay, self.factor, self.jitter = n, first_delay, max_delay, factor, jitter
+
+    def __repr__(self) -> str:
+        return (
+            f"ExponentialBackOff(n={self.n}, first_delay={self.first_delay}, max_delay={self.max_delay}, "
+            f"factor={self.factor}, jitter={self.jitter})"
+        )
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[float]:
+        import random
+
+        delay = min(self.first_delay, self.max_delay)
+        for _ in range(self.n):
+            yield delay
+            delay *= self.factor
+            if self.jitter:
+                delay *= 1 - self.jitter + 2 * self.jitter * random.random()
+            delay = min(delay, self.max_delay)
+
+
+class _Replayed:
+    """Lets each element go through the delays, though they may come from a generator."""
+
+    def __init__(self, delays: Iterable[float]) -> None:
+        self._source = iter(delays)
+        self._once = self._source is delays
+        self._delays = delays
+        self._seen: list[float] = []
+
+    def fresh(self) -> Iterator[float]:
+        return self._replay() if self._once else iter(self._delays)
+
+    def _replay(self) -> Iterator[float]:
+        for index in itertools.count():
+            if index == len(self._seen):
+                try:
+                    self._seen.append(next(self._source))
+                except StopIteration:
+                    return
+            yield self._seen[index]
+
+
+class _Retry:
+    """Decides whether an element that failed is tried again."""
+
+    def __init__(self, delays: Iterable[float], check: Callable[[Any, BaseException], Any] | None) -> None:
+        self._delays = _Replayed(delays)
+        self._check = check
+        self._states: dict[int, tuple[Iterator[float], Any]] = {}
+
+    def __call__(self, item: Item, error: BaseException) -> float | None:
+        """Return the seconds until the next try, or None."""
+        delays, state = self._states.get(item[0], (None, None))
+        if delays is None:
+            delays = self._delays.fresh()
+        delay = next(delays, None)
+        if delay is None:
+            self._states.pop(item[0], None)
+            return None
+        if self._check is not None:
+            answer = self._check(state, error)
+            again = answer
+            if isinstance(answer, tuple):
+                state, again = answer
+            if not again:
+                self._states.pop(item[0], None)
+                return None
+        self._states[item[0]] = (delays, state)
+        return max(0.0, float(delay))
+
+
+class _Progress:
+    """Tells how far a map is: at most ten times a second, and at its end."""
+
+    def __init__(self, how: Any, total: int | None) -> None:
+        self._tell = how if callable(how) else self._print
+        self._line = not callable(how)
+        self._total = total
+        self._done = 0
+        self._next = 0.0
+
+    def step(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now >= self._next and self._done != self._total:
+            self._next = now + 0.1
+            self._tell(self._done, self._total)
+
+    def finish(self) -> None:
+        self._tell(self._done, self._total)
+        if self._line:
+            sys.stderr.write("\n")
+
+    @staticmethod
+    def _print(done: int, total: int | None) -> None:
+        part = f"{done}" if total is None else f"{done}/{total} ({100 * done // max(total, 1)} %)"
+        sys.stderr.write(f"\rpmap: {part}")
+        sys.stderr.flush()
+
+
+def _length(iterables: tuple[Any, ...]) -> int | None:
+    """Return how many elements there will be, when all iterables know."""
+    try:
+        return min(len(iterable) for iterable in iterables)
+    except TypeError:
+        return None
+
+
+def _items(iterables: tuple[Any, ...]) -> Iterator[Item]:
+    """Number the elements, and make each a tuple of arguments."""
+    if len(iterables) == 1:
+        return ((index, (element,)) for index, element in enumerate(iterables[0]))
+    return enumerate(zip(*iterables, strict=False))
+
+
+def _is_pool(thing: Any) -> bool:
+    return hasattr(thing, "take") and hasattr(thing, "workers")
+
+
+def _arguments(name: str, f: Any, iterables: tuple[Any, ...], pool: Any) -> tuple[tuple[Any, ...], Any]:
+    """Sort out the forms in which a map may be called."""
+    if not callable(f):
+        raise TypeError(f"{name}(f, *iterables): f must be callable, not {f!r:.80}")
+    if iterables and _is_pool(iterables[0]) and pool is None:
+        pool, iterables = iterables[0], iterables[1:]
+    if not iterables:
+        raise TypeError(f"{name}(f, *iterables) needs at least one iterable")
+    for iterable in iterables:
+        if not hasattr(iterable, "__iter__") and not hasattr(iterable, "__getitem__"):
+            raise TypeError(f"{name}(f, *iterables): {iterable!r:.80} is not iterable")
+    return iterables, pool
+
+
+def _ship(f: Any, pool: Any) -> Any:
+    """Return `f` as a run takes it: of a CachingPool, what its workers may have already."""
+    if not isinstance(pool, CachingPool):
+        return f
+    return pool.ship_as(f, BatchRunner)
+
+
+def pmap(
+    f: Callable[..., Any],
+    *iterables: Any,
+    pool: Any = None,
+    distributed: bool = True,
+    batch_size: int | None = None,
+    on_error: Callable[[BaseException], Any] | None = None,
+    retry_delays: Iterable[float] = (),
+    retry_check: Callable[[Any, BaseException], Any] | None = None,
+    progress: Any = False,
+) -> list[Any]:
+    """Run `f` on the elements of iterables, on workers; return the results in order.
+
+    Parameters
+    ----------
+    f : callable
+        Takes an element of each iterable. It is sent once to each worker, with what it
+        closes over.
+    *iterables : iterable
+        The shortest ends the map. Read as workers need elements. A pool in front of them
+        is taken as `pool`.
+    pool : worker pool, optional
+        Default: the default worker pool.
+    distributed : bool
+        False: on threads of this process.
+    batch_size : int, optional
+        Elements a message carries. By default it follows from what an element takes.
+    on_error : callable, optional
+        Called here with an element's error; what it returns is that element's result.
+    retry_delays : iterable of float
+        Seconds before each further try of an element that failed.
+    retry_check : callable, optional
+        ``retry_check(state, error)`` says whether an element is tried again: a bool, or
+        ``(state, bool)``. `state` is what it returned for this element before, first None.
+    progress : bool or callable
+        True: on ``sys.stderr``. A callable is told ``(done, total)``; `total` may be None.
+
+    Returns
+    -------
+    list
+
+    Raises
+    ------
+    RemoteException
+        The first error that came, without `on_error`; what else runs is cancelled.
+    ProcessExitedException
+        The worker of an element is gone. Errors of both kinds are retried alike.
+    KeyboardInterrupt
+        Ctrl-C; what runs is cancelled.
+
+    Notes
+    -----
+    May be used in functions that run on workers, and from several threads at once.
+
+    References
+    ----------
+    Julia manual, `pmap`.
+
+    Examples
+    --------
+    >>> pmap(lambda x: x * x, range(5))
+    [0, 1, 4, 9, 16]
+    """
+    iterables, pool = _arguments("pmap", f, iterables, pool)
+    if batch_size is not None and (isinstance(batch_size, bool) or int(batch_size) != batch_size or batch_size < 1):
+        raise ValueError(f"batch_size must be a positive integer or None, not {batch_size!r}")
+    total = _length(iterables)
+    if total == 0:
+        return []
+    retry = _Retry(retry_delays, retry_check)
+    run = _run(f, _items(iterables), pool, distributed, total, batch_size, None, retry)
+    bar = _Progress(progress, total) if progress else None
+    results: dict[int, Any] = {}
+    try:
+        for index, succeeded, value in run:
+            if not succeeded:
+                if on_error is None:
+                    raise value
+                value = on_error(value)
+            results[index] = value
+            if bar is not None:
+                bar.step(1)
+    finally:
+        run.close()
+    if bar is not None:
+        bar.finish()
+    return [results[index] for index in range(len(results))]
+
+
+def _run(
+    f: Any,
+    items: Iterator[Item],
+    pool: Any,
+    distributed: bool,
+    total: int | None,
+    batch_size: int | None,
+    room: Callable[[], int] | None,
+    retry: _Retry,
+) -> Any:
+    """Return the generator of outcomes."""
+    if not distributed:
+        return _on_threads(f, items, room, retry)
+    pool = default_worker_pool() if pool is None else pool
+    pids = pool.workers()
+    if pids == [current_node().pid]:
+        return _right_here(f, items, retry)
+    known = [0.0, pids]
+
+    def members() -> list[int]:
+        # A pool elsewhere is asked now and then; one that is here, each time.
+        now = time.monotonic()
+        if now - known[0] > 0.1:
+            known[:] = now, pool.workers()
+        alive: list[int] = known[1]
+        return alive
+
+    return Run(
+        _ship(f, pool), items, members, total=total, batch_size=batch_size, room=room, retry=retry
+    ).outcomes()
+
+
+def _right_here(f: Any, items: Iterator[Item], retry: _Retry) -> Iterator[Outcome]:
+    """Run on this thread: there are no workers."""
+    pid = current_node().pid
+    for item in items:
+        while True:
+            try:
+                yield item[0], True, f(*item[1])
+                break
+            except Exception as error:
+                wrapped = remote_exception(pid, capture(error))
+                wrapped.__cause__ = error
+                delay = retry(item, wrapped)
+                if delay is None:
+                    yield item[0], False, wrapped
+                    break
+                time.sleep(delay)
+
+
+def _on_threads(f: Any, items: Iterator[Item], room: Callable[[], int] | None, retry: _Retry) -> Iterator[Outcome]:
+    """Run on threads of this process, many at a time."""
+    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
+    most = 32
+    pid = current_node().pid
+
+    def one(item: Item) -> Outcome:
+        while True:
+            try:
+                return item[0], True, f(*item[1])
+            except Exception as error:
+                wrapped = remote_exception(pid, capture(error))
+                wrapped.__cause__ = error
+                delay = retry(item, wrapped)
+                if delay is None:
+                    return item[0], False, wrapped
+                time.sleep(delay)
+
+    with ThreadPoolExecutor(most, "shmdist-pmap") as executor:
+        under_way = set()
+        try:
+            while True:
+                free = most - len(under_way) if room is None else min(most - len(under_way), room())
+                under_way |= {executor.submit(one, item) for item in itertools.islice(items, max(0, free))}
+                if not under_way:
+                    return
+                done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            for future in under_way:
+                future.cancel()
+
+
+def pgenerate(
+    f: Callable[..., Any], *iterables: Any, pool: Any = None, ordered: bool = True
+) -> Iterator[Any]:
+    """Run `f` on the elements of iterables, on workers; yield the results.
+
+    Parameters
+    ----------
+    f : callable
+        Takes an element of each iterable.
+    *iterables : iterable
+        May be endless: elements are read a few batches ahead of what is consumed.
+    pool : worker pool, optional
+        Default: the default worker pool.
+    ordered : bool
+        False: results come as they are ready.
+
+    Yields
+    ------
+    object
+        Results. An error ends the iterator; so does closing it, which cancels what runs.
+
+    References
+    ----------
+    Julia package ParallelUtilities; Julia manual, `pmap`.
+
+    Examples
+    --------
+    >>> import itertools
+    >>> squares = pgenerate(lambda x: x * x, itertools.count())
+    >>> next(squares), next(squares)
+    (0, 1)
+    """
+    iterables, pool = _arguments("pgenerate", f, iterables, pool)
+    return _generate(f, iterables, pool, ordered)
+
+
+def _generate(f: Any, iterables: tuple[Any, ...], pool: Any, ordered: bool) -> Iterator[Any]:
+    pool = default_worker_pool() if pool is None else pool
+    ahead = _Ahead(len(pool.workers()))
+    items = ahead.count(_items(iterables))
+    run = _run(f, items, pool, True, _length(iterables), None, ahead.room, _Retry((), None))
+    waiting: dict[int, Any] = {}
+    turn = 0
+    try:
+        for index, succeeded, value in run:
+            if not succeeded:
+                raise value
+            if not ordered:
+                ahead.consumed += 1
+                yield value
+                continue
+            waiting[index] = value
+            while turn in waiting:
+                ahead.consumed += 1
+                turn += 1
+                yield waiting.pop(turn - 1)
+    finally:
+        run.close()
+
+
+class _Ahead:
+    """Bounds how far the input is read ahead of what is consumed."""
+
+    def __init__(self, workers: int) -> None:
+        self._least = 2 * WINDOW * max(1, workers)
+        self.drawn = 0
+        self.consumed = 0
+        self._began = time.monotonic()
+
+    def count(self, items: Iterator[Item]) -> Iterator[Item]:
+        for item in items:
+            self.drawn += 1
+            yield item
+
+    def room(self) -> int:
+        """Return how many more elements may be read now: twice what the workers hold, or 50 ms of work."""
+        rate = self.consumed / max(time.monotonic() - self._began, 1e-3)
+        most = max(self._least, min(4096, int(0.05 * rate)))
+        return max(0, most - (self.drawn - self.consumed))
+
+
+__all__ = ["ExponentialBackOff", "pgenerate", "pmap"]

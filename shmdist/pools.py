@@ -1,0 +1,596 @@
+"""Worker pools: who is free to run the next call.
+
+A `WorkerPool` lives on the process that made it, in a `_State`, and may be used from all:
+its handles find the state through a reference, as RemoteChannels do. Taking a worker is
+taking from a channel of free ones, so it can wait, time out and be interrupted without
+losing one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from shmdist import calls
+from shmdist.channels import Channel
+from shmdist.cluster import _pids, workers
+from shmdist.errors import ShmdistError
+from shmdist.futures import call_owner
+from shmdist.refs import RemoteChannel, channel_from_id
+from shmdist.runtime.node import Node, current_node
+from shmdist.runtime.strand import current
+from shmdist.wire import codec
+from shmdist.wire.link import LinkClosed
+from shmdist.wire.messages import Kind
+
+
+class AbstractWorkerPool(ABC):
+    """What a worker pool can do; base class for pools of one's own.
+
+    A pool lends workers: :meth:`take` removes a free one, :meth:`put` gives it back.
+    ``remotecall(f, pool)``, ``remote(pool, f)`` and ``pmap`` take any pool.
+
+    References
+    ----------
+    Julia manual, `AbstractWorkerPool`.
+
+    Examples
+    --------
+    >>> isinstance(WorkerPool([1]), AbstractWorkerPool)
+    True
+    """
+
+    __module__ = "shmdist"
+
+    @abstractmethod
+    def push(self, pid: int) -> None:
+        """Add a worker to the pool."""
+
+    @abstractmethod
+    def put(self, pid: int, timeout: float | None = None) -> None:
+        """Give a worker back."""
+
+    @abstractmethod
+    def take(self, timeout: float | None = None) -> int:
+        """Remove a free worker and return its process id; waits for one."""
+
+    @abstractmethod
+    def workers(self) -> list[int]:
+        """Return the process ids of all workers of the pool, free or not."""
+
+    @abstractmethod
+    def isready(self) -> bool:
+        """Tell whether a worker is free."""
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until a worker is free."""
+        self.put(self.take(timeout))
+
+    def __len__(self) -> int:
+        return len(self.workers())
+
+    def __bool__(self) -> bool:
+        return True
+
+
+class _State:
+    """A pool where it lives: its members, the free ones among them, and who has how much to do."""
+
+    def __init__(self, pids: Iterable[int] = ()) -> None:
+        self._lock = threading.Lock()  # guards `members` and `busy`
+        self.members: dict[int, None] = {}
+        self.busy: Counter[int] = Counter()  # calls lent to, beyond those that took the worker
+        self.free = Channel(float("inf"))
+        for pid in pids:
+            self.push(pid)
+        node = current_node()
+        alive = weakref.ref(self)
+
+        def lost(pid: int) -> None:
+            state = alive()
+            if state is None:
+                node.lost_hooks.remove(lost)
+            else:
+                state.discard(pid)
+
+        node.lost_hooks.append(lost)
+
+    # The face of a channel, for RemoteChannel.
+    def put(self, pid: int) -> None:
+        with self._lock:
+            if pid not in self.members:
+                if pid in current_node().graves:
+                    return
+                raise ValueError(f"worker {pid} is not of this pool, which has {sorted(self.members)}: push it")
+        self.free.put(pid)
+
+    def take(self, timeout: float | None = None) -> int:
+        while True:
+            self._check_any()
+            pid: int = self.free.take(timeout)
+            with self._lock:
+                if pid in self.members:
+                    return pid
+
+    def fetch(self, timeout: float | None = None) -> int:
+        pid: int = self.free.fetch(timeout)
+        return pid
+
+    def wait(self, timeout: float | None = None) -> None:
+        self._check_any()
+        self.free.wait(timeout)
+
+    def isready(self) -> bool:
+        return self.free.isready()
+
+    def close(self) -> None:
+        self.free.close()
+
+    def _check_any(self) -> None:
+        if not self.members:
+            raise ShmdistError("the pool has no workers: its workers have exited, or none was pushed")
+
+    def push(self, pid: int) -> None:
+        node = current_node()
+        if pid != node.pid:
+            node.check_member(pid)
+        with self._lock:
+            if pid in self.members:
+                return
+            self.members[pid] = None
+        self.free.put(pid)
+
+    def discard(self, pid: int) -> None:
+        """Take a worker out that is gone."""
+        with self._lock:
+            self.members.pop(pid, None)
+        # Its id may stand among the free ones: take() passes over it, but it must not look ready.
+        kept = []
+        try:
+            while self.free.isready():
+                item = self.free.take(timeout=0)
+                if item != pid:
+                    kept.append(item)
+        except (TimeoutError, ShmdistError):
+            pass
+        for item in kept:
+            self.free.put(item)
+        if not self.members:  # who waits for a worker would wait for ever
+            old, self.free = self.free, Channel(float("inf"))
+            old.close(ShmdistError("the pool has no workers left"))
+
+    def workers(self) -> list[int]:
+        with self._lock:
+            return list(self.members)
+
+    def lend(self, nested_on: int | None) -> tuple[int, bool]:
+        """Return a worker for a call, and whether it was taken.
+
+        A call that itself runs on a worker of this pool must not wait for a free one: its
+        own worker would wait for it. It gets the one with least to do, besides its work.
+        """
+        if nested_on is not None and nested_on in self.members:
+            try:
+                return self.take(timeout=0), True
+            except TimeoutError:
+                with self._lock:
+                    pid = min(self.members, key=lambda each: self.busy[each])
+                    self.busy[pid] += 1
+                return pid, False
+        return self.take(), True
+
+    def give_back(self, pid: int, taken: bool) -> None:
+        if taken:
+            self.put(pid)
+            return
+        with self._lock:
+            self.busy[pid] -= 1
+            if not self.busy[pid]:
+                del self.busy[pid]
+
+
+def _on_state(rrid: Any, name: str, args: tuple[Any, ...]) -> Any:
+    """Call a method of a pool's state, on the process where it lives."""
+    return getattr(channel_from_id(rrid), name)(*args)
+
+
+class WorkerPool(AbstractWorkerPool):
+    """A pool of workers; its handles may be used from any process.
+
+    Parameters
+    ----------
+    pids : sequence of int
+        The workers; default none yet.
+
+    Notes
+    -----
+    Workers that are gone leave the pool by themselves. Thread-safe.
+
+    References
+    ----------
+    Julia manual, `WorkerPool`.
+
+    Examples
+    --------
+    >>> pool = WorkerPool([1])
+    >>> pid = pool.take()
+    >>> pool.isready(), len(pool)
+    (False, 1)
+    >>> pool.put(pid)
+    """
+
+    __module__ = "shmdist"
+
+    def __init__(self, pids: Iterable[int] = ()) -> None:
+        wanted = _pids((pids,)) if not isinstance(pids, AbstractWorkerPool) else pids.workers()
+        self._ref = RemoteChannel(lambda: _State(wanted))
+
+    def __repr__(self) -> str:
+        if self._ref.where != current_node().pid:
+            return f"<WorkerPool of process {self._ref.where}>"
+        return f"<WorkerPool {self.workers()}>"
+
+    def _call(self, name: str, *args: Any) -> Any:
+        ref = self._ref
+        ref._alive()
+        return call_owner(ref._where, _on_state, tuple(ref._rrid), name, args)
+
+    def push(self, pid: int) -> None:
+        """Add a worker to the pool.
+
+        Raises
+        ------
+        ValueError, ProcessExitedException
+            There is no such worker.
+        """
+        self._call("push", pid)
+
+    def put(self, pid: int, timeout: float | None = None) -> None:
+        """Give a worker back that was taken."""
+        self._call("put", pid)
+
+    def take(self, timeout: float | None = None) -> int:
+        """Remove a free worker and return its process id; waits for one.
+
+        Raises
+        ------
+        ShmdistError
+            The pool has no workers.
+        TimeoutError
+            None was free in time.
+        """
+        if self._ref._where == current_node().pid:
+            pid: int = self._call("take", timeout)
+        else:  # as an item of a channel: one that was on its way to a take given up goes back
+            pid = self._ref.take(timeout)
+        return pid
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until a worker is free."""
+        self._call("wait", timeout)
+
+    def isready(self) -> bool:
+        """Tell whether a worker is free."""
+        return bool(self._call("isready"))
+
+    def workers(self) -> list[int]:
+        """Return the process ids of the pool's workers, free or not."""
+        pids: list[int] = self._call("workers")
+        return pids
+
+    def _lend(self) -> int:
+        task = current().task
+        node = current_node()
+        pid, taken = self._call("lend", node.pid if task is not None else None)
+        if not taken:
+            node.settings.setdefault("lent", Counter())[self._ref._rrid, pid] += 1
+        return int(pid)
+
+    def _give_back(self, pid: int) -> None:
+        lent = current_node().settings.get("lent")
+        taken = True
+        if lent and lent[self._ref._rrid, pid] > 0:
+            lent[self._ref._rrid, pid] -= 1
+            taken = False
+        self._call("give_back", pid, taken)
+
+
+class Shipped:
+    """A function on its way to many calls: pickled once, sent once to each worker.
+
+    Parameters
+    ----------
+    f : callable
+        The function, with what it closes over.
+    """
+
+    def __init__(self, f: Callable[..., Any]) -> None:
+        self.node = current_node()
+        self.f = f
+        self.number = next(self.node.call_ids)
+        self.payload = codec.dumps(f, "the function")
+        self._there: set[int] = set()
+        self._lock = threading.Lock()  # guards `_there`; held while one thread sends to a worker
+
+    def send_to(self, pid: int) -> None:
+        """See to it that process `pid` has the function; inside the runtime."""
+        if pid in self._there:
+            return
+        node = self.node
+        link = node.link_to(pid)
+        with self._lock:
+            if pid in self._there:
+                return
+            try:
+                node.send(link, codec.frame(int(Kind.FUNC), 0, 0, self.number, self.payload), self.payload)
+            except LinkClosed:
+                raise node.death(pid) from None
+            self._there.add(pid)
+
+    def drop(self) -> None:
+        """Let all workers forget the function."""
+        node = self.node
+        there, self._there = self._there, set()
+        for pid in there:
+            link = node.links.get(pid)
+            if link is not None:
+                node.post(link, int(Kind.DROP), 0, self.number)
+
+    def forget(self, pid: int) -> None:
+        """Note that a worker is gone."""
+        self._there.discard(pid)
+
+
+class CachingPool(AbstractWorkerPool):
+    """A pool that sends each function, and what it closes over, once to each worker.
+
+    Parameters
+    ----------
+    pids : sequence of int
+        The workers.
+
+    Notes
+    -----
+    For functions that close over much data and are called often. It is used on the
+    process that made it. ``clear(pool)`` lets the workers forget the functions. Changes
+    of what a function closes over are not seen by workers that have it.
+
+    References
+    ----------
+    Julia manual, `CachingPool`.
+
+    Examples
+    --------
+    >>> pool = CachingPool([1])
+    >>> remote(pool, abs)(-2)
+    2
+    """
+
+    __module__ = "shmdist"
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        self._node = current_node()
+        self._state = _State(_pids((pids,)) if not isinstance(pids, AbstractWorkerPool) else pids.workers())
+        self._functions: dict[tuple[int, Any], Shipped] = {}  # by id of the function, which the entry keeps alive
+        self._lock = threading.Lock()  # guards `_functions`
+
+    def __repr__(self) -> str:
+        return f"<CachingPool {self.workers()}, {len(self._functions)} functions>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a CachingPool is used on the process that made it; send its workers() and make one there")
+
+    def push(self, pid: int) -> None:
+        """Add a worker to the pool."""
+        self._state.push(pid)
+
+    def put(self, pid: int, timeout: float | None = None) -> None:
+        """Give a worker back that was taken."""
+        self._state.put(pid)
+
+    def take(self, timeout: float | None = None) -> int:
+        """Remove a free worker and return its process id; waits for one."""
+        return self._state.take(timeout)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until a worker is free."""
+        self._state.wait(timeout)
+
+    def isready(self) -> bool:
+        """Tell whether a worker is free."""
+        return self._state.isready()
+
+    def workers(self) -> list[int]:
+        """Return the process ids of the pool's workers, free or not."""
+        return self._state.workers()
+
+    def ship(self, f: Callable[..., Any]) -> Shipped:
+        """Return the function as it is kept for this pool's workers."""
+        with self._lock:
+            shipped = self._functions.get((id(f), None))
+            if shipped is None:
+                shipped = self._functions[id(f), None] = Shipped(f)
+            return shipped
+
+    def ship_as(self, f: Callable[..., Any], wrapper: Callable[[Any], Any]) -> Shipped:
+        """Return ``wrapper(f)`` as it is kept for this pool's workers."""
+        with self._lock:
+            shipped = self._functions.get((id(f), wrapper))
+            if shipped is None:
+                shipped = self._functions[id(f), wrapper] = Shipped(wrapper(f))
+            return shipped
+
+    def clear(self) -> None:
+        """Let the workers forget the functions sent to them."""
+        with self._lock:
+            functions, self._functions = self._functions, {}
+        for shipped in functions.values():
+            shipped.drop()
+
+    def __del__(self) -> None:
+        try:
+            if self._functions and not self._node.closed:
+                # Not here: a finalizer may run inside any lock.
+                self._node.dispatcher.start(self.clear)
+        except Exception:  # noqa: S110 - at interpreter exit there is nobody left to tell
+            pass
+
+
+# ---------------------------------------------------------------------- the default pool
+
+
+def _default_state(node: Node) -> WorkerPool:
+    pool: WorkerPool | None = node.settings.get("default_pool")
+    if pool is None:
+        with node.lock:
+            pool = node.settings.get("default_pool")
+            if pool is None:
+                pool = node.settings["default_pool"] = node.settings["own_default_pool"] = WorkerPool(workers())
+    return pool
+
+
+def _joined(pids: list[int]) -> None:
+    """Let new workers into the default pool; the first ones replace process 1."""
+    node = current_node()
+    pool = node.settings.get("own_default_pool")
+    if pool is None:
+        return
+    state = channel_from_id(pool._ref._rrid)
+    for pid in pids:
+        if pid in node.peers:
+            state.push(pid)
+    state.discard(1)
+
+
+def _lost(pid: int) -> None:
+    """Let process 1 into the default pool when the last worker has left."""
+    node = current_node()
+    pool = node.settings.get("own_default_pool")
+    if pool is not None:
+        state = channel_from_id(pool._ref._rrid)
+        state.discard(pid)
+        if not state.workers():
+            state.push(1)
+
+
+def _hooked() -> Node:
+    node = current_node()
+    if node.pid == 1 and "pools" not in node.settings:
+        node.settings["pools"] = True
+        node.joined_hooks.append(_joined)
+        node.lost_hooks.append(_lost)
+    return node
+
+
+def default_worker_pool() -> Any:
+    """Return the pool that is used when none is named: all workers, as they come and go.
+
+    On a worker it is a handle to process 1's.
+
+    References
+    ----------
+    Julia manual, `default_worker_pool`.
+
+    Examples
+    --------
+    >>> default_worker_pool().workers()
+    [1]
+    """
+    node = _hooked()
+    if node.pid != 1:
+        pool = node.settings.get("default_pool")
+        if pool is None:
+            pool = node.settings["default_pool"] = calls.remotecall_fetch(default_worker_pool, 1)
+        return pool
+    return _default_state(node)
+
+
+def set_default_worker_pool(pool: AbstractWorkerPool) -> None:
+    """Use `pool` when none is named, on this process.
+
+    References
+    ----------
+    Julia manual, `default_worker_pool!`.
+
+    Examples
+    --------
+    >>> before = default_worker_pool()
+    >>> set_default_worker_pool(WorkerPool([1]))
+    >>> set_default_worker_pool(before)
+    """
+    if not hasattr(pool, "take"):
+        raise TypeError(f"set_default_worker_pool() takes a worker pool, not {type(pool).__name__}")
+    _hooked().settings["default_pool"] = pool
+
+
+def clear(what: Any, pids: Any = None, /) -> Any:
+    """Empty a CachingPool's cache, or set globals of ``__main__`` to None.
+
+    Parameters
+    ----------
+    what : CachingPool, str or sequence of str
+        The pool; or names of globals.
+    pids : int or sequence of int, optional
+        With names: the processes; default all workers.
+
+    Returns
+    -------
+    object
+        The pool, or None.
+
+    References
+    ----------
+    Julia manual, `clear!`.
+
+    Examples
+    --------
+    >>> clear(CachingPool([1]))
+    <CachingPool [1], 0 functions>
+    """
+    if hasattr(what, "clear") and not isinstance(what, (str, list, set, dict)):
+        what.clear()
+        return what
+    names = (what,) if isinstance(what, str) else tuple(what)
+    futures = [calls.remotecall(_set_none, pid, names) for pid in (_pids((pids,)) if pids is not None else workers())]
+    for future in futures:
+        future.wait()
+    return None
+
+
+def _set_none(names: tuple[str, ...]) -> None:
+    import sys
+
+    main = sys.modules["__main__"].__dict__
+    for name in names:
+        if name in main:
+            main[name] = None
+
+
+_turn = itertools.count()
+
+
+def _least_loaded() -> int:
+    """Return the worker with least to do, as far as this process knows; in turn among equals."""
+    node = current_node()
+    pids = workers()
+    load = Counter(reply.pid for reply in list(node.pending.values()))
+    turn = next(_turn)
+    return min(pids, key=lambda pid: (load[pid], (pids.index(pid) - turn) % len(pids)))
+
+
+calls._default_pool = default_worker_pool
+calls._any_worker = _least_loaded
+
+__all__ = [
+    "AbstractWorkerPool",
+    "CachingPool",
+    "WorkerPool",
+    "clear",
+    "default_worker_pool",
+    "set_default_worker_pool",
+]

@@ -1,0 +1,237 @@
+"""Local tasks: run a function on a thread of this process, and wait for groups of things begun."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextvars
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from shmdist import calls, cluster
+from shmdist.errors import CompositeException
+from shmdist.runtime.node import current_node
+from shmdist.runtime.strand import Cell, current
+
+
+class Task(concurrent.futures.Future):  # type: ignore[type-arg]  # generic only in stubs
+    """A function that runs on a thread of this process; made by :func:`async_`.
+
+    Notes
+    -----
+    It has the face of `concurrent.futures.Future` and can be awaited in asyncio. Its
+    error is the function's own.
+
+    References
+    ----------
+    Julia manual, `Task`.
+
+    Examples
+    --------
+    >>> task = async_(pow, 2, 8)
+    >>> task.fetch()
+    256
+    """
+
+    __module__ = "shmdist"
+    _is_shmdist_task = True
+
+    def __repr__(self) -> str:
+        state = "failed" if self.done() and not self.cancelled() and self._exception is not None else self._state.lower()
+        return f"<Task {getattr(self, '_what', '')} {state}>"
+
+    def _await(self, timeout: float | None) -> None:
+        """Wait for the end, reading the links meanwhile."""
+        if self.done():
+            return
+        cell = Cell()
+        dispatcher = current_node().dispatcher
+        self.add_done_callback(lambda _: dispatcher.complete(cell))
+        strand = current()
+        strand.enter()
+        try:
+            if not dispatcher.wait(cell, timeout):
+                raise TimeoutError(f"{self!r} took more than {timeout} s")
+        finally:
+            strand.leave()
+
+    def fetch(self, timeout: float | None = None) -> Any:
+        """Wait for the function to end, and return its value or raise its error."""
+        self._await(timeout)
+        return super().result(0)
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Return the value; the same as :meth:`fetch`."""
+        return self.fetch(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the function to end, and return its error, or None."""
+        self._await(timeout)
+        return super().exception(0)
+
+    def wait(self, timeout: float | None = None) -> Task:
+        """Wait for the function to end; raises its error.
+
+        Returns
+        -------
+        Task
+            This one.
+        """
+        self.fetch(timeout)
+        return self
+
+    def isready(self) -> bool:
+        """Tell whether the function has ended."""
+        return self.done()
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        import asyncio
+
+        return asyncio.wrap_future(self).__await__()
+
+
+_group: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("shmdist.sync", default=None)
+
+
+def _groups() -> Iterator[list[Any]]:
+    group = _group.get()
+    if group is not None:
+        yield group
+
+
+def _begin(f: Callable[..., Any], args: Any, kwargs: Any) -> Task:
+    """Run a function on a thread of the runtime."""
+    task = Task()
+    task._what = getattr(f, "__qualname__", None) or repr(f)  # type: ignore[attr-defined]
+    task.set_running_or_notify_cancel()
+    context = contextvars.copy_context()
+
+    def run() -> None:
+        strand = current()
+        depth, strand.depth = strand.depth, 0
+        try:
+            value = context.run(f, *args, **kwargs)
+        except BaseException as error:
+            strand.depth = depth
+            task.set_exception(error)
+        else:
+            strand.depth = depth
+            task.set_result(value)
+
+    current_node().dispatcher.start(run)
+    return task
+
+
+def async_(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Task:
+    """Run ``f(*args, **kwargs)`` on a thread of this process; returns at once.
+
+    References
+    ----------
+    Julia manual, `@async`.
+
+    Examples
+    --------
+    >>> async_(lambda: 42).fetch()
+    42
+    """
+    if not callable(f):
+        raise TypeError(f"async_(f, *args): f must be callable, not {f!r:.80}")
+    task = _begin(f, args, kwargs)
+    for group in _groups():
+        group.append(task)
+    return task
+
+
+@contextmanager
+def sync() -> Iterator[None]:
+    """Wait, at the end of the block, for everything begun inside.
+
+    That is every ``spawn``, ``spawnat``, ``remotecall``, ``async_`` and ``@distributed``
+    loop of the block, and of the tasks begun in it.
+
+    Raises
+    ------
+    CompositeException
+        The errors of all that failed; also of the block itself, when there are others.
+
+    References
+    ----------
+    Julia manual, `@sync`.
+
+    Examples
+    --------
+    >>> results = []
+    >>> with sync():
+    ...     for i in range(3):
+    ...         _ = async_(results.append, i)
+    >>> sorted(results)
+    [0, 1, 2]
+    """
+    group: list[Any] = []
+    token = _group.set(group)
+    failure: BaseException | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    finally:
+        _group.reset(token)
+    errors: list[BaseException] = [failure] if failure is not None else []
+    index = 0
+    while index < len(group):  # it may grow while we wait
+        waited = group[index]
+        index += 1
+        try:
+            waited.wait()
+        except Exception as error:
+            if error not in errors:
+                errors.append(error)
+    if failure is not None and len(errors) == 1:
+        raise failure
+    if errors:
+        raise CompositeException(f"{len(errors)} of {len(group)} tasks failed", errors)
+
+
+def timedwait(test: Callable[[], Any], timeout: float, pollint: float = 0.1) -> str:
+    """Wait until ``test()`` is true, or the time is up.
+
+    Parameters
+    ----------
+    test : callable
+        Asked every `pollint` seconds.
+    timeout : float
+        Seconds.
+    pollint : float
+        Seconds, at least 0.001.
+
+    Returns
+    -------
+    {"ok", "timed_out"}
+
+    References
+    ----------
+    Julia manual, `timedwait`.
+
+    Examples
+    --------
+    >>> timedwait(lambda: True, 1.0)
+    'ok'
+    """
+    if pollint < 1e-3:
+        raise ValueError(f"pollint must be at least 0.001 s, not {pollint!r}")
+    deadline = time.monotonic() + timeout
+    while True:
+        if test():
+            return "ok"
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return "timed_out"
+        threading.Event().wait(min(pollint, left))
+
+
+calls._groups = _groups
+cluster._in_background = lambda job: _begin(job, (), {})
+
+__all__ = ["Task", "async_", "sync", "timedwait"]

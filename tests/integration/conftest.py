@@ -1,0 +1,109 @@
+"""One cluster for all tests of this folder, and the proof after each test that nothing is left of it."""
+
+import os
+import warnings
+
+import pytest
+
+import shmdist as sd
+from shmdist.runtime.node import current_node
+from tests.integration import helpers
+
+WORKERS = 3
+_reports = pytest.StashKey()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    item.stash.setdefault(_reports, {})[report.when] = report
+    return report
+
+
+@pytest.fixture(scope="session")
+def _cluster():
+    pids = sd.addprocs(WORKERS)
+    for pid in pids:  # all links are made now: later their descriptors would look like a leak
+        for other in pids:
+            sd.remotecall_fetch(sd.remotecall_fetch, pid, int, other)
+    yield list(pids)
+    sd.rmprocs(*[pid for pid in pids if pid in sd.workers()])
+
+
+@pytest.fixture
+def cluster(_cluster):
+    """The shared workers, by their ids; they must be alive and idle after the test."""
+    assert set(_cluster) <= set(sd.workers()), "an earlier test has ended a shared worker"
+    return list(_cluster)
+
+
+@pytest.fixture
+def fresh():
+    """Adds workers for one test, that may do with them what it likes."""
+    added = []
+
+    def add(n=1, **params):
+        pids = sd.addprocs(n, **params)
+        added.extend(pids)
+        return pids
+
+    yield add
+    left = [pid for pid in added if pid in sd.procs()]
+    if left:
+        sd.rmprocs(*left)
+
+
+def _states():
+    node = current_node()
+    states = {1: helpers.settled_state()}
+    for pid in sorted(node.links):
+        states[pid] = sd.remotecall_fetch(helpers.settled_state, pid)
+    return states
+
+
+def _leftovers(before, now):
+    """Return what is there now and was not before, by process."""
+    left = []
+    for pid, state in now.items():
+        former = before.get(pid, {"descriptors": state["descriptors"]})
+        for name, value in state.items():
+            if name == "descriptors":
+                if value > former[name]:
+                    left.append(f"process {pid}: {value - former[name]} more descriptors")
+            elif name == "references":
+                left += [f"process {pid}: {text}" for key, text in value.items() if key not in former.get(name, ())]
+            elif value and value != former.get(name):
+                left.append(f"process {pid}: {name}: {value}")
+    return left
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request):
+    """After each test nothing is left of it, on any process."""
+    if "_cluster" in request.fixturenames:
+        request.getfixturevalue("_cluster")
+    shm = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    before = _states() if current_node().links else {}
+    children = helpers.children()
+    yield
+    report = request.node.stash.get(_reports, {}).get("call")
+    if report is None or not report.passed:
+        return  # its traceback holds what it has
+    request.node.funcargs.clear()  # pytest keeps the fixtures' values, references among them, till after this
+    left = []
+
+    def clean():
+        left[:] = _leftovers(before, _states())
+        left.extend(f"child process {child}" for child in helpers.children() - children - _of_members())
+        return not left
+
+    try:
+        with warnings.catch_warnings():
+            helpers.until(clean, 5.0)
+    except AssertionError:
+        pytest.fail("left over:\n" + "\n".join(left))
+    assert {name for name in os.listdir("/dev/shm") if "shmdist" in name} <= shm
+
+
+def _of_members():
+    return {peer.ospid for peer in list(current_node().peers.values())}

@@ -1,0 +1,228 @@
+"""What the tests share, and the functions that they run on workers.
+
+Workers import this module, so it imports neither pytest nor numpy.
+"""
+
+import contextlib
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+from shmdist.runtime.node import current_node
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MARK = "SHMDIST_TEST_MARK"  # environment variable by which the processes of one script are found
+
+
+def until(condition, timeout=5.0, what=""):
+    """Poll `condition` until it is true; return its value."""
+    deadline = time.monotonic() + timeout
+    pause = 0.0005
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not so within {timeout:g} s: {what or getattr(condition, '__name__', condition)}")
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.02)
+    return value
+
+
+@contextlib.contextmanager
+def within(seconds):
+    """Fail when the block takes longer."""
+    begun = time.monotonic()
+    yield
+    took = time.monotonic() - begun
+    assert took < seconds, f"took {took:.2f} s, allowed are {seconds:g} s"
+
+
+def settled_state():
+    """Return what is left over in this process; empty collections when nothing is."""
+    gc.collect()
+    node = current_node()
+    with node.lock:
+        node.refs._check()
+        entries = {tuple(rrid): repr(entry) for rrid, entry in list(node.refs.entries.items())}
+        links = sum(len(links) for links in node.all_links.values())
+    running = [task for task in list(node.tasks.running.values()) if task.strand is not _my_strand()]
+    return {
+        "references": entries,
+        "pending": sorted(node.pending),
+        "waiting": sorted(node.waiting),
+        "unclaimed takes": sorted(node.unclaimed_takes),
+        "released": len(node.released),
+        "running": [repr(task) for task in running],
+        "queued": sorted(node.tasks.queued),
+        "lanes": sorted(node.dispatcher._lanes),
+        "descriptors": len(os.listdir("/proc/self/fd")) - links,
+    }
+
+
+def _my_strand():
+    from shmdist.runtime.strand import current
+
+    return current()
+
+
+def reference_count():
+    """Return how many references live in this process."""
+    gc.collect()
+    return len(current_node().refs.entries)
+
+
+def children(ospid=None):
+    """Return the process ids of the children of a process."""
+    found = set()
+    for path in Path(f"/proc/{ospid or os.getpid()}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found |= {int(word) for word in path.read_text().split()}
+    return found
+
+
+def is_alive(ospid):
+    """Tell whether a process runs; a zombie does not."""
+    try:
+        stat = Path(f"/proc/{ospid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def cpu_ticks(ospid):
+    """Return the processor time that a process has used, in clock ticks."""
+    fields = Path(f"/proc/{ospid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def marked(mark):
+    """Return the processes that have `mark` in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            ospid = int(path.parent.name)
+            if mark.encode() in path.read_bytes() and is_alive(ospid):
+                found.append(ospid)
+    return found
+
+
+class Script:
+    """A program of its own that uses shmdist, and all the processes that it starts.
+
+    Parameters
+    ----------
+    source : str
+        Python; run by ``python -c`` unless `command` says otherwise.
+    """
+
+    def __init__(self, source="", *, command=None, stdin=None, env=None, cwd=None):
+        self.mark = f"{MARK}={uuid.uuid4().hex}"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), MARK: self.mark.partition("=")[2], **(env or {})}
+        # Coverage or pytest settings of ours are not for it.
+        environment.pop("PYTEST_CURRENT_TEST", None)
+        self.process = subprocess.Popen(
+            command or [sys.executable, "-c", source],
+            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            cwd=cwd,
+            text=True,
+        )
+        self._stdin = stdin
+
+    def end(self, timeout=20.0, gone=5.0):
+        """Wait for the end of the program and of all that it started; return its output."""
+        try:
+            out, err = self.process.communicate(self._stdin, timeout)
+        except subprocess.TimeoutExpired:
+            self.kill_all()
+            out, err = self.process.communicate()
+            raise AssertionError(f"the program did not end in {timeout} s\n{out}\n{err}") from None
+        try:
+            until(lambda: not marked(self.mark), gone, "no process of the program is left")
+        finally:
+            self.kill_all()
+        return Ended(self.process.returncode, out, err)
+
+    def line(self):
+        """Read one line of its output."""
+        return self.process.stdout.readline().rstrip("\n")
+
+    def kill_all(self):
+        """End whatever is left of it."""
+        for ospid in marked(self.mark):
+            with contextlib.suppress(OSError):
+                os.kill(ospid, signal.SIGKILL)
+
+
+class Ended:
+    """How a program ended."""
+
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+    def __repr__(self):
+        return f"<ended with {self.code}>\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+
+    def clean(self, code=0):
+        """Assert that it ended as it should, and said nothing on stderr; return its stdout."""
+        assert self.code == code and self.err == "", self
+        return self.out
+
+
+def run_script(source, **options):
+    """Run a program to its end; return how it ended."""
+    return Script(source, **options).end()
+
+
+# ---------------------------------------------------------------------- run on workers
+
+log = []  # what calls on this process noted, in their order
+
+
+def note(item):
+    log.append(item)
+
+
+def take_log():
+    noted, log[:] = list(log), []
+    return noted
+
+
+def meet_and_wait(started, gate):
+    """Say that the call has begun, then wait for something in `gate`."""
+    started.put(threading.get_ident())
+    return gate.take()
+
+
+def tell_and_run(started, function, *args):
+    """Say that the call has begun, then run `function`."""
+    started.put(os.getpid())
+    return function(*args)
+
+
+def loop_for_ever():
+    number = 0
+    while True:
+        number += 1
+
+
+def hold_the_interpreter():
+    """Match a regular expression that takes hours, in C code that never lets go."""
+    import re
+
+    re.match(r"(a+)+b", "a" * 64)
+
+
+def sleep_long():
+    time.sleep(1000)
+
+
+def kill_self(signum):
+    os.kill(os.getpid(), signum)
+    signal.pause()
