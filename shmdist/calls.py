@@ -53,7 +53,7 @@ class _Place:
         """Pickle a call for this place; returns its flags, too."""
         ship = getattr(self.pool, "ship", None)
         if ship is None:
-            return 0, codec.dumps((f, args, kwargs), "the call")
+            return 0, codec.dumps_call(f, args, kwargs)
         shipped = ship(f)
         shipped.send_to(self.pid)
         return BY_ID, codec.dumps((shipped.number, args, kwargs), "the call's arguments")
@@ -106,7 +106,7 @@ def remotecall_fetch(f: Callable[..., _T], where: Any, /, *args: Any, **kwargs: 
         return _fetch_slowly(node, f, where, args, kwargs)  # type: ignore[no-any-return]
     if not callable(f):
         _check(f, "remotecall_fetch")
-    return _ask(node, f, where, WANT_VALUE, codec.dumps((f, args, kwargs), "the call"))  # type: ignore[no-any-return]
+    return _ask(node, f, where, WANT_VALUE, codec.dumps_call(f, args, kwargs))  # type: ignore[no-any-return]
 
 
 def _ask(node: Node, f: Any, pid: int, flags: int, payload: codec.Payload) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shmdist.pools import default_worker_pool
-from shmdist.runs import Run, scatter
+from shmdist.runs import BatchRunner, Run, scatter
 from shmdist.runtime.node import current_node
 from shmdist.tasks import async_
 
@@ -184,14 +184,14 @@ class DistributedLoop:
 
 def _dynamic(work: _Chunk, chunks: Sequence[Any], pool: Any) -> list[Any]:
     """Give each worker the next chunk when it has done one; partial results in order."""
-    items = ((index, (chunk,)) for index, chunk in enumerate(chunks))
-    run = Run(work, items, pool.workers, total=len(chunks), batch_size=1).outcomes()
+    run = Run(BatchRunner(work), iter(chunks), pool.workers, total=len(chunks), batch_size=1).outcomes()
     partial: list[Any] = [None] * len(chunks)
     try:
-        for index, succeeded, value in run:
-            if not succeeded:
-                raise value
-            partial[index] = value
+        for places, values, error in run:
+            if error is not None:
+                raise error
+            for place, value in zip(places, values, strict=True):
+                partial[place] = value
     finally:
         run.close()  # type: ignore[attr-defined]
     return partial

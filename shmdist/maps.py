@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 import time
@@ -10,7 +11,7 @@ from typing import Any
 
 from shmdist.errors import capture, remote_exception
 from shmdist.pools import CachingPool, default_worker_pool
-from shmdist.runs import WINDOW, BatchRunner, Item, Outcome, Run
+from shmdist.runs import WINDOW, BatchRunner, Outcome, Run
 from shmdist.runtime.node import current_node
 
 
@@ -103,14 +104,14 @@ class _Retry:
         self._check = check
         self._states: dict[int, tuple[Iterator[float], Any]] = {}
 
-    def __call__(self, item: Item, error: BaseException) -> float | None:
-        """Return the seconds until the next try, or None."""
-        delays, state = self._states.get(item[0], (None, None))
+    def __call__(self, place: int, error: BaseException) -> float | None:
+        """Return the seconds until the next try of the element at `place`, or None."""
+        delays, state = self._states.get(place, (None, None))
         if delays is None:
             delays = self._delays.fresh()
         delay = next(delays, None)
         if delay is None:
-            self._states.pop(item[0], None)
+            self._states.pop(place, None)
             return None
         if self._check is not None:
             answer = self._check(state, error)
@@ -118,9 +119,9 @@ class _Retry:
             if isinstance(answer, tuple):
                 state, again = answer
             if not again:
-                self._states.pop(item[0], None)
+                self._states.pop(place, None)
                 return None
-        self._states[item[0]] = (delays, state)
+        self._states[place] = (delays, state)
         return max(0.0, float(delay))
 
 
@@ -161,11 +162,9 @@ def _length(iterables: tuple[Any, ...]) -> int | None:
         return None
 
 
-def _items(iterables: tuple[Any, ...]) -> Iterator[Item]:
-    """Number the elements, and make each a tuple of arguments."""
-    if len(iterables) == 1:
-        return ((index, (element,)) for index, element in enumerate(iterables[0]))
-    return enumerate(zip(*iterables, strict=False))
+def _elements(iterables: tuple[Any, ...]) -> Iterator[Any]:
+    """Return the elements: those of one iterable as they are, of several as tuples."""
+    return iter(iterables[0]) if len(iterables) == 1 else zip(*iterables, strict=False)
 
 
 def _is_pool(thing: Any) -> bool:
@@ -186,11 +185,14 @@ def _arguments(name: str, f: Any, iterables: tuple[Any, ...], pool: Any) -> tupl
     return iterables, pool
 
 
-def _ship(f: Any, pool: Any) -> Any:
+def _ship(f: Any, pool: Any, star: bool) -> Any:
     """Return `f` as a run takes it: of a CachingPool, what its workers may have already."""
     if not isinstance(pool, CachingPool):
-        return f
-    return pool.ship_as(f, BatchRunner)
+        return BatchRunner(f, star)
+    return pool.ship_as(f, _RUNNERS[star])
+
+
+_RUNNERS = (BatchRunner, functools.partial(BatchRunner, star=True))
 
 
 def pmap(
@@ -263,28 +265,41 @@ def pmap(
     if total == 0:
         return []
     retry = _Retry(retry_delays, retry_check)
-    run = _run(f, _items(iterables), pool, distributed, total, batch_size, None, retry)
+    run = _run(f, iterables, pool, distributed, total, batch_size, None, retry)
     bar = _Progress(progress, total) if progress else None
-    results: dict[int, Any] = {}
+    results: list[Any] = [] if total is None else [None] * total
+    scattered: dict[int, Any] = {}  # of places beyond the end of `results`: their number is not known
+    count = 0
     try:
-        for index, succeeded, value in run:
-            if not succeeded:
+        for places, values, error in run:
+            if error is not None:
                 if on_error is None:
-                    raise value
-                value = on_error(value)
-            results[index] = value
+                    raise error
+                values = [on_error(error)]
+            count += len(values)
+            first = places[0]
+            if type(places) is range and (total is not None or first == len(results)):
+                results[first : first + len(values)] = values
+            else:
+                for place, value in zip(places, values, strict=True):
+                    if place < len(results):
+                        results[place] = value
+                    else:
+                        scattered[place] = value
             if bar is not None:
-                bar.step(1)
+                bar.step(len(values))
     finally:
         run.close()
     if bar is not None:
         bar.finish()
-    return [results[index] for index in range(len(results))]
+    for place in range(len(results), count):
+        results.append(scattered[place])
+    return results[:count]
 
 
 def _run(
     f: Any,
-    items: Iterator[Item],
+    iterables: tuple[Any, ...],
     pool: Any,
     distributed: bool,
     total: int | None,
@@ -293,70 +308,61 @@ def _run(
     retry: _Retry,
 ) -> Any:
     """Return the generator of outcomes."""
+    elements = _elements(iterables)
+    star = len(iterables) > 1
     if not distributed:
-        return _on_threads(f, items, room, retry)
+        return _on_threads(f, star, elements, retry)
     pool = default_worker_pool() if pool is None else pool
     pids = pool.workers()
     if pids == [current_node().pid]:
-        return _right_here(f, items, retry)
-    known = [0.0, pids]
+        return _right_here(f, star, elements, retry)
+    asked, known = time.monotonic(), pids
 
     def members() -> list[int]:
-        # A pool elsewhere is asked now and then; one that is here, each time.
+        # Asking a pool may be a call to another process, so it is done now and then.
+        nonlocal asked, known
         now = time.monotonic()
-        if now - known[0] > 0.1:
-            known[:] = now, pool.workers()
-        alive: list[int] = known[1]
-        return alive
+        if now - asked > 0.1:
+            asked, known = now, pool.workers()
+        return known
 
-    return Run(
-        _ship(f, pool), items, members, total=total, batch_size=batch_size, room=room, retry=retry
-    ).outcomes()
+    run = Run(
+        _ship(f, pool, star), elements, members, total=total, batch_size=batch_size, room=room, retry=retry
+    )
+    return run.outcomes()
 
 
-def _right_here(f: Any, items: Iterator[Item], retry: _Retry) -> Iterator[Outcome]:
+def _try(f: Any, star: bool, place: int, element: Any, retry: _Retry) -> Outcome:
+    """Run `f` on one element on this process, again as often as it may be tried."""
+    while True:
+        try:
+            return (place,), [f(*element) if star else f(element)], None
+        except Exception as error:
+            wrapped = remote_exception(current_node().pid, capture(error))
+            wrapped.__cause__ = error
+        delay = retry(place, wrapped)
+        if delay is None:
+            return (place,), [], wrapped
+        time.sleep(delay)
+
+
+def _right_here(f: Any, star: bool, elements: Iterator[Any], retry: _Retry) -> Iterator[Outcome]:
     """Run on this thread: there are no workers."""
-    pid = current_node().pid
-    for item in items:
-        while True:
-            try:
-                yield item[0], True, f(*item[1])
-                break
-            except Exception as error:
-                wrapped = remote_exception(pid, capture(error))
-                wrapped.__cause__ = error
-                delay = retry(item, wrapped)
-                if delay is None:
-                    yield item[0], False, wrapped
-                    break
-                time.sleep(delay)
+    for place, element in enumerate(elements):
+        yield _try(f, star, place, element, retry)
 
 
-def _on_threads(f: Any, items: Iterator[Item], room: Callable[[], int] | None, retry: _Retry) -> Iterator[Outcome]:
+def _on_threads(f: Any, star: bool, elements: Iterator[Any], retry: _Retry) -> Iterator[Outcome]:
     """Run on threads of this process, many at a time."""
     from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
-    most = 32
-    pid = current_node().pid
-
-    def one(item: Item) -> Outcome:
-        while True:
-            try:
-                return item[0], True, f(*item[1])
-            except Exception as error:
-                wrapped = remote_exception(pid, capture(error))
-                wrapped.__cause__ = error
-                delay = retry(item, wrapped)
-                if delay is None:
-                    return item[0], False, wrapped
-                time.sleep(delay)
-
-    with ThreadPoolExecutor(most, "shmdist-pmap") as executor:
+    numbered = enumerate(elements)
+    with ThreadPoolExecutor(_THREADS, "shmdist-pmap") as executor:
         under_way = set()
         try:
             while True:
-                free = most - len(under_way) if room is None else min(most - len(under_way), room())
-                under_way |= {executor.submit(one, item) for item in itertools.islice(items, max(0, free))}
+                for place, element in itertools.islice(numbered, _THREADS - len(under_way)):
+                    under_way.add(executor.submit(_try, f, star, place, element, retry))
                 if not under_way:
                     return
                 done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
@@ -365,6 +371,9 @@ def _on_threads(f: Any, items: Iterator[Item], room: Callable[[], int] | None, r
         finally:
             for future in under_way:
                 future.cancel()
+
+
+_THREADS = 32  # of a map that is not distributed
 
 
 def pgenerate(
@@ -406,19 +415,20 @@ def pgenerate(
 def _generate(f: Any, iterables: tuple[Any, ...], pool: Any, ordered: bool) -> Iterator[Any]:
     pool = default_worker_pool() if pool is None else pool
     ahead = _Ahead(len(pool.workers()))
-    items = ahead.count(_items(iterables))
-    run = _run(f, items, pool, True, _length(iterables), None, ahead.room, _Retry((), None))
+    counted = tuple(ahead.count(iterable) if number == 0 else iterable for number, iterable in enumerate(iterables))
+    run = _run(f, counted, pool, True, _length(iterables), None, ahead.room, _Retry((), None))
     waiting: dict[int, Any] = {}
     turn = 0
     try:
-        for index, succeeded, value in run:
-            if not succeeded:
-                raise value
+        for places, values, error in run:
+            if error is not None:
+                raise error
             if not ordered:
-                ahead.consumed += 1
-                yield value
+                for value in values:
+                    ahead.consumed += 1
+                    yield value
                 continue
-            waiting[index] = value
+            waiting.update(zip(places, values, strict=True))
             while turn in waiting:
                 ahead.consumed += 1
                 turn += 1
@@ -436,10 +446,10 @@ class _Ahead:
         self.consumed = 0
         self._began = time.monotonic()
 
-    def count(self, items: Iterator[Item]) -> Iterator[Item]:
-        for item in items:
+    def count(self, elements: Iterable[Any]) -> Iterator[Any]:
+        for element in elements:
             self.drawn += 1
-            yield item
+            yield element
 
     def room(self) -> int:
         """Return how many more elements may be read now: twice what the workers hold, or 50 ms of work."""

@@ -31,140 +31,161 @@ import heapq
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from shmdist.errors import RemoteException, SerializationError, capture
+from shmdist.errors import SerializationError, capture
 from shmdist.memory.segment import SLOTS
 from shmdist.pools import Shipped
 from shmdist.runtime.node import Node, Reply, current_node
 from shmdist.runtime.strand import Cell, current
 from shmdist.wire import codec
+from shmdist.wire.link import LinkClosed
 from shmdist.wire.messages import BY_ID, IS_ERROR, NO_LANE, NOT_RUN, WANT_VALUE, Kind
 
-WINDOW = 2  # batches of a run that a worker has at a time
+WINDOW = 2  # batches of a run that a worker has at a time, at least
+_DEEPEST = 32  # and at most, when they are short
+_AHEAD = 0.0005  # seconds of work that a worker should have waiting
+_MESSAGE = 15e-6  # seconds that a message costs its receiver, roughly
 _GROW = 16  # a batch is at most so many times as large as the one before
 _LONG = 0.02  # seconds of work in a batch, at most
-_SHORT = 0.001  # seconds of work below which a smaller batch is not worth its message
+_PROBE = 0.0005  # seconds that a worker spends to find out what elements cost
+_PROBED = 512  # elements it is given for that, at most, when they are cheap to send
+_CHEAP = frozenset({int, float, bool, complex, type(None)})  # types of such elements
+_SHORT = 0.0003  # seconds of work below which a smaller batch is not worth its message
 _STEAL = 0.002  # seconds of work below which a waiting batch is not worth taking back
 _CALL, _CANCEL = int(Kind.CALL), int(Kind.CANCEL)
 
-#: An element's place in the input, and its arguments.
-Item = tuple[int, tuple[Any, ...]]
-#: An outcome: place, whether it succeeded, value or error.
-Outcome = tuple[int, bool, Any]
+#: Places in the input, as a range or a list; then their values; or the error of one.
+Outcome = tuple[Sequence[int], list[Any], BaseException | None]
 
 
 class _Batch:
-    """Elements that went out together."""
+    """Elements that went out together: their places in the input, and themselves."""
 
-    __slots__ = ("items", "pid", "recalled", "reply")
+    __slots__ = ("call_id", "elements", "pid", "places", "recalled", "results")
 
-    def __init__(self, pid: int, items: list[Item]) -> None:
+    def __init__(self, pid: int, places: Sequence[int], elements: list[Any]) -> None:
         self.pid = pid
-        self.items = items
-        self.reply: Reply | None = None
+        self.places = places
+        self.elements = elements
+        self.call_id = 0
         self.recalled = False
+        self.results: Results | None = None  # of a batch that ran on this process
 
 
-class Results:
-    """What a batch came to, where it ran.
+#: What a batch came to, where it ran: the seconds it took; values, one for each element that
+#: ended, None for those that failed; and packed errors by place in the batch, or None. A plain
+#: tuple, for one is pickled for each batch.
+Results = tuple[float, list[Any], "dict[int, Any] | None"]
 
-    Attributes
+
+class BatchRunner:
+    """A function as it is sent for a run: takes batches, and notes how far it is.
+
+    Parameters
     ----------
-    seconds : float
-        What it took.
-    values : list
-        One for each element that ended; None for those in `errors`.
-    errors : dict or None
-        Packed errors, by place in the batch.
+    f : callable
+        The function.
+    star : bool
+        Elements are tuples of arguments.
     """
 
-    __slots__ = ("errors", "seconds", "values")
+    __slots__ = ("f", "star")
 
-    def __init__(self, seconds: float, values: list[Any], errors: dict[int, Any] | None) -> None:
-        self.seconds = seconds
-        self.values = values
-        self.errors = errors
+    def __init__(self, f: Callable[..., Any], star: bool = False) -> None:
+        self.f = f
+        self.star = star
 
     def __reduce__(self) -> Any:
-        return Results, (self.seconds, self.values, self.errors)
+        return BatchRunner, (self.f, self.star)
 
-    def without_unsendable(self) -> Results:
-        """Return the same with errors in the place of values that cannot be sent."""
-        errors = dict(self.errors or {})
-        values = list(self.values)
+    def __call__(self, batch: list[Any], probe: bool = False) -> Results:
+        """Run a batch."""
+        return self.probe(batch) if probe else self.run(batch)
+
+    def probe(self, batch: list[Any]) -> Results:
+        """Run `f` on elements until `_PROBE` seconds are over; at least on one."""
+        seconds, values, errors = self.run(batch[:1])
+        size = 2
+        while len(values) < len(batch) and seconds < _PROBE:
+            done = len(values)
+            part = batch[done : done + size]
+            time_taken, more, more_errors = self.run(part, done)
+            seconds += time_taken
+            values += more
+            if more_errors:
+                errors = {**(errors or {}), **{done + place: error for place, error in more_errors.items()}}
+            if len(more) < len(part):
+                break  # interrupted
+            size *= 2
+        return seconds, values, errors
+
+    def without_unsendable(self, results: Results) -> Results:
+        """Return `results` with errors in the place of values that cannot be sent."""
+        seconds, values, errors = results
+        errors, values = dict(errors or {}), list(values)
         for place, value in enumerate(values):
             try:
                 codec.dumps(value, "the result")
             except SerializationError as error:
                 errors[place] = current_node().pack_error(capture(error))
                 values[place] = None
-        return Results(self.seconds, values, errors)
+        return seconds, values, errors
+
+    def run(self, batch: list[Any], first: int = 0) -> Results:
+        """Run `f` on each element; an error ends that element alone.
+
+        KeyboardInterrupt and other errors that are no `Exception` end the batch: the
+        elements after it have not begun.  `first` is the place of the first one in the
+        batch that was sent.
+        """
+        f = self.f
+        numbers, slot = _notes(first)
+        values: list[Any] = []
+        errors: dict[int, Any] = {}
+        elements = iter(batch)
+        add = values.append
+        done = first
+        start = time.perf_counter()
+        while True:
+            try:
+                if self.star:
+                    for element in elements:
+                        numbers[slot] = done
+                        add(f(*element))
+                        done += 1
+                else:
+                    for element in elements:
+                        numbers[slot] = done
+                        add(f(element))
+                        done += 1
+                break
+            except Exception as error:
+                errors[done - first] = current_node().pack_error(capture(error))
+                add(None)
+                done += 1
+            except BaseException as error:
+                errors[done - first] = current_node().pack_error(capture(error))
+                add(None)
+                break
+        return time.perf_counter() - start, values, errors or None
 
 
-def run_batch(f: Callable[..., Any], batch: list[tuple[Any, ...]], note: Callable[[int], None] | None) -> Results:
-    """Run `f` on each element of `batch`; an error ends that element alone.
-
-    KeyboardInterrupt and other errors that are no `Exception` end the batch: the elements
-    after it have not begun.
-    """
-    values: list[Any] = []
-    errors: dict[int, Any] = {}
-    elements = iter(batch)
-    add = values.append
-    start = time.perf_counter()
-    while True:
-        try:
-            if note is None:
-                for arguments in elements:
-                    add(f(*arguments))
-            else:
-                for arguments in elements:
-                    note(len(values))
-                    add(f(*arguments))
-            break
-        except Exception as error:
-            errors[len(values)] = current_node().pack_error(capture(error))
-            add(None)
-        except BaseException as error:
-            errors[len(values)] = current_node().pack_error(capture(error))
-            add(None)
-            break
-    return Results(time.perf_counter() - start, values, errors or None)
+_NOWHERE: Any = [0]
 
 
-class BatchRunner:
-    """A function as it is sent for a run: takes batches, notes how far it is."""
-
-    __slots__ = ("f",)
-
-    def __init__(self, f: Callable[..., Any]) -> None:
-        self.f = f
-
-    def __reduce__(self) -> Any:
-        return BatchRunner, (self.f,)
-
-    def __call__(self, batch: list[tuple[Any, ...]]) -> Results:
-        """Run a batch, on a worker."""
-        return run_batch(self.f, batch, _noter())
-
-
-def _noter() -> Callable[[int], None] | None:
-    """Return what notes an element of the running call on this worker's page."""
+def _notes(first: int) -> tuple[Any, int]:
+    """Return where to note the element that is begun: this worker's page, if it has one."""
     task = current().task
     page = current_node().settings.get("page")
     if task is None or page is None:
-        return None
+        return _NOWHERE, 0
     numbers = page.numbers
-    place = 2 * (task.frame.lane % SLOTS)
-    numbers[place + 1] = 0
-    numbers[place] = task.frame.call_id
-
-    def note(element: int) -> None:
-        numbers[place + 1] = element
-
-    return note
+    slot = 2 * (task.frame.lane % SLOTS)
+    numbers[slot + 1] = first
+    numbers[slot] = task.frame.call_id
+    return numbers, slot + 1
 
 
 class Run:
@@ -172,9 +193,9 @@ class Run:
 
     Parameters
     ----------
-    f : callable or Shipped
-        The function; a Shipped one, a BatchRunner's, is kept by its owner.
-    items : iterator of Item
+    f : BatchRunner or Shipped
+        The function; a Shipped BatchRunner is kept by its owner.
+    elements : iterator
         Read as far as there is room.
     pids : callable
         Returns the workers.
@@ -185,25 +206,25 @@ class Run:
     room : callable, optional
         Returns how many more elements may go out now.
     retry : callable, optional
-        Given an item and its error; returns the seconds until it is tried once more, or
-        None when its error stands.
+        Given an element's place and its error; returns the seconds until it is tried once
+        more, or None when its error stands.
     """
 
     def __init__(
         self,
-        f: Any,
-        items: Iterator[Item],
+        f: BatchRunner | Shipped,
+        elements: Iterator[Any],
         pids: Callable[[], list[int]],
         *,
         total: int | None = None,
         batch_size: int | None = None,
         room: Callable[[], int] | None = None,
-        retry: Callable[[Item, BaseException], float | None] | None = None,
+        retry: Callable[[int, BaseException], float | None] | None = None,
     ) -> None:
         self.node: Node = current_node()
         self.kept = isinstance(f, Shipped)
-        self.shipped: Shipped = f if self.kept else Shipped(BatchRunner(f))
-        self.items = items
+        self.shipped: Shipped = f if isinstance(f, Shipped) else Shipped(f)
+        self.elements = elements
         self.exhausted = False
         self.pids = pids
         self.total = total
@@ -213,19 +234,24 @@ class Run:
         self.retry = retry
         self.lane = 1 + next(self.node.lanes) % 0xFFFFFFFE
         self.cell = Cell()
-        self.inbox: deque[_Batch] = deque()
+        self.inbox: deque[Any] = deque()  # replies, and batches that ran here, as they come
         self.out: dict[int, list[_Batch]] = {}  # batches by worker
-        self.redo: deque[Item] = deque()  # to go out again in batches
-        self.alone: deque[Item] = deque()  # to go out again one by one
-        self.later: list[tuple[float, int, Item]] = []  # retries: when, a tie-breaker, what
-        self.count = itertools.count()
+        self.calls: dict[int, _Batch] = {}  # batches by call
+        self.redo: deque[tuple[int, Any]] = deque()  # to go out again in batches
+        self.alone: deque[tuple[int, Any]] = deque()  # to go out again one by one
+        self.later: list[tuple[float, int, Any]] = []  # retries: when, place, element
         self.cost: float | None = None  # seconds an element takes, of late
-        self.largest = 0  # the largest batch so far
+        self.largest = 1  # the largest batch so far
+        self.cheap = False
+        if batch_size is None and total is not None:
+            first = list(itertools.islice(elements, 1))
+            self.elements = itertools.chain(first, elements)
+            self.cheap = bool(first) and _is_cheap(first[0])
 
     # ------------------------------------------------------------------ the run
 
     def outcomes(self) -> Iterator[Outcome]:
-        """Yield each element's outcome, as they come."""
+        """Yield outcomes as they come."""
         strand = current()
         ready: list[Outcome] = []
         try:
@@ -236,25 +262,21 @@ class Run:
                     done, ready = ready, []
                     yield from done
                     continue
-                if not any(self.out.values()) and not self.later:
-                    if self.exhausted and not self.redo and not self.alone:
-                        return
-                    if self.room is None or self.room() > 0:
-                        continue
-                    return  # the caller wants no more for now, and has all there was
+                if not self.calls and not any(self.out.values()) and not self.later:
+                    return
                 strand.enter()
                 try:
                     self._wait()
                 finally:
                     strand.leave()
+                if self.node.has_output:
+                    self.node.print_output()
                 self._collect(ready)
         finally:
             self._cancel()
 
     def _wait(self) -> None:
         """Wait for a batch to come back, or for a retry's time."""
-        if self.inbox:
-            return
         timeout = None
         if self.later:
             timeout = max(0.0, self.later[0][0] - time.monotonic())
@@ -264,10 +286,12 @@ class Run:
 
     def _cancel(self) -> None:
         """Cancel what is out, and let the workers forget the function."""
-        for batches in self.out.values():
-            for batch in batches:
-                if batch.reply is not None:
-                    self.node.cancel(batch.reply)
+        for call_id, batch in list(self.calls.items()):
+            reply = self.node.pending.get(call_id)
+            if reply is not None:
+                self.node.cancel(reply)
+            del batch
+        self.calls.clear()
         self.out.clear()
         if not self.kept:
             self.shipped.drop()
@@ -277,222 +301,277 @@ class Run:
     def _dispatch(self, ready: list[Outcome]) -> None:
         """Give workers what they have room for."""
         while self.later and self.later[0][0] <= time.monotonic():
-            self.alone.append(heapq.heappop(self.later)[2])
-        pids = [pid for pid in self.pids() if pid not in self.node.graves]
+            self.alone.append(heapq.heappop(self.later)[1:])
+        if self.exhausted and not self.redo and not self.alone:
+            self._recall()
+            return
+        graves = self.node.graves
+        pids = [pid for pid in self.pids() if pid not in graves]
         if not pids:
             self._fail_all(ready)
             return
-        for depth in range(WINDOW):
-            for pid in pids:
-                if len(self.out.get(pid, ())) > depth:
-                    continue
-                items = self._next_items(len(pids))
-                if not items:
-                    if depth == 0:
-                        self._recall(pids)
-                    return
-                self._send(pid, items, ready)
+        window = self._window(len(pids))
+        have = {pid: len(self.out.get(pid, ())) for pid in pids}
+        # A worker that has half its window is left alone: then several batches go out at once.
+        hungry = [pid for pid in pids if 2 * have[pid] <= window]
+        plan: dict[int, list[_Batch]] = {}
+        # Every worker gets its first batch before any gets its second.
+        for level, pid in itertools.product(range(window), hungry):
+            if have[pid] <= level:
+                batch = self._next_batch(pid, len(pids))
+                if batch is None:
+                    break
+                plan.setdefault(pid, []).append(batch)
+                have[pid] += 1
+        for pid, batches in plan.items():
+            self._send(pid, batches, ready)
+
+    def _window(self, workers: int) -> int:
+        """Return how many batches a worker should have: some work ahead, but no more."""
+        if self.cost is None:
+            return WINDOW
+        one = self.cost * self._next_size(workers) + _MESSAGE
+        return max(WINDOW, min(_DEEPEST, int(_AHEAD / one)))
 
     def _fail_all(self, ready: list[Outcome]) -> None:
         """There are no workers left: every element that is not done has lost its worker."""
-        while items := self._next_items(1):
-            for item in items:
-                self._end(item, self.node.death(max(self.node.graves, default=0)), ready, final=True)
+        error = self.node.death(max(self.node.graves, default=0))
         while self.later:
-            item = heapq.heappop(self.later)[2]
-            self._end(item, self.node.death(max(self.node.graves, default=0)), ready, final=True)
+            self.redo.append(heapq.heappop(self.later)[1:])
+        while (batch := self._next_batch(0, 1)) is not None:
+            for place in batch.places:
+                ready.append(((place,), [], error))
 
-    def _next_items(self, workers: int) -> list[Item]:
-        """Return the next batch's elements."""
+    def _next_batch(self, pid: int, workers: int) -> _Batch | None:
+        """Return the next batch, None when there is nothing to do for now."""
         if self.alone:
-            return [self.alone.popleft()]
+            place, element = self.alone.popleft()
+            return _Batch(pid, (place,), [element])
         size = self._next_size(workers)
-        items: list[Item] = []
-        while self.redo and len(items) < size:
-            items.append(self.redo.popleft())
-        if self.exhausted or len(items) == size:
-            return items
+        if self.redo:
+            again = [self.redo.popleft() for _ in range(min(size, len(self.redo)))]
+            return _Batch(pid, [place for place, _ in again], [element for _, element in again])
+        if self.exhausted:
+            return None
         if self.room is not None:
-            size = min(size, len(items) + self.room())
-        for item in itertools.islice(self.items, size - len(items)):
-            items.append(item)
-        self.drawn += len(items)
-        if len(items) < size:
+            size = min(size, self.room())
+            if size <= 0:
+                return None
+        elements = list(itertools.islice(self.elements, size))
+        count = len(elements)
+        if count < size:
             self.exhausted = True
-        self.largest = max(self.largest, len(items))
-        return items
+            if not count:
+                return None
+        start = self.drawn
+        self.drawn += count
+        self.largest = max(self.largest, count)
+        return _Batch(pid, range(start, start + count), elements)
 
     def _next_size(self, workers: int) -> int:
         """Return how many elements the next batch should have."""
         if self.batch_size is not None:
             return self.batch_size
         if self.cost is None:
-            return 1
+            # Unknown yet: a few for the worker to try, if it costs little to get them back.
+            few = 1 if self.total is None else min(_PROBED, self.total // (8 * workers))
+            return max(1, few) if self.cheap else 1
         cost = max(self.cost, 1e-8)
         size = _LONG / cost
         if self.total is not None:
             fair = (self.total - self.drawn) / (2 * workers)
             size = min(size, max(fair, _SHORT / cost))
-        return max(1, min(int(size), max(1, self.largest) * _GROW))
+        return max(1, min(int(size), self.largest * _GROW))
 
-    def _send(self, pid: int, items: list[Item], ready: list[Outcome]) -> None:
-        """Send a batch to a worker."""
-        batch = _Batch(pid, items)
+    def _send(self, pid: int, batches: list[_Batch], ready: list[Outcome]) -> None:
+        """Send batches to a worker, in one go."""
         node = self.node
+        out = self.out.setdefault(pid, [])
         if pid == node.pid:
-            self.out.setdefault(pid, []).append(batch)
-            node.dispatcher.start(lambda: self._run_here(batch))
+            for batch in batches:
+                out.append(batch)
+                self._start_here(batch)
             return
-        try:
-            arguments = (self.shipped.number, ([item[1] for item in items],), {})
-            payload = codec.dumps(arguments, "the element" if len(items) == 1 else "the elements")
-        except Exception as error:
-            if len(items) == 1:
-                self._end(items[0], error, ready)
-            else:
-                self.alone.extend(items)  # so that one that cannot be sent costs no other
+        payloads = []
+        for batch in batches:
+            try:
+                probe = self.cost is None and len(batch.elements) > 1 and self.batch_size is None
+                arguments = (self.shipped.number, (batch.elements, probe), _NO_KEYWORDS)
+                if len(batch.elements) == 1:
+                    payload = codec.dumps_arguments(arguments, batch.elements[0])
+                else:
+                    payload = codec.dumps(arguments, "the elements")
+            except Exception as error:
+                if len(batch.elements) == 1:
+                    self._end(batch.places[0], batch.elements[0], error, ready)
+                else:  # one by one, so that an element that cannot be sent costs no other
+                    self.alone.extend(zip(batch.places, batch.elements, strict=True))
+                continue
+            payloads.append((batch, payload))
+        if not payloads:
             return
-        self.out.setdefault(pid, []).append(batch)
-
-        def arrived(reply: Reply) -> None:
-            batch.reply = reply
-            self.inbox.append(batch)
-            node.dispatcher.complete(self.cell)
-
         strand = current()
         strand.enter()
         try:
             self.shipped.send_to(pid)
-            reply = node.request(pid, _CALL, WANT_VALUE | BY_ID, payload, lane=self.lane, callback=arrived)
-            if batch.reply is None:
-                batch.reply = reply
+            link = node.links[pid]
+            parts: list[Any] = []
+            together = codec.Payload()
+            for batch, payload in payloads:
+                call_id = batch.call_id = next(node.call_ids)
+                self.calls[call_id] = batch
+                out.append(batch)
+                node.pending[call_id] = Reply(call_id, pid, self._arrived)
+                parts += codec.frame(_CALL, WANT_VALUE | BY_ID, self.lane, call_id, payload)
+                together.refs += payload.refs
+            if len(parts) > 1 and len(parts) == len(payloads):
+                parts = [b"".join(parts)]
+            node.send(link, parts, together)
+        except (LinkClosed, KeyError):
+            pass  # its death is on its way, and fails what was sent to it
         except Exception:
             if pid not in node.graves:
                 raise
-            self.out[pid].remove(batch)
-            self.redo.extend(items)
         finally:
             strand.leave()
+        if pid in node.graves:
+            self._fail_sent(pid, [batch for batch, _ in payloads])
 
-    def _run_here(self, batch: _Batch) -> None:
-        """Run a batch on a thread of this process."""
-        strand = current()
-        depth, strand.depth = strand.depth, 0
-        runner = self.shipped.f
-        results = run_batch(runner.f, [item[1] for item in batch.items], None)
-        strand.depth = depth
-        batch.reply = None
-        batch.items = list(batch.items)
-        self._here[id(batch)] = results
-        self.inbox.append(batch)
+    def _fail_sent(self, pid: int, batches: list[_Batch]) -> None:
+        """A worker was gone before these were sent: nobody else will fail them."""
+        for batch in batches:
+            if not batch.call_id:
+                self.redo.extend(zip(batch.places, batch.elements, strict=True))
+                continue
+            reply = self.node.pending.pop(batch.call_id, None)
+            if reply is not None:
+                self.node.fail(reply, self.node.death(pid))
+
+    def _arrived(self, reply: Reply) -> None:
+        """Take note of a reply; on the reading thread."""
+        self.inbox.append(reply)
         self.node.dispatcher.complete(self.cell)
 
-    @property
-    def _here(self) -> dict[int, Results]:
-        """Results of batches that ran on this process."""
-        return self.__dict__.setdefault("_results_here", {})  # type: ignore[no-any-return]
+    def _start_here(self, batch: _Batch) -> None:
+        """Run a batch on a thread of this process."""
 
-    def _recall(self, pids: list[int]) -> None:
+        def run() -> None:
+            strand = current()
+            depth, strand.depth = strand.depth, 0
+            batch.results = self.shipped.f(batch.elements)
+            strand.depth = depth
+            self.inbox.append(batch)
+            self.node.dispatcher.complete(self.cell)
+
+        self.node.dispatcher.start(run)
+
+    def _recall(self) -> None:
         """Take batches back that wait behind others, for workers that have nothing left."""
-        if not any(not self.out.get(pid) for pid in pids):
+        pids = self.pids()
+        if all(self.out.get(pid) for pid in pids):
             return
         for pid in pids:
             batches = self.out.get(pid, [])
             if len(batches) < 2 or pid == self.node.pid:
                 continue
             batch = batches[-1]
-            long = self.cost is None or self.cost * len(batch.items) > _STEAL
-            if not batch.recalled and batch.reply is not None and long:
+            long = self.cost is None or self.cost * len(batch.elements) > _STEAL
+            link = self.node.links.get(pid)
+            if not batch.recalled and long and link is not None:
                 batch.recalled = True
-                link = self.node.links.get(pid)
-                if link is not None:
-                    self.node.post(link, _CANCEL, NOT_RUN, batch.reply.call_id)
+                self.node.post(link, _CANCEL, NOT_RUN, batch.call_id)
 
     # ------------------------------------------------------------------ coming back
 
     def _collect(self, ready: list[Outcome]) -> None:
         """Take the batches that have come back apart."""
         while self.inbox:
-            batch = self.inbox.popleft()
-            batches = self.out.get(batch.pid, [])
-            if batch in batches:
-                batches.remove(batch)
-            if batch.pid == self.node.pid:
-                self._take(batch, self._here.pop(id(batch)), ready)
+            arrived = self.inbox.popleft()
+            if isinstance(arrived, _Batch):
+                self.out[arrived.pid].remove(arrived)
+                assert arrived.results is not None
+                self._take(arrived, arrived.results, ready)
                 continue
-            reply = batch.reply
-            assert reply is not None
-            if reply.error is not None:
+            reply: Reply = arrived
+            batch = self.calls.pop(reply.call_id)
+            self.out[batch.pid].remove(batch)
+            frame = reply.frame
+            if frame is None:
                 self._lost(batch, reply, ready)
-            elif reply.frame is not None and reply.frame.flags & NOT_RUN:
-                self.redo.extend(batch.items)
+            elif frame.flags & NOT_RUN:
+                self.redo.extend(zip(batch.places, batch.elements, strict=True))
             else:
                 try:
-                    results = self.node.open(reply, "a batch")
+                    results = self.node.read_result(frame, batch.pid, "a batch of elements")
                 except Exception as error:
-                    remote = reply.frame is not None and bool(reply.frame.flags & IS_ERROR)
-                    self._broken(batch, error, ready, remote=remote)
+                    self._broken(batch, error, ready, begun=not frame.flags & IS_ERROR)
                 else:
                     self._take(batch, results, ready)
 
     def _take(self, batch: _Batch, results: Results, ready: list[Outcome]) -> None:
         """Take a batch's results."""
-        count = len(results.values)
+        seconds, values, errors = results
+        count = len(values)
         if count:
-            cost = results.seconds / count
+            cost = seconds / count
             self.cost = cost if self.cost is None else 0.5 * (self.cost + cost)
-        errors = results.errors
+        places = batch.places
         if errors is None:
-            for (index, _), value in zip(batch.items, results.values, strict=False):
-                ready.append((index, True, value))
-        else:
-            for place, (item, value) in enumerate(zip(batch.items, results.values, strict=False)):
-                if place in errors:
-                    self._end(item, self.node.unpack_error(batch.pid, *errors[place]), ready)
-                else:
-                    ready.append((item[0], True, value))
-        if count < len(batch.items):  # interrupted: these have not begun
-            self.redo.extend(batch.items[count:])
+            ready.append((places, values, None))
+            return
+        for index, (place, element, value) in enumerate(zip(places, batch.elements, values, strict=False)):
+            if index in errors:
+                self._end(place, element, self.node.unpack_error(batch.pid, *errors[index]), ready)
+            else:
+                ready.append(((place,), [value], None))
+        if count < len(places):  # interrupted: these have not begun
+            self.redo.extend(zip(places[count:], batch.elements[count:], strict=True))
 
-    def _broken(self, batch: _Batch, error: Exception, ready: list[Outcome], *, remote: bool) -> None:
-        """The batch as a whole failed: it could not be read, there or here."""
-        if len(batch.items) == 1 or not remote:
-            for item in batch.items:
-                self._end(item, error, ready)
-        elif isinstance(error, RemoteException) and not isinstance(error, Exception):
-            self.redo.extend(batch.items)
+    def _broken(self, batch: _Batch, error: Exception, ready: list[Outcome], *, begun: bool) -> None:
+        """The batch as a whole failed: it, or what it came to, could not be read."""
+        if begun or len(batch.elements) == 1:
+            for place, element in zip(batch.places, batch.elements, strict=True):
+                self._end(place, element, error, ready)
         else:
-            self.alone.extend(batch.items)  # it never began: one by one, the culprit shows
+            # It never began; one by one, the culprit shows.
+            self.alone.extend(zip(batch.places, batch.elements, strict=True))
 
     def _lost(self, batch: _Batch, reply: Reply, ready: list[Outcome]) -> None:
         """The worker of a batch is gone."""
         error = reply.error
         assert error is not None
         self.shipped.forget(batch.pid)
-        batches = self.out.get(batch.pid, [])
+        pairs = list(zip(batch.places, batch.elements, strict=True))
         words = self.node.last_words.get(batch.pid)
         if words is not None:
             begun = words.get(reply.call_id)
-            if begun is None or begun >= len(batch.items):
-                # It waited behind another batch, or nothing is known of it: nobody's fault.
-                self.redo.extend(batch.items)
+            if begun is None or begun >= len(pairs):
+                self.redo.extend(pairs)  # it waited behind another batch: nobody's fault
                 return
-            self.redo.extend(batch.items[:begun] + batch.items[begun + 1 :])
-            self._end(batch.items[begun], error, ready)
-        elif batch.recalled or (batches and len(batch.items) > 1):
-            self.redo.extend(batch.items)
-        elif len(batch.items) == 1:
-            self._end(batch.items[0], error, ready)
+            self.redo.extend(pairs[:begun] + pairs[begun + 1 :])
+            self._end(*pairs[begun], error, ready)
+        elif len(pairs) == 1:
+            self._end(*pairs[0], error, ready)
         else:
-            self.alone.extend(batch.items)
+            self.alone.extend(pairs)
 
-    def _end(self, item: Item, error: BaseException, ready: list[Outcome], *, final: bool = False) -> None:
+    def _end(self, place: int, element: Any, error: BaseException, ready: list[Outcome]) -> None:
         """An element has failed: it is tried again, or that is its outcome."""
-        delay = None if final or self.retry is None else self.retry(item, error)
+        delay = None if self.retry is None else self.retry(place, error)
         if delay is None:
-            ready.append((item[0], False, error))
+            ready.append(((place,), [], error))
         else:
-            heapq.heappush(self.later, (time.monotonic() + delay, next(self.count), item))
+            heapq.heappush(self.later, (time.monotonic() + delay, place, element))
+
+
+_NO_KEYWORDS: dict[str, Any] = {}
+
+
+def _is_cheap(element: Any) -> bool:
+    """Tell whether elements like this one may be sent twice."""
+    if type(element) is tuple:
+        return len(element) < 8 and all(type(part) is not tuple and _is_cheap(part) for part in element)
+    return type(element) in _CHEAP or (type(element) is str and len(element) < 100)
 
 
 def scatter(f: Callable[..., Any], parts: Iterable[tuple[int, tuple[Any, ...]]]) -> list[Any]:

@@ -24,12 +24,13 @@ matter what blocks, and a write that waits for the other side's reading makes pr
 
 Late handing over
 -----------------
-A thread that runs a call "in place" (on the thread that read it) leaves its token in
-``_inplace``.  A standby thread that is woken meanwhile first naps for `GRACE`: a queue of
-short calls belongs to the thread that is working through it, and taking one out would
-cost more than running it.  If the token is still the same after the nap the call is a
-long one: the standby takes over the reading.  A call that blocks in the runtime (waits
-for an answer, takes from a channel) gives its token up at once.
+Handing the reading over costs more than most calls, so it is done late. Each time the
+baton is let go, `_turns` counts and `_last` notes when. A standby thread that is woken
+within `GRACE` of that naps: who let go is probably back in microseconds, to read on or
+with the next of a queue of short calls, which belongs to the thread that is working
+through it. It naps on while the count moves, and reads when the baton has lain free for a
+whole nap: the call that runs is a long one. While it naps nothing need be armed, for it
+will look by itself. Threads that wait for answers cut the nap short.
 
 Frames that have been read and wait to be run stand in ``_inbox``, which only the baton's
 holder touches.
@@ -103,7 +104,8 @@ class Dispatcher:
         self._frames: list[Frame] = []  # what one turn of reading brought; the baton's holder's
         self._followers: deque[Cell] = deque()  # woken to take the baton; append and pop are atomic
         self._leader: Cell | None = None  # what the reading thread waits for itself
-        self._inplace: object | None = None  # token of the call that runs on the thread that read it
+        self._turns = 0  # how often the baton was let go, more or less: it is counted without a lock
+        self._last = 0.0  # when it was, last
         self._napping = False  # a standby thread is awake and will try the baton
         self._main_cell: Cell | None = None  # a worker's main thread, waiting for the baton or a job
         self._main_jobs: deque[Callable[[], None]] = deque()
@@ -114,6 +116,8 @@ class Dispatcher:
         self._lanes: dict[tuple[int, int], deque[Task]] = {}
         self._serial = 0
         self._kicker = _Kicker(self.poller)
+        self._wait = self.poller.poll
+        self._arm, self._disarm = self.poller.arm, self.poller.disarm
         self.closing = False
         self._links: dict[int, Link] = {}  # by descriptor
         self._watched: dict[int, Callable[[], None]] = {}  # descriptors of processes, by what to do
@@ -152,7 +156,7 @@ class Dispatcher:
         bool
             True when something came.
         """
-        events = self.poller.poll(timeout)
+        events = self._wait(timeout)
         if not events:
             return False
         frames = self._frames
@@ -235,7 +239,7 @@ class Dispatcher:
     def _take(self) -> bool:
         """Take the baton if it is free."""
         if self._baton.acquire(False):
-            self.poller.disarm()
+            self._disarm()
             return True
         return False
 
@@ -249,19 +253,22 @@ class Dispatcher:
         """
         # Asked while the baton is still held: the inbox is its holder's.
         left = bool(self._inbox)
+        self._turns += 1
+        self._last = _now()
         self._baton.release()
         if promote:
-            try:
-                self._followers.popleft().wake()
-                return
-            except IndexError:
-                pass
+            if self._followers:
+                try:
+                    self._followers.popleft().wake()
+                    return
+                except IndexError:
+                    pass  # it has left
             cell = self._main_cell
             if cell is not None:
                 cell.wake()
                 return
         if not self._napping:
-            self.poller.arm()
+            self._arm()
             if left:
                 self.poller.nudge()
 
@@ -297,28 +304,19 @@ class Dispatcher:
         if cell.done:
             return True
         strand = current()
-        token = self._inplace
-        if token is not None and token is strand.task:
-            self._inplace = None  # this call blocks: others need not wait for it
-        else:
-            token = None
         deadline = None if timeout is None else time.monotonic() + timeout
-        try:
-            while not cell.done:
-                if strand.pending:
-                    strand.deliver()
-                    continue
-                left = -1.0
-                if deadline is not None:
-                    left = deadline - time.monotonic()
-                    if left <= 0:
-                        return False
-                if self._take() or self._follow(cell, left, strand):
-                    self._lead(cell, left, strand)
-            return True
-        finally:
-            if token is not None and self._inplace is None:
-                self._inplace = token
+        while not cell.done:
+            if strand.pending:
+                strand.deliver()
+                continue
+            left = -1.0
+            if deadline is not None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+            if self._take() or self._follow(cell, left, strand):
+                self._lead(cell, left, strand)
+        return True
 
     def _lead(self, cell: Cell, timeout: float, strand: Strand) -> None:
         """Read with the baton held, until `cell` is done or something else wants the thread."""
@@ -351,13 +349,10 @@ class Dispatcher:
         if not operations:
             self._release(promote=cell.done)
             return
-        # Operations never block, so they are run here, as calls are run in place.
-        self._inplace = operations
+        # Operations never block, so they are run here.
         self._release(promote=False)
         for frame in operations:
             self._node.operate(frame)
-        if self._inplace is operations:
-            self._inplace = None
         if cell.done and self._followers:
             try:
                 self._followers.popleft().wake()
@@ -428,7 +423,6 @@ class Dispatcher:
                 item = inbox.popleft()
                 if self._parked == 0:
                     self.ensure_standby()
-                self._inplace = item
                 self._leader = None
                 self._release(promote=False)
                 self._run(item, strand)
@@ -448,26 +442,18 @@ class Dispatcher:
         self._release(promote=True)
 
     def _run(self, item: Any, strand: Strand) -> None:
-        """Run a task or an operation whose token is in `_inplace`, and its lane after it."""
+        """Run an operation, or a task and its lane after it."""
         if type(item) is Frame:
             self._node.operate(item)
-            if self._inplace is item:
-                self._inplace = None
             return
         task: Task | None = item
         while task is not None:
             self._node.tasks.run(task, strand)
-            mine = self._inplace is task
-            task = self._next_of_lane(task)
-            if mine:
-                self._inplace = task
+            task = self._next_of_lane(task) if task.frame.lane else None
 
     def _next_of_lane(self, task: Task) -> Task | None:
         """Return the next task of the lane of `task`, which has ended."""
-        lane = task.frame.lane
-        if not lane:
-            return None
-        key = (task.key[0], lane)
+        key = (task.key[0], task.frame.lane)
         with self._roles:
             queue = self._lanes.get(key)
             if queue:
@@ -582,7 +568,7 @@ class Dispatcher:
         if woken:
             self.poller.unwake()
             self._guarded(self._node.housekeeping)
-        if self._inplace is not None and not self._followers:
+        if _now() - self._last < GRACE and not self._followers:
             self._nap()
         if self._take():
             self._serve(strand, Cell(), forever=False)
@@ -590,18 +576,13 @@ class Dispatcher:
             self._node.print_output()
 
     def _nap(self) -> None:
-        """Leave the reading to the thread that works through short calls in place."""
+        """Leave the reading to the thread that had the baton a moment ago."""
         self._napping = True
-        try:
-            token = self._inplace
-            while token is not None and not self._baton.locked():
-                time.sleep(GRACE if len(self._threads) < 8 else GRACE / 10)
-                if self._inplace is token:
-                    self._inplace = None  # a long call: overtaken
-                    return
-                token = self._inplace
-        finally:
-            self._napping = False
+        turns = -1
+        while turns != self._turns and not self.closing and not self._followers:
+            turns = self._turns
+            time.sleep(GRACE if len(self._threads) < 8 else GRACE / 10)
+        self._napping = False
 
     # ------------------------------------------------------------------ end
 

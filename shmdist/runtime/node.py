@@ -301,9 +301,9 @@ class Node:
 
     def send(self, link: Link, parts: list[Part], payload: codec.Payload | None) -> None:
         """Write a frame; the references in it are counted for the receiver first."""
-        strand = current()
         if payload is not None and payload.refs:
             self._count(payload.refs, link.pid, +1)
+        strand = current()
         try:
             link.send(parts, strand.interrupted)
         except SendInterrupted as stopped:
@@ -575,11 +575,11 @@ class Node:
     def flush_own_output(self) -> None:
         """Write out what this worker's calls printed, before their results go."""
         if self.is_worker:
-            for stream in (sys.stdout, sys.stderr):
-                try:
-                    stream.flush()
-                except (AttributeError, OSError, ValueError):
-                    pass
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            except (AttributeError, OSError, ValueError):
+                pass  # a function has replaced or closed them
 
 
 _current: Node | None = None

@@ -87,7 +87,7 @@ class Strand:
         self.task: Any = None  # the remote call it runs, a runtime.task.Task
         self.main = False  # process 1's main thread, where Python runs signal handlers
         self.signalled = False  # a worker's main thread: interrupted by a signal
-        self.struck = False  # there, the signal has come for this task
+        self.struck = False  # the interrupt of this task has come
         self.previous: Any = None  # the SIGINT handler found on entering
         self.guard = threading.Lock()
         self.ident = threading.get_ident()
@@ -148,6 +148,7 @@ class Strand:
         """Raise the interrupt that was put off; nothing may be half done here."""
         self.pending = False
         if self.task is not None:
+            self.struck = True
             raise KeyboardInterrupt
         if self.main:
             previous = self.previous
@@ -193,11 +194,16 @@ class Strand:
 
     def end(self) -> None:
         """End the task: from here on no interrupt of it can arrive."""
+        if self.signalled:
+            self.depth = 1
+            self.task = None
+            self.pending = False
+            return
         with self.guard:
             task, self.task = self.task, None
             self.pending = False
             self.depth = 1
-        if task.interrupted and not self.signalled:
+        if task.interrupted:
             # At most one exception was ever set, and it may still be on its way.
             try:
                 _raise_in(self.ident, None)
@@ -206,6 +212,11 @@ class Strand:
 
     def expose(self) -> None:
         """Leave the runtime for user code of the task; raise an interrupt put off."""
+        if self.signalled:
+            self.depth = 0
+            if self.pending or self.task.interrupted:
+                self.deliver()
+            return
         with self.guard:
             self.depth = 0
             pending = self.pending
@@ -214,6 +225,9 @@ class Strand:
 
     def cover(self) -> None:
         """Come back into the runtime from user code of the task."""
+        if self.signalled:
+            self.depth = 1
+            return
         with self.guard:
             self.depth = 1
 

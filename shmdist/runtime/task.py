@@ -16,6 +16,7 @@ read and its turn has come.
 
 from __future__ import annotations
 
+import pickle
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from shmdist.wire import codec
 from shmdist.wire.messages import (
     BROKEN,
     BY_ID,
+    HAS_REFS,
     IS_ERROR,
     NOT_RUN,
     STORED,
@@ -129,12 +131,16 @@ class Tasks:
         if frame.flags & BROKEN:
             raise MemoryError("this process had no memory to receive the call's arguments")
         try:
-            call = codec.loads(frame, node.give_back)
+            if frame.flags & HAS_REFS or frame.buffers:
+                call = codec.loads(frame, node.give_back)
+            else:
+                call = pickle.loads(frame.body)
         except Exception as error:
             hint = codec.unreadable(error, "the call's function or arguments").args[0]
             error.add_note(f"{hint} (on process {node.pid}, {sys.executable})")
             raise
-        task.frame = Frame(frame.kind, frame.flags, frame.lane, frame.call_id, b"", [])  # free the body
+        frame.body = b""  # the arguments are what is needed of it
+        frame.buffers = []
         if frame.flags & BY_ID:
             return node.functions.get(task.link.pid, call[0]), call[1], call[2]
         return call
@@ -234,16 +240,16 @@ class Tasks:
 def _dump_value(value: Any, function: Any) -> codec.Payload:
     """Pickle a result.
 
-    A result that stands for many may leave out those that cannot be sent: its method
-    ``without_unsendable`` then returns what can.
+    A result that stands for many may leave out those that cannot be sent: the function's
+    method ``without_unsendable`` then returns what can.
     """
     try:
-        return codec.dumps(value, f"the result of {getattr(function, '__qualname__', None) or repr(function)}")
+        return codec.dumps_value(value, getattr(function, "__qualname__", "the function"))
     except SerializationError:
-        salvage = getattr(value, "without_unsendable", None)
+        salvage = getattr(function, "without_unsendable", None)
         if salvage is None:
             raise
-        return codec.dumps(salvage())
+        return codec.dumps(salvage(value))
 
 
 class Functions:

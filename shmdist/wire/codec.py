@@ -93,20 +93,23 @@ class _Pickler(pickle.Pickler):
         reducer = reducers.get(kind)
         if reducer is not None:
             return reducer(obj, self)
+        if kind in _FUNCTIONS:
+            return NotImplemented
         return _reduce_rare(obj, kind)
 
 
 def _reduce_rare(obj: Any, kind: type) -> Any:
     """Reduce what needs a word of ours but has no entry in `reducers`."""
-    if isinstance(obj, type):
+    # The type itself is asked, for a proxy may give itself out for something else.
+    if issubclass(kind, type):
         if obj.__module__ in _MAIN:
             raise _ByValue
         return NotImplemented
-    if isinstance(obj, BaseException):
+    if issubclass(kind, BaseException):
         return reduce_exception(obj)
     numpy = sys.modules.get("numpy")
     ndarray = getattr(numpy, "ndarray", None)
-    if ndarray is not None and isinstance(obj, ndarray):
+    if ndarray is not None and issubclass(kind, ndarray):
         if kind is ndarray:
             reducers[ndarray] = _reduce_array
         return _reduce_array(obj, None)
@@ -125,17 +128,22 @@ def _reduce_array(array: Any, _pickler: Any) -> Any:
         return _writable_face(array).__reduce_ex__(5)
     if not flags.forc and kind.__name__ != "ndarray":
         return NotImplemented  # a subclass knows how to pickle itself, at the price of a copy
-    return array.copy().__reduce_ex__(5)
+    return array.copy("A").__reduce_ex__(5)
 
 
 class _Face:
-    """Offers memory of an array under the array interface, as if it were writable."""
+    """Offers the bytes of an array under the array interface, as if they were writable."""
 
     def __init__(self, array: Any) -> None:
         self.array = array  # keeps the memory alive
-        interface = dict(array.__array_interface__)
-        interface["data"] = (interface["data"][0], False)
-        self.__array_interface__ = interface
+        address = array.__array_interface__["data"][0]
+        # Bytes, for the interface cannot tell of every dtype.
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (array.nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+        }
 
 
 def _writable_face(array: Any) -> Any:
@@ -144,7 +152,9 @@ def _writable_face(array: Any) -> Any:
     The pickle stream marks read-only buffers, and its reader would give a read-only
     array back, though the memory that it received is its own.
     """
-    return sys.modules["numpy"].asarray(_Face(array))
+    numpy = sys.modules["numpy"]
+    order = "C" if array.flags.c_contiguous else "F"
+    return numpy.ndarray(array.shape, array.dtype, numpy.asarray(_Face(array)), 0, None, order)
 
 
 _cloud_class: Any = None
@@ -218,6 +228,68 @@ def _bind_globals(function: Any, state: Any) -> None:
             function.__globals__.setdefault(name, main[name])
 
 
+#: Types that no rule of ours concerns: the fastest pickler will do for them.
+_ATOMS = frozenset({int, float, str, type(None), bool, bytes, complex})
+_SMALL = 1 << 12  # characters or bytes of an atom that go this way
+#: Functions seen to be importable by name. A function that is not any more (its module was
+#: reloaded, say) makes the pickler fail, and then the ordinary way is gone.
+#: No others are noted: a closure would be kept alive here, and what it captures.
+_by_name: set[Any] = set()
+_NOTHING = pickle.dumps(None, 5)
+
+
+def dumps_call(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
+    """Pickle a call; errors as those of :func:`dumps`."""
+    if not kwargs and len(args) < 8 and f.__class__ in _FUNCTIONS:
+        for value in args:
+            if type(value) not in _ATOMS or (type(value) in _SIZED and len(value) > _SMALL):
+                break
+        else:
+            if f in _by_name or _note_function(f):
+                try:
+                    payload = Payload()
+                    payload.parts.append(pickle.dumps((f, args, kwargs), 5))
+                    return payload
+                except Exception:
+                    _by_name.discard(f)
+    return dumps((f, args, kwargs), "the call")
+
+
+_FUNCTIONS = frozenset({FunctionType, type(len)})
+_SIZED = frozenset({str, bytes})
+
+
+def _note_function(f: Any) -> bool:
+    """Tell whether `f` can be sent by name, and note it if so."""
+    module = sys.modules.get(f.__module__ or "")
+    known = f.__module__ not in _MAIN and getattr(module, f.__qualname__, None) is f
+    if known:
+        if len(_by_name) > 1000:
+            _by_name.clear()  # it keeps the functions alive, so it is kept short
+        _by_name.add(f)
+    return known
+
+
+def dumps_arguments(arguments: Any, value: Any) -> Payload:
+    """Pickle `arguments`, in which only `value` may be no plain number or short text."""
+    kind = type(value)
+    if kind in _ATOMS and (kind not in _SIZED or len(value) < _SMALL):
+        payload = Payload()
+        payload.parts.append(pickle.dumps(arguments, 5))
+        return payload
+    return dumps(arguments, "the element")
+
+
+def dumps_value(value: Any, what: str) -> Payload:
+    """Pickle a result; errors as those of :func:`dumps`."""
+    kind = type(value)
+    if kind in _ATOMS and (kind not in _SIZED or len(value) < _SMALL):
+        payload = Payload()
+        payload.parts.append(_NOTHING if value is None else pickle.dumps(value, 5))
+        return payload
+    return dumps(value, what)
+
+
 def dumps(obj: Any, what: str = "the object") -> Payload:
     """Pickle `obj` whole.
 
@@ -245,7 +317,8 @@ def dumps(obj: Any, what: str = "the object") -> Payload:
     except BaseException:
         # By value, then: a function of __main__, a lambda (whose lookup by name fails), or
         # something that cannot be pickled at all, which the second pickler will find as well.
-        return _dumps_by_value(obj, what)
+        pass
+    return _dumps_by_value(obj, what)
 
 
 def _dumps_by_value(obj: Any, what: str) -> Payload:
@@ -285,7 +358,9 @@ def _can_pickle(obj: Any) -> BaseException | None:
         pickler = _cloud_pickler()(payload, 5, buffer_callback=payload.keep_out)
         pickler.payload = payload
         pickler.dump(obj)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
         return error
     return None
 
@@ -384,12 +459,13 @@ def unreadable(error: BaseException, what: str) -> SerializationError:
     return SerializationError(f"{what} could not be unpickled: {type(error).__name__}: {error}{hint}")
 
 
-
-
 __all__ = [
     "INLINE",
     "Payload",
     "dumps",
+    "dumps_arguments",
+    "dumps_call",
+    "dumps_value",
     "frame",
     "loads",
     "note_made",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType
 from typing import Any
 
 from shmdist.errors import SerializationError
 
 _MOST = 2000  # objects looked at; a huge structure gets a shorter path instead of a long wait
 _DEEPEST = 30
+_LEFT_OUT = frozenset({"__dict__", "__weakref__", "_abc_impl"})  # of a class that goes by value
 
 Check = Callable[[Any], BaseException | None]
 
@@ -28,33 +30,43 @@ def explain(obj: Any, what: str, error: BaseException, check: Check) -> Serializ
     check : callable
         Returns the error of pickling a part, None when the part can be sent.
     """
-    budget = [_MOST]
-    path, culprit, reason = _descend(obj, "", error, check, budget, set(), is_call=what.startswith("the call"))
+    path, culprit, reason = _descend(obj, error, check, is_call=what.startswith("the call"))
     kind = type(culprit)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    place = f"{path} " if path else ""
+    try:
+        text = f"{type(reason).__name__}: {reason}"
+    except Exception:  # its __str__ is the user's
+        text = type(reason).__name__
+    part = "a part of it" if path else "it"
     return SerializationError(
-        f"{what} cannot be sent: {place}(a {name}) cannot be pickled: {type(reason).__name__}: {reason}. "
-        f"Make it on the worker, or send what it is made from.",
-        path=path,
+        f"{what} cannot be sent, for {part} cannot be pickled ({text}); "
+        f"make that on the worker, or send what it is made from",
+        path=path or None,
         obj_type=name,
     )
 
 
 def _descend(
-    obj: Any, path: str, error: BaseException, check: Check, budget: list[int], seen: set[int], *, is_call: bool = False
+    obj: Any, error: BaseException, check: Check, *, is_call: bool
 ) -> tuple[str, Any, BaseException]:
     """Follow the first part that cannot be sent, down to one all of whose parts can."""
-    if id(obj) in seen or len(seen) > _DEEPEST:
-        return path, obj, error
-    seen.add(id(obj))
-    for step, part in _call_parts(obj) if is_call else _parts(obj):
-        budget[0] -= 1
-        if budget[0] < 0:
-            break
-        found = check(part)
-        if found is not None:
-            return _descend(part, path + step, found, check, budget, seen)
+    path = ""
+    seen: set[int] = set()
+    budget = itertools.repeat(None, _MOST)
+    parts = _call_parts(obj) if is_call else _parts(obj)
+    while id(obj) not in seen and len(seen) < _DEEPEST:
+        seen.add(id(obj))
+        try:
+            for (step, part), _ in zip(parts, budget, strict=False):
+                found = check(part)
+                if found is not None:
+                    path, obj, error = path + step, part, found
+                    break
+            else:
+                break
+        except Exception:
+            break  # a repr, an attribute, an iteration of the user's object: the way ends before it
+        parts = _parts(obj)
     return path, obj, error
 
 
@@ -90,15 +102,35 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
                 continue  # an empty cell
         for index, value in enumerate(obj.__defaults__ or ()):
             yield f".__defaults__[{index}]", value
-        for name in obj.__code__.co_names:
+        for name in _names(obj.__code__):
             if name in obj.__globals__:
                 yield f" uses global {name}", obj.__globals__[name]
+    elif isinstance(obj, type):
+        for name, value in vars(obj).items():
+            if name not in _LEFT_OUT and not isinstance(value, (GetSetDescriptorType, MemberDescriptorType)):
+                yield f".{name}", value
     else:
         if type(obj).__module__ == "functools" and hasattr(obj, "func"):  # partial
             yield ".func", obj.func
             yield from ((f".args{step}", part) for step, part in _parts(obj.args))
             yield from ((f".keywords{step}", part) for step, part in _parts(obj.keywords))
+        if isinstance(obj, BaseException):
+            yield from ((f".args{step}", part) for step, part in _parts(obj.args))
         attributes = getattr(obj, "__dict__", None)
-        if isinstance(attributes, dict) and not isinstance(obj, type):
+        if isinstance(attributes, dict):
             for name, value in attributes.items():
                 yield f".{name}", value
+        for kind in type(obj).__mro__:
+            slots = kind.__dict__.get("__slots__", ())
+            for name in (slots,) if isinstance(slots, str) else slots:
+                if hasattr(obj, name):
+                    yield f".{name}", getattr(obj, name)
+        yield ".__class__", type(obj)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Yield the names that `code` and the functions inside it may look up as globals."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)

@@ -18,6 +18,7 @@ import secrets
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener
@@ -28,6 +29,7 @@ from shmdist.wire.handshake import Acceptor, Connector
 
 MOST = 64  # handshakes of strangers at once; further ones are turned away
 DEADLINE = 10.0  # seconds for a handshake
+_ABSTRACT = bool(sys.platform == "linux")  # AF_UNIX names that are no files
 _log = logging.getLogger("shmdist.door")
 
 Address = tuple[str, Any]
@@ -95,8 +97,7 @@ def knock(address: Address, timeout: float = DEADLINE) -> Connection:
     """
     family, place = address
     if family == "unix":
-        connection = Client(place, "AF_UNIX")
-        return connection  # type: ignore[return-value]  # a Connection, for a socket's address
+        return Client(place, "AF_UNIX")
     sock = socket.create_connection(tuple(place), timeout)
     sock.setblocking(True)
     return Connection(sock.detach())
@@ -109,7 +110,7 @@ def private_address() -> str:
     Elsewhere it is a path in a folder that only this user may enter.
     """
     name = f"shmdist-{os.getpid()}-{secrets.token_hex(8)}"
-    if sys.platform == "linux":
+    if _ABSTRACT:
         return f"\0{name}"
     import tempfile
 
@@ -147,9 +148,10 @@ class Door:
         self._listener = Listener(address, family, backlog=128)
         self._unix = family == "AF_UNIX"
         self._cookie, self._pid, self._start, self._admit = cookie, pid, start, admit
-        self._busy = 0
+        self._count = threading.Lock()  # guards the two counts below
+        self._busy = 0  # handshakes that run
         self.refused = 0  # strangers turned away
-        self.closed = False
+        self._ended = threading.Event()
 
     @property
     def address(self) -> Any:
@@ -158,50 +160,71 @@ class Door:
 
     def run(self) -> None:
         """Accept for ever; the body of a thread."""
-        while not self.closed:
+        while not self._ended.is_set():
             try:
                 connection = self._listener.accept()
             except OSError as error:
-                if self.closed:
+                if self._ended.is_set():
                     return
                 _log.warning("accepting failed: %s", error)
-                time.sleep(0.1)  # out of descriptors, say: others may be given back
+                self._ended.wait(0.1)  # out of descriptors, say: others may be given back
                 continue
-            if self._busy >= MOST or (self._unix and not _same_user(connection)):
-                self.refused += 1
+            if self._ended.is_set():  # it came while the door was being closed
                 connection.close()
-                continue
+                return
+            self._receive(connection)
+
+    def _receive(self, connection: Connection) -> None:
+        """Have a stranger greeted, or turn him away; raises nothing that would end the accepting."""
+        with self._count:
             self._busy += 1
-            self._start(lambda connection=connection: self._greet(connection))  # type: ignore[misc]
+            full = self._busy > MOST
+        try:
+            if full or (self._unix and not _same_user(connection)):
+                self._refuse(connection, "too many handshakes" if full else "it is another user's")
+            else:
+                self._start(lambda: self._greet(connection))
+        except Exception as error:  # out of descriptors, or of threads
+            self._refuse(connection, error)
+
+    def _refuse(self, connection: Connection, reason: object) -> None:
+        with self._count:
+            self._busy -= 1
+            self.refused += 1
+        connection.close()
+        _log.info("a connection was refused: %s", reason)
 
     def _greet(self, connection: Connection) -> None:
         """Run the accepting side of the handshake."""
         try:
             _exchange(connection, Acceptor(self._cookie, self._pid()), b"", DEADLINE)
         except Exception as error:
-            self.refused += 1
-            _log.info("a connection was refused: %s", error)
-            connection.close()
+            self._refuse(connection, error)
             return
-        finally:
+        with self._count:
             self._busy -= 1
         self._admit(connection)
 
     def close(self) -> None:
         """Stop listening."""
-        self.closed = True
+        self._ended.set()
+        # Closing alone does not wake a thread that is in accept(): it would let one more in.
+        socket_listener = getattr(self._listener, "_listener", None)
+        sock = getattr(socket_listener, "_socket", None)
+        with contextlib.suppress(OSError):
+            if sock is not None:
+                sock.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(OSError):
             self._listener.close()
 
 
 def _same_user(connection: Connection) -> bool:
     """Tell whether the other side of a local connection runs as this user (or as root)."""
-    option = getattr(socket, "SO_PEERCRED", None)
-    if option is None:
+    if not hasattr(socket, "SO_PEERCRED"):
         return True  # the folder of the socket keeps others out
     sock = socket.socket(fileno=os.dup(connection.fileno()))
     try:
-        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, option, 12))
+        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     finally:
         sock.close()
     return uid in (os.geteuid(), 0)

@@ -19,6 +19,7 @@ in meaning.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import threading
@@ -91,6 +92,10 @@ class Poller:
         self._park.register(self._always_fd, _ONCE)
         self._park.register(self._wake.fileno(), _IN)
         self.has_outputs = False
+        # The hot path: bound to the system's calls, for a Python function around costs as much.
+        self.poll = self._links.poll  # type: ignore[method-assign]
+        self.arm = functools.partial(self._park.modify, self._links_fd, _IN | _ONCE)  # type: ignore[method-assign]
+        self.disarm = functools.partial(self._park.modify, self._links_fd, _ONCE)  # type: ignore[method-assign]
 
     def add(self, fd: int) -> None:
         """Watch `fd` for reading."""

@@ -26,6 +26,7 @@ def _cluster():
     for pid in pids:  # all links are made now: later their descriptors would look like a leak
         for other in pids:
             sd.remotecall_fetch(sd.remotecall_fetch, pid, int, other)
+    sd.default_worker_pool()  # made on first use, and it has a channel
     yield list(pids)
     sd.rmprocs(*[pid for pid in pids if pid in sd.workers()])
 

@@ -7,7 +7,7 @@ from collections import deque
 import pytest
 
 import shmdist as sd
-from tests.integration.helpers import log, note, reference_count, until, within
+from tests.integration.helpers import reference_count, until, within
 
 
 @pytest.fixture(params=["here", "there"])
@@ -366,10 +366,3 @@ def test_local_channels_hand_over_objects_themselves():
     assert sd.isempty(channel) and len(channel) == 0 and sd.isopen(channel)
     sd.close(channel)
     assert list(channel) == []
-
-
-def test_notes_stay_where_they_were_made(cluster):
-    channel = sd.RemoteChannel(cluster[0])
-    sd.remotecall_fetch(lambda c: note(c.put(1)), cluster[0], channel)
-    assert channel.take() == 1 and log == []
-    sd.remotecall_fetch(lambda: log.clear(), cluster[0])

@@ -1,0 +1,301 @@
+"""Links: who writes when, and that each frame stays whole whatever happens to its writer."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+
+import pytest
+
+from shmdist.wire import link as module
+from shmdist.wire.link import Link, LinkClosed, SendInterrupted
+from shmdist.wire.messages import Frame
+from tests.unit.test_channels import Threads
+from tests.unit.test_link import collect, contents, encode, fill, pair, pattern, read_to_end, ready, threads
+
+__all__ = ["pair", "threads"]  # fixtures
+
+Pair = tuple[Link, Link]
+
+
+class Waiting:
+    """An `interrupted` for send: tells when it is asked, and answers as it is told."""
+
+    def __init__(self, answer: bool = False) -> None:
+        self.asked = threading.Event()
+        self.answer = answer
+
+    def __call__(self) -> bool:
+        self.asked.set()
+        return self.answer
+
+
+class TestSend:
+    def test_more_parts_than_a_system_call_takes(self, pair: Pair) -> None:
+        a, b = pair
+        buffers = [b"%d" % (i % 10) for i in range(3 * module._IOV_MAX + 1)]
+        a.send(encode(b"body", *buffers))
+        a.send([*encode(b"x" * 3000)[:2], *[b"", b"x"] * 3000, *[b""] * 3000])
+        first, second = collect(b, 2)
+        assert contents(first) == (b"body", *buffers)
+        assert contents(second) == (b"x" * 3000,)
+
+    def test_many_empty_parts_first(self, pair: Pair) -> None:
+        a, b = pair
+        a.send([*[b""] * 3000, *encode(b"body")])
+        assert collect(b, 1)[0].body == b"body"
+
+    def test_several_frames_at_once(self, pair: Pair) -> None:
+        a, b = pair
+        a.send([*encode(b"1"), *encode(b"2", b"x"), b"".join(encode(b"3"))])
+        assert [frame.body for frame in collect(b, 3)] == [b"1", b"2", b"3"]
+
+    def test_waits_until_the_other_side_reads(self, pair: Pair, threads: Threads) -> None:
+        a, b = pair
+        array = bytearray(pattern(1 << 20))
+        waiting = Waiting()
+        done = threads.start(a.send, encode(b"body", memoryview(array)), waiting)  # type: ignore[arg-type]
+        assert waiting.asked.wait(5)
+        [frame] = collect(b, 1)
+        done()
+        array[:] = bytes(len(array))  # the caller's again
+        assert contents(frame) == (b"body", pattern(1 << 20))
+
+    def test_interrupted_before_the_first_byte(self, pair: Pair) -> None:
+        a, b = pair
+        count = fill(a)
+        with pytest.raises(SendInterrupted) as caught:
+            a.send(encode(b"taken back"), lambda: True)
+        assert not caught.value.begun
+        assert [frame.call_id for frame in collect(b, count)] == [9] * count
+        a.send(encode(b"next"))
+        assert collect(b, 1)[0].body == b"next"
+
+    def test_interrupted_behind_what_was_posted(self, pair: Pair) -> None:
+        a, b = pair
+        count = fill(a)
+        assert not a.post(encode(pattern(100_000)))
+        with pytest.raises(SendInterrupted) as caught:
+            a.send(encode(b"taken back"), lambda: True)
+        assert not caught.value.begun
+        frames = collect_while_flushing(a, b, count + 1)
+        assert contents(frames[-1]) == (pattern(100_000),)
+
+    def test_interrupted_while_another_writes(self, pair: Pair) -> None:
+        a, b = pair
+        with a._write, pytest.raises(SendInterrupted) as caught:
+            a.send(encode(b"taken back"), lambda: True)
+        assert not caught.value.begun
+        a.send(encode(b"next"))
+        assert collect(b, 1)[0].body == b"next"
+
+    def test_interrupted_in_the_middle(self, pair: Pair) -> None:
+        a, b = pair
+        array = bytearray(pattern(1 << 20))
+        buffers = [memoryview(array), b"", b"last"]
+        with pytest.raises(SendInterrupted) as caught:
+            a.send(encode(b"body", *buffers), lambda: True)  # type: ignore[arg-type]
+        assert caught.value.begun
+        array[:] = bytes(len(array))  # the caller's again
+        assert a.post(encode(b"behind it")) is False
+        first, second = collect_while_flushing(a, b, 2)
+        assert contents(first) == (b"body", pattern(1 << 20), b"", b"last")
+        assert second.body == b"behind it"
+
+    def test_the_next_sender_writes_the_rest_first(self, pair: Pair, threads: Threads) -> None:
+        a, b = pair
+        with pytest.raises(SendInterrupted):
+            a.send(encode(pattern(1 << 20)), lambda: True)
+        done = threads.start(a.send, encode(b"next"))
+        first, second = collect(b, 2)
+        done()
+        assert (contents(first), second.body) == ((pattern(1 << 20),), b"next")
+
+    def test_interrupted_without_memory_for_the_rest(
+        self, pair: Pair, threads: Threads, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A frame that has begun and cannot be kept is written to its end first."""
+        a, b = pair
+        monkeypatch.setattr(Link, "_keep", lambda self, rest: False)
+        waiting = Waiting(True)
+        done = threads.start(a.send, encode(pattern(1 << 20)), waiting)
+        assert waiting.asked.wait(5)
+        assert contents(collect(b, 1)[0]) == (pattern(1 << 20),)
+        done()
+
+    def test_keep_is_all_or_nothing(self, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+        a, _ = pair
+
+        def copy(part: bytes) -> bytes:
+            if part == b"too large":
+                raise MemoryError
+            return part
+
+        monkeypatch.setattr(module, "bytes", copy, raising=False)
+        assert not a._keep([b"small", b"too large"])
+        assert not a._outbox
+
+    def test_close_while_a_sender_waits(self, pair: Pair, threads: Threads) -> None:
+        a, b = pair
+        first, second = Waiting(), Waiting()
+        writing = threads.start(a.send, encode(pattern(1 << 20)), first)
+        assert first.asked.wait(5)
+        behind = threads.start(a.send, encode(b"behind"), second)
+        assert second.asked.wait(5)
+        a.close()
+        for result in (writing, behind):
+            with pytest.raises(LinkClosed):
+                result()
+        assert read_to_end(b) == []
+
+    def test_the_other_side_goes_while_a_sender_waits(self, pair: Pair, threads: Threads) -> None:
+        a, b = pair
+        waiting = Waiting()
+        done = threads.start(a.send, encode(pattern(1 << 20)), waiting)
+        assert waiting.asked.wait(5)
+        b.close()
+        with pytest.raises(LinkClosed):
+            done()
+
+    def test_a_half_written_frame_is_the_end_of_the_link(
+        self, pair: Pair, threads: Threads, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Else the next frame would be taken for the rest of it."""
+        a, b = pair
+
+        class Sock:
+            def __init__(self, sock: socket.socket) -> None:
+                self.sock = sock
+                self.sendmsg = sock.sendmsg
+                self.shutdown = sock.shutdown
+                self.detach = sock.detach
+
+            def send(self, data: bytes) -> int:
+                self.sendmsg = self.fail  # type: ignore[method-assign, assignment]
+                return self.sock.send(data)
+
+            def fail(self, parts: object) -> int:
+                raise OSError("out of buffers")
+
+        monkeypatch.setattr(a, "_sock", Sock(a._sock))
+        with pytest.raises(LinkClosed, match="out of buffers"):
+            a.send([b"".join(encode(pattern(1 << 20)))])
+        with pytest.raises(LinkClosed):
+            a.send(encode(b"next"))
+        assert read_to_end(b) == []
+
+
+def collect_while_flushing(a: Link, b: Link, count: int) -> list[Frame]:
+    frames: list[Frame] = []
+    while len(frames) < count:
+        a.flush(block=False)
+        assert b.read(frames)
+    return frames
+
+
+class TestPost:
+    def test_never_blocks(self, pair: Pair, threads: Threads) -> None:
+        a, b = pair
+        bodies = [pattern(50_000, i) for i in range(20)]
+        answers = [a.post(encode(body)) for body in bodies]
+        # Asked for a flush exactly once: one is enough.
+        assert answers.count(False) == 1
+        flushed = threads.start(lambda: a.flush(block=True))
+        frames = collect(b, len(bodies))
+        assert flushed()
+        assert [bytes(frame.body) for frame in frames] == bodies
+        assert not a._outbox
+
+    def test_asks_again_when_the_flush_has_begun(self, pair: Pair) -> None:
+        a, b = pair
+        for _ in range(2):
+            while a.post(encode(pattern(50_000))):
+                pass
+            assert a.post(encode(b"asked for already"))
+            before = len(a._outbox)
+            with a._write:
+                assert not a.flush(block=False)
+            assert len(a._outbox) == before
+            while a._outbox:
+                b.read([])
+                a.flush(block=False)
+            assert a.flush(block=True)
+        assert a._asked is False
+
+    def test_copies(self, pair: Pair) -> None:
+        a, b = pair
+        count = fill(a)
+        array = bytearray(b"old")
+        assert not a.post([*encode(b"", b"123")[:-1], memoryview(array)])
+        array[:] = b"new"
+        assert contents(collect_while_flushing(a, b, count + 1)[-1]) == (b"", b"old")
+
+    def test_while_another_writes(self, pair: Pair) -> None:
+        """The writer may give up, so the poster is told to have it flushed; and told once."""
+        a, b = pair
+        with a._write:
+            assert a.post(encode(b"1")) is False
+            assert a.post(encode(b"2")) is True
+        assert not ready(b.fd, 0)
+        assert a.flush(block=True)
+        assert [frame.body for frame in collect(b, 2)] == [b"1", b"2"]
+
+    def test_what_is_posted_while_a_sender_gives_up_is_not_lost(self, pair: Pair, threads: Threads) -> None:
+        a, b = pair
+        count = fill(a)
+        waiting = Waiting()
+        sending = threads.start(a.send, encode(b"taken back"), waiting)
+        assert waiting.asked.wait(5)
+        assert a.post(encode(b"posted")) is False
+        flushing = threads.start(lambda: a.flush(block=True))
+        waiting.answer = True
+        with pytest.raises(SendInterrupted):
+            sending()
+        frames = collect(b, count + 1)
+        assert flushing()
+        assert frames[-1].body == b"posted"
+
+    def test_a_sender_writes_what_was_posted_before_it_and_meanwhile(self, pair: Pair, threads: Threads) -> None:
+        a, b = pair
+        count = fill(a)
+        assert not a.post(encode(b"before"))
+        waiting = Waiting()
+        sending = threads.start(a.send, encode(b"sent"), waiting)
+        assert waiting.asked.wait(5)
+        a.post(encode(b"meanwhile"))
+        frames = collect(b, count + 3)
+        sending()
+        order = [frame.body for frame in frames[count:]]
+        assert order[0] == b"before"
+        assert sorted(order) == [b"before", b"meanwhile", b"sent"]
+
+
+def test_many_writers(pair: Pair, threads: Threads) -> None:
+    """Frames of eight threads arrive whole, and those of one in its order."""
+    a, b = pair
+    writers, each = 8, 30
+    start = threading.Barrier(writers)
+
+    def write(number: int) -> None:
+        sizes = random.Random(number)
+        start.wait()
+        for i in range(each):
+            body = b"%d %d" % (number, i)
+            parts = encode(body, pattern(sizes.choice([0, 5, 3000, 70_000]), i), call_id=number)
+            if sizes.random() < 0.7:
+                a.send(parts)
+            elif not a.post(parts):
+                a.flush(block=True)
+
+    done = [threads.start(write, number) for number in range(writers)]
+    frames = collect(b, writers * each)
+    for result in done:
+        result()
+    for number in range(writers):
+        mine = [frame for frame in frames if frame.call_id == number]
+        assert [bytes(frame.body) for frame in mine] == [b"%d %d" % (number, i) for i in range(each)]
+        sizes = random.Random(number)
+        for i, frame in enumerate(mine):
+            assert bytes(frame.buffers[0]) == pattern(sizes.choice([0, 5, 3000, 70_000]), i)
+            sizes.random()
