@@ -81,8 +81,8 @@ from shmdist.refs import (
     wait,
     worker_id_from_socket,
 )
-from shmdist.runtime.node import Cancelled
 from shmdist.runtime.reftable import RRID, AlreadySet
+from shmdist.runtime.replies import Cancelled
 from shmdist.runtime.worker import init_worker, process_messages, start_worker
 from shmdist.tasks import Task, async_, sync, timedwait
 

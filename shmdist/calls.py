@@ -9,8 +9,9 @@ from typing import Any, TypeVar, overload
 
 from shmdist.errors import RemoteException, capture, remote_exception
 from shmdist.futures import Future
-from shmdist.runtime.node import Node, Reply, current_node
+from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.reftable import RRID
+from shmdist.runtime.replies import Reply
 from shmdist.runtime.strand import current
 from shmdist.wire import codec
 from shmdist.wire.link import LinkClosed
@@ -343,7 +344,7 @@ def remote(pool: Any, f: Any = None, /) -> Any:
 
     try:
         functools.update_wrapper(call, f)
-    except Exception:  # noqa: S110 - some callables refuse to tell their names
+    except Exception:
         pass
     return call
 

@@ -21,8 +21,9 @@ from typing import Any
 
 from shmdist.channels import LocalCell
 from shmdist.errors import CapturedException, ShmdistError, remote_exception
-from shmdist.runtime.node import Cancelled, Node, Reply, current_node
+from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.reftable import RRID, State
+from shmdist.runtime.replies import Cancelled, Reply
 from shmdist.runtime.strand import current
 from shmdist.wire import codec
 from shmdist.wire.messages import IS_ERROR, NOT_RUN, WANT_VALUE, Kind
@@ -112,7 +113,7 @@ class Reference:
             self._held = False
             try:
                 current_node().release(self._where, self._rrid)
-            except Exception:  # noqa: S110 - at interpreter exit nobody needs the count
+            except Exception:
                 pass
 
     def _alive(self) -> Node:

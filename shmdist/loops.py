@@ -6,13 +6,19 @@ import functools
 import inspect
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from shmdist.pools import default_worker_pool
-from shmdist.runs import BatchRunner, Run, scatter
-from shmdist.runtime.node import current_node
+from shmdist.batches import BatchRunner
+from shmdist.errors import capture, remote_exception
+from shmdist.pools import Shipped, default_worker_pool
+from shmdist.runs import Run
+from shmdist.runtime.node import Node, current_node
+from shmdist.runtime.replies import Reply, pack_error, unpack_error
+from shmdist.runtime.strand import Cell, current
 from shmdist.tasks import async_
+from shmdist.wire import codec
+from shmdist.wire.messages import BY_ID, NO_LANE, WANT_VALUE, Kind
 
 
 class _None:
@@ -165,8 +171,6 @@ class DistributedLoop:
         work = _Chunk(self.body, self.reducer, options["vectorized"])
         chunks = _chunks(sequence, len(pids), options["schedule"], options["chunk"])
         if pids == [current_node().pid]:
-            from shmdist.errors import capture, remote_exception
-
             try:
                 partial = [work(chunk) for chunk in chunks]
             except Exception as error:
@@ -328,6 +332,92 @@ def _with_pool(loop: DistributedLoop, pool: Any) -> Any:
     if pool is None:
         return loop
     return functools.partial(loop, pool=pool)
+
+
+_CALL = int(Kind.CALL)
+
+
+def scatter(f: Callable[..., Any], parts: Iterable[tuple[int, tuple[Any, ...]]]) -> list[Any]:
+    """Run `f` once for each part, on the worker that the part names, all at once.
+
+    Parameters
+    ----------
+    f : callable
+        Pickled once, sent once to each worker.
+    parts : iterable of (pid, arguments)
+        What runs where.
+
+    Returns
+    -------
+    list
+        The values, in the order of `parts`.
+
+    Raises
+    ------
+    RemoteException, ProcessExitedException
+        Of the first part that failed, in their order; the others are cancelled.
+    """
+    node = current_node()
+    shipped = Shipped(f)
+    replies: list[Any] = []
+    strand = current()
+    try:
+        for pid, arguments in parts:
+            if pid == node.pid:
+                replies.append(_Here(node, f, arguments))
+                continue
+            payload = codec.dumps((shipped.number, arguments, {}), "the chunk")
+            strand.enter()
+            try:
+                shipped.send_to(pid)
+                replies.append(node.request(pid, _CALL, WANT_VALUE | BY_ID, payload, lane=NO_LANE))
+            finally:
+                strand.leave()
+        values = []
+        for reply in replies:
+            strand.enter()
+            try:
+                node.wait(reply)
+            finally:
+                strand.leave()
+            if isinstance(reply, _Here):
+                values.append(reply.get())
+            else:
+                values.append(node.open(reply, getattr(f, "__qualname__", "the loop")))
+        return values
+    finally:
+        for reply in replies:
+            if isinstance(reply, Reply):
+                node.cancel(reply)
+        shipped.drop()
+
+
+class _Here(Cell):
+    """A part that runs on a thread of this process."""
+
+    __slots__ = ("error", "value")
+
+    def __init__(self, node: Node, f: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.value: Any = None
+        self.error: BaseException | None = None
+
+        def run() -> None:
+            strand = current()
+            depth, strand.depth = strand.depth, 0
+            try:
+                self.value = f(*arguments)
+            except BaseException as error:
+                self.error = unpack_error(node.pid, *pack_error(capture(error)))
+            strand.depth = depth
+            node.dispatcher.complete(self)
+
+        node.dispatcher.start(run)
+
+    def get(self) -> Any:
+        if self.error is not None:
+            raise self.error
+        return self.value
 
 
 __all__ = ["DistributedLoop", "distributed", "splitrange"]

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from shmdist.batches import BatchRunner
 from shmdist.errors import capture, remote_exception
 from shmdist.pools import CachingPool, default_worker_pool
-from shmdist.runs import WINDOW, BatchRunner, Outcome, Run
+from shmdist.runs import WINDOW, Outcome, Run
 from shmdist.runtime.node import current_node
 
 

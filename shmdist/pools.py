@@ -437,7 +437,7 @@ class CachingPool(AbstractWorkerPool):
             if self._functions and not self._node.closed:
                 # Not here: a finalizer may run inside any lock.
                 self._node.dispatcher.start(self.clear)
-        except Exception:  # noqa: S110 - at interpreter exit there is nobody left to tell
+        except Exception:
             pass
 
 

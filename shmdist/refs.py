@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from shmdist.channels import Channel
 from shmdist.errors import ChannelClosed, ShmdistError
 from shmdist.futures import Future, Reference, ask, call_owner
-from shmdist.runtime.node import Node, Operation, current_node
+from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.reftable import RRID, State
+from shmdist.runtime.replies import Operation
 from shmdist.runtime.strand import current
 from shmdist.wire import codec
 

@@ -31,17 +31,17 @@ import heapq
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from shmdist.errors import SerializationError, capture
-from shmdist.memory.segment import SLOTS
+from shmdist.batches import BatchRunner, Results
 from shmdist.pools import Shipped
-from shmdist.runtime.node import Node, Reply, current_node
+from shmdist.runtime.node import Node, current_node
+from shmdist.runtime.replies import Reply, unpack_error
 from shmdist.runtime.strand import Cell, current
 from shmdist.wire import codec
 from shmdist.wire.link import LinkClosed
-from shmdist.wire.messages import BY_ID, IS_ERROR, NO_LANE, NOT_RUN, WANT_VALUE, Kind
+from shmdist.wire.messages import BY_ID, IS_ERROR, NOT_RUN, WANT_VALUE, Kind
 
 WINDOW = 2  # batches of a run that a worker has at a time, at least
 _DEEPEST = 32  # and at most, when they are short
@@ -49,7 +49,6 @@ _AHEAD = 0.0005  # seconds of work that a worker should have waiting
 _MESSAGE = 15e-6  # seconds that a message costs its receiver, roughly
 _GROW = 16  # a batch is at most so many times as large as the one before
 _LONG = 0.02  # seconds of work in a batch, at most
-_PROBE = 0.0005  # seconds that a worker spends to find out what elements cost
 _PROBED = 512  # elements it is given for that, at most, when they are cheap to send
 _CHEAP = frozenset({int, float, bool, complex, type(None)})  # types of such elements
 _SHORT = 0.0003  # seconds of work below which a smaller batch is not worth its message
@@ -72,120 +71,6 @@ class _Batch:
         self.call_id = 0
         self.recalled = False
         self.results: Results | None = None  # of a batch that ran on this process
-
-
-#: What a batch came to, where it ran: the seconds it took; values, one for each element that
-#: ended, None for those that failed; and packed errors by place in the batch, or None. A plain
-#: tuple, for one is pickled for each batch.
-Results = tuple[float, list[Any], "dict[int, Any] | None"]
-
-
-class BatchRunner:
-    """A function as it is sent for a run: takes batches, and notes how far it is.
-
-    Parameters
-    ----------
-    f : callable
-        The function.
-    star : bool
-        Elements are tuples of arguments.
-    """
-
-    __slots__ = ("f", "star")
-
-    def __init__(self, f: Callable[..., Any], star: bool = False) -> None:
-        self.f = f
-        self.star = star
-
-    def __reduce__(self) -> Any:
-        return BatchRunner, (self.f, self.star)
-
-    def __call__(self, batch: list[Any], probe: bool = False) -> Results:
-        """Run a batch."""
-        return self.probe(batch) if probe else self.run(batch)
-
-    def probe(self, batch: list[Any]) -> Results:
-        """Run `f` on elements until `_PROBE` seconds are over; at least on one."""
-        seconds, values, errors = self.run(batch[:1])
-        size = 2
-        while len(values) < len(batch) and seconds < _PROBE:
-            done = len(values)
-            part = batch[done : done + size]
-            time_taken, more, more_errors = self.run(part, done)
-            seconds += time_taken
-            values += more
-            if more_errors:
-                errors = {**(errors or {}), **{done + place: error for place, error in more_errors.items()}}
-            if len(more) < len(part):
-                break  # interrupted
-            size *= 2
-        return seconds, values, errors
-
-    def without_unsendable(self, results: Results) -> Results:
-        """Return `results` with errors in the place of values that cannot be sent."""
-        seconds, values, errors = results
-        errors, values = dict(errors or {}), list(values)
-        for place, value in enumerate(values):
-            try:
-                codec.dumps(value, "the result")
-            except SerializationError as error:
-                errors[place] = current_node().pack_error(capture(error))
-                values[place] = None
-        return seconds, values, errors
-
-    def run(self, batch: list[Any], first: int = 0) -> Results:
-        """Run `f` on each element; an error ends that element alone.
-
-        KeyboardInterrupt and other errors that are no `Exception` end the batch: the
-        elements after it have not begun.  `first` is the place of the first one in the
-        batch that was sent.
-        """
-        f = self.f
-        numbers, slot = _notes(first)
-        values: list[Any] = []
-        errors: dict[int, Any] = {}
-        elements = iter(batch)
-        add = values.append
-        done = first
-        start = time.perf_counter()
-        while True:
-            try:
-                if self.star:
-                    for element in elements:
-                        numbers[slot] = done
-                        add(f(*element))
-                        done += 1
-                else:
-                    for element in elements:
-                        numbers[slot] = done
-                        add(f(element))
-                        done += 1
-                break
-            except Exception as error:
-                errors[done - first] = current_node().pack_error(capture(error))
-                add(None)
-                done += 1
-            except BaseException as error:
-                errors[done - first] = current_node().pack_error(capture(error))
-                add(None)
-                break
-        return time.perf_counter() - start, values, errors or None
-
-
-_NOWHERE: Any = [0]
-
-
-def _notes(first: int) -> tuple[Any, int]:
-    """Return where to note the element that is begun: this worker's page, if it has one."""
-    task = current().task
-    page = current_node().settings.get("page")
-    if task is None or page is None:
-        return _NOWHERE, 0
-    numbers = page.numbers
-    slot = 2 * (task.frame.lane % SLOTS)
-    numbers[slot + 1] = first
-    numbers[slot] = task.frame.call_id
-    return numbers, slot + 1
 
 
 class Run:
@@ -521,7 +406,7 @@ class Run:
             return
         for index, (place, element, value) in enumerate(zip(places, batch.elements, values, strict=False)):
             if index in errors:
-                self._end(place, element, self.node.unpack_error(batch.pid, *errors[index]), ready)
+                self._end(place, element, unpack_error(batch.pid, *errors[index]), ready)
             else:
                 ready.append(((place,), [value], None))
         if count < len(places):  # interrupted: these have not begun
@@ -572,86 +457,3 @@ def _is_cheap(element: Any) -> bool:
     if type(element) is tuple:
         return len(element) < 8 and all(type(part) is not tuple and _is_cheap(part) for part in element)
     return type(element) in _CHEAP or (type(element) is str and len(element) < 100)
-
-
-def scatter(f: Callable[..., Any], parts: Iterable[tuple[int, tuple[Any, ...]]]) -> list[Any]:
-    """Run `f` once for each part, on the worker that the part names, all at once.
-
-    Parameters
-    ----------
-    f : callable
-        Pickled once, sent once to each worker.
-    parts : iterable of (pid, arguments)
-        What runs where.
-
-    Returns
-    -------
-    list
-        The values, in the order of `parts`.
-
-    Raises
-    ------
-    RemoteException, ProcessExitedException
-        Of the first part that failed, in their order; the others are cancelled.
-    """
-    node = current_node()
-    shipped = Shipped(f)
-    replies: list[Any] = []
-    strand = current()
-    try:
-        for pid, arguments in parts:
-            if pid == node.pid:
-                replies.append(_Here(node, f, arguments))
-                continue
-            payload = codec.dumps((shipped.number, arguments, {}), "the chunk")
-            strand.enter()
-            try:
-                shipped.send_to(pid)
-                replies.append(node.request(pid, _CALL, WANT_VALUE | BY_ID, payload, lane=NO_LANE))
-            finally:
-                strand.leave()
-        values = []
-        for reply in replies:
-            strand.enter()
-            try:
-                node.wait(reply)
-            finally:
-                strand.leave()
-            if isinstance(reply, _Here):
-                values.append(reply.get())
-            else:
-                values.append(node.open(reply, getattr(f, "__qualname__", "the loop")))
-        return values
-    finally:
-        for reply in replies:
-            if isinstance(reply, Reply):
-                node.cancel(reply)
-        shipped.drop()
-
-
-class _Here(Cell):
-    """A part that runs on a thread of this process."""
-
-    __slots__ = ("error", "value")
-
-    def __init__(self, node: Node, f: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        super().__init__()
-        self.value: Any = None
-        self.error: BaseException | None = None
-
-        def run() -> None:
-            strand = current()
-            depth, strand.depth = strand.depth, 0
-            try:
-                self.value = f(*arguments)
-            except BaseException as error:
-                self.error = node.unpack_error(node.pid, *node.pack_error(capture(error)))
-            strand.depth = depth
-            node.dispatcher.complete(self)
-
-        node.dispatcher.start(run)
-
-    def get(self) -> Any:
-        if self.error is not None:
-            raise self.error
-        return self.value

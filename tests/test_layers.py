@@ -26,6 +26,7 @@ FLOORS = (
     ("calls",),
     ("cluster", "shared", "tasks", "evaluation"),
     ("pools",),
+    ("batches",),
     ("runs",),
     ("maps", "loops"),
     ("adapters",),

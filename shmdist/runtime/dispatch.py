@@ -52,7 +52,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from shmdist.runtime.strand import Cell, Strand, current
+from shmdist.runtime.lanes import Lanes
+from shmdist.runtime.strand import Cell, Kicker, Strand, current
+from shmdist.runtime.threads import Threads
 from shmdist.wire.messages import Frame, Kind
 from shmdist.wire.poller import make_poller
 
@@ -63,34 +65,10 @@ if TYPE_CHECKING:
 
 SPIN = 50e-6  # seconds a reader polls before it sleeps
 GRACE = 1e-3  # seconds a call may run before the reading is taken over from it
-_PARKED = 2  # standby threads kept asleep in the poller
-_IDLE = 32  # other threads kept for reuse
-_IDLE_TIME = 10.0  # seconds an idle thread waits for work before it ends
-
 _CALL, _OP, _RESULT, _CANCEL = int(Kind.CALL), int(Kind.OP), int(Kind.RESULT), int(Kind.CANCEL)
 _log = logging.getLogger("shmdist.dispatch")
 _now = time.perf_counter
 _yield = getattr(os, "sched_yield", lambda: None)
-
-
-class _Idle:
-    """A thread kept for reuse: its lock to sleep on, and the job it is woken for."""
-
-    __slots__ = ("job", "lock")
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.lock.acquire()
-        self.job: Callable[[], None] | None = None
-
-
-class _Kicker:
-    """Stands for the lock of a cell whose thread does not sleep on a lock, but reads."""
-
-    __slots__ = ("release",)
-
-    def __init__(self, poller: Any) -> None:
-        self.release = poller.kick
 
 
 class Dispatcher:
@@ -109,13 +87,11 @@ class Dispatcher:
         self._napping = False  # a standby thread is awake and will try the baton
         self._main_cell: Cell | None = None  # a worker's main thread, waiting for the baton or a job
         self._main_jobs: deque[Callable[[], None]] = deque()
-        self._roles = threading.Lock()  # guards _parked, _idle, _threads, _lanes
-        self._parked = 0
-        self._idle: list[_Idle] = []
-        self._threads: set[threading.Thread] = set()
-        self._lanes: dict[tuple[int, int], deque[Task]] = {}
-        self._serial = 0
-        self._kicker = _Kicker(self.poller)
+        self._lanes = Lanes()
+        self.threads = Threads(self._stand_by)
+        #: Run a job on another thread of the runtime, now or some seconds later.
+        self.start, self.later = self.threads.start, self.threads.later
+        self._kicker = Kicker(self.poller.kick)
         self._wait = self.poller.poll
         self._arm, self._disarm = self.poller.arm, self.poller.disarm
         self.closing = False
@@ -125,8 +101,7 @@ class Dispatcher:
     def __repr__(self) -> str:
         return (
             f"<Dispatcher baton={'held' if self._baton.locked() else 'free'} links={len(self._links)} "
-            f"parked={self._parked} idle={len(self._idle)} threads={len(self._threads)} "
-            f"followers={len(self._followers)} inbox={len(self._inbox)} lanes={len(self._lanes)}>"
+            f"followers={len(self._followers)} inbox={len(self._inbox)} {self._lanes!r} {self.threads!r}>"
         )
 
     # ------------------------------------------------------------------ what is read
@@ -179,7 +154,10 @@ class Dispatcher:
         if frames:
             self._frames = []
             for frame in frames:
-                self._route(frame)
+                try:
+                    self._route(frame)
+                except Exception:
+                    _log.exception("%r could not be handled", frame)
         if ended:
             for link in ended:
                 self.poller.remove(link.fd)
@@ -200,32 +178,25 @@ class Dispatcher:
             self._complete_here(reply)
         elif kind == _CALL:
             task = self._node.tasks.accept(frame)
-            if frame.lane:
-                key = (frame.link.pid, frame.lane)
-                with self._roles:
-                    lane = self._lanes.get(key)
-                    if lane is not None:
-                        lane.append(task)
-                        return
-                    self._lanes[key] = deque()
+            if frame.lane and not self._lanes.enter(task):
+                return  # it follows the one before it in its lane
             task.ticket = frame.link.calls_read
             frame.link.calls_read += 1
             self._inbox.append(task)
         elif kind == _OP:
             self._inbox.append(frame)
         else:
-            try:
-                self._node.control(frame)
-            except Exception:
-                _log.exception("a %r could not be handled", frame)
+            self._node.control(frame)
 
     def _complete_here(self, reply: Any) -> None:
         """Complete a reply on the reading thread."""
         reply.done = True
         if reply.lock is not None and self._leader is not reply:
             reply.wake()
-        if reply.callback is not None:
-            reply.callback(reply)
+        callback = reply.callback
+        if callback is not None:
+            reply.callback = None  # a Future that holds the reply must not be held by it
+            callback(reply)
 
     def complete(self, cell: Cell) -> None:
         """Complete a cell from any thread; its waiter may be asleep, or reading."""
@@ -301,11 +272,11 @@ class Dispatcher:
         KeyboardInterrupt
             Or what the program's handler raises; the cell is as it was.
         """
-        if cell.done:
-            return True
         strand = current()
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not cell.done:
+        while True:
+            if cell.done:
+                return True
             if strand.pending:
                 strand.deliver()
                 continue
@@ -316,7 +287,6 @@ class Dispatcher:
                     return False
             if self._take() or self._follow(cell, left, strand):
                 self._lead(cell, left, strand)
-        return True
 
     def _lead(self, cell: Cell, timeout: float, strand: Strand) -> None:
         """Read with the baton held, until `cell` is done or something else wants the thread."""
@@ -404,12 +374,16 @@ class Dispatcher:
             lock.acquire()
             cell.lock = lock
             self._main_cell = cell
-            if not self.closing and not self._main_jobs and self._baton.locked():
+            if self._must_sleep():
                 lock.acquire()
             self._main_cell = None
             cell.lock = None
             while self._main_jobs:
                 self._main_jobs.popleft()()
+
+    def _must_sleep(self) -> bool:
+        """Tell whether the main thread has nothing to do until it is woken."""
+        return not self.closing and not self._main_jobs and self._baton.locked()
 
     def _serve(self, strand: Strand, cell: Cell, *, forever: bool) -> None:
         """Read and run calls with the baton held; returns without it."""
@@ -421,8 +395,8 @@ class Dispatcher:
                 break  # the main thread is free, and the better one: signals reach it
             if inbox:
                 item = inbox.popleft()
-                if self._parked == 0:
-                    self.ensure_standby()
+                if not self.threads.parked:
+                    self.threads.ensure_standby()
                 self._leader = None
                 self._release(promote=False)
                 self._run(item, strand)
@@ -449,125 +423,40 @@ class Dispatcher:
         task: Task | None = item
         while task is not None:
             self._node.tasks.run(task, strand)
-            task = self._next_of_lane(task) if task.frame.lane else None
-
-    def _next_of_lane(self, task: Task) -> Task | None:
-        """Return the next task of the lane of `task`, which has ended."""
-        key = (task.key[0], task.frame.lane)
-        with self._roles:
-            queue = self._lanes.get(key)
-            if queue:
-                return queue.popleft()
-            self._lanes.pop(key, None)
-            return None
+            task = self._lanes.leave(task) if task.frame.lane else None
 
     def _hand_off(self, task: Task) -> None:
         """Let another thread run `task`: a worker's main thread when it is free."""
-        if self._main_cell is not None and not self._main_jobs:
+        cell = self._main_cell
+        if cell is not None and not self._main_jobs:
             self._main_jobs.append(lambda: self._run(task, current()))
-            cell = self._main_cell
-            if cell is not None:
-                cell.wake()
-                return
-            try:  # it has just left; if it did not take the job along, another thread runs it
-                job = self._main_jobs.popleft()
-            except IndexError:
-                return
-            self.start(job)
+            cell.wake()
+            if self._main_cell is not cell:
+                # It has just left, and perhaps without the job.
+                try:
+                    self.start(self._main_jobs.popleft())
+                except IndexError:
+                    pass
             return
         self.start(lambda: self._run(task, current()))
 
-    # ------------------------------------------------------------------ threads
-
-    def start(self, job: Callable[[], None]) -> None:
-        """Run `job` on another thread of the runtime; it is inside the runtime there."""
-        with self._roles:
-            idle = self._idle.pop() if self._idle else None
-        if idle is not None:
-            idle.job = job
-            idle.lock.release()
-            return
-        self._spawn(job)
-
-    def later(self, delay: float, job: Callable[[], None]) -> None:
-        """Run `job` on another thread, `delay` seconds from now at the earliest."""
-
-        def sleep_and_run() -> None:
-            time.sleep(delay)
-            job()
-
-        self.start(sleep_and_run)
+    # ------------------------------------------------------------------ standing by
 
     def ensure_standby(self) -> None:
         """Make sure that a standby thread is there."""
-        with self._roles:
-            if self._parked or self._napping or self.closing:
-                return
-            self._parked += 1  # counted before it runs, so that nobody makes a second one
-        self._spawn(None)
-
-    def _spawn(self, job: Callable[[], None] | None) -> None:
-        with self._roles:
-            self._serial += 1
-            name = f"shmdist-{self._serial}"
-        thread = threading.Thread(target=self._live, args=(job,), name=name, daemon=True)
-        with self._roles:
-            self._threads.add(thread)
-        thread.start()
-
-    def _live(self, job: Callable[[], None] | None) -> None:
-        """Body of every thread of the runtime: jobs, then standing by, then idling."""
-        strand = current()
-        strand.depth = 1
-        parked = job is None
-        try:
-            while not self.closing:
-                if job is not None:
-                    self._guarded(job)
-                    job = None
-                with self._roles:
-                    if not parked and self._parked < _PARKED:
-                        self._parked += 1
-                        parked = True
-                if parked:
-                    parked = False
-                    self._stand_by(strand)
-                    continue
-                idle = _Idle()
-                with self._roles:
-                    if len(self._idle) >= _IDLE:
-                        return
-                    self._idle.append(idle)
-                if not idle.lock.acquire(timeout=_IDLE_TIME):
-                    with self._roles:
-                        if idle in self._idle:
-                            self._idle.remove(idle)
-                            return
-                    idle.lock.acquire()  # a job is on its way
-                job = idle.job
-        finally:
-            with self._roles:
-                self._threads.discard(threading.current_thread())
-
-    def _guarded(self, job: Callable[[], None]) -> None:
-        try:
-            job()
-        except Exception:
-            if not self.closing:
-                _log.exception("an error in a thread of shmdist")
+        self.threads.ensure_standby()
 
     def _stand_by(self, strand: Strand) -> None:
         """Sleep in the poller; when a message comes and nobody reads, serve until it is quiet."""
         if not self._baton.locked():
-            self.poller.arm()
+            self._arm()
         woken = self.poller.park()
-        with self._roles:
-            self._parked -= 1
+        self.threads.woken()
         if self.closing:
             return
         if woken:
             self.poller.unwake()
-            self._guarded(self._node.housekeeping)
+            self.threads.guarded(self._node.housekeeping)
         if _now() - self._last < GRACE and not self._followers:
             self._nap()
         if self._take():
@@ -581,7 +470,8 @@ class Dispatcher:
         turns = -1
         while turns != self._turns and not self.closing and not self._followers:
             turns = self._turns
-            time.sleep(GRACE if len(self._threads) < 8 else GRACE / 10)
+            # Where many calls block, each new one is probably going to block as well.
+            time.sleep(GRACE if len(self.threads) < 8 else GRACE / 10)
         self._napping = False
 
     # ------------------------------------------------------------------ end
@@ -589,29 +479,22 @@ class Dispatcher:
     def stop_serving(self) -> None:
         """Let the main thread leave :meth:`serve`."""
         self.closing = True
+        self.threads.close()
         cell = self._main_cell
         if cell is not None:
             cell.wake()
         self.poller.kick()
         self.poller.wake()
-        with self._roles:
-            idle, self._idle = self._idle, []
-        for each in idle:
-            each.lock.release()
 
     def close(self) -> None:
         """End the threads, and close the links and the poller."""
         self.stop_serving()
-        me = threading.current_thread()
-        deadline = time.monotonic() + 1.0
-        for thread in list(self._threads):
-            if thread is not me:
-                thread.join(max(0.0, deadline - time.monotonic()))
+        ended = self.threads.join(1.0)
         for link in list(self._links.values()):
             self.poller.remove(link.fd)
             link.close()
         self._links.clear()
-        if not any(thread.is_alive() for thread in list(self._threads) if thread is not me):
+        if ended:  # else one may still be in a system call with its descriptors
             self.poller.close()
 
     def abandon(self) -> None:

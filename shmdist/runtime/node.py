@@ -27,21 +27,21 @@ import os
 import pickle
 import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import CancelledError
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from shmdist.errors import (
     CapturedException,
     ProcessExitedException,
     RemoteException,
-    ShmdistError,
-    remote_exception,
 )
 from shmdist.runtime.dispatch import Dispatcher
 from shmdist.runtime.output import Outputs
-from shmdist.runtime.reftable import RRID, Entry, RefTable
+from shmdist.runtime.ownership import Ownership
+from shmdist.runtime.reftable import RRID, RefTable
+from shmdist.runtime.replies import Cancelled, Operation, Reply, pack_error, unpack_error
 from shmdist.runtime.strand import Cell, current
 from shmdist.runtime.task import Functions, Tasks
 from shmdist.wire import codec
@@ -58,78 +58,11 @@ _CALL, _RESULT, _CANCEL, _REFS, _OP = (
     int(Kind.REFS),
     int(Kind.OP),
 )
-_FLUSH_DELAY = 0.005  # seconds that dropped references are gathered before they are told
+_NEWS = 0.3  # seconds that process 1 may take to tell how another one ended
 _log = logging.getLogger("shmdist.node")
 
 
-class Cancelled(ShmdistError, CancelledError):
-    """A call was withdrawn before it began."""
-
-    __module__ = "shmdist"
-
-
-class Reply(Cell):
-    """An answer that is waited for.
-
-    Attributes
-    ----------
-    frame : Frame or None
-        The RESULT, not yet read.
-    error : BaseException or None
-        Why there will be none.
-    callback : callable or None
-        Called with the reply when it is done, by whoever reads: it must not block.
-    """
-
-    __slots__ = ("call_id", "callback", "error", "frame", "pid")
-
-    def __init__(self, call_id: int, pid: int, callback: Callable[[Reply], None] | None = None) -> None:
-        self.done = False
-        self.lock = None
-        self.call_id = call_id
-        self.pid = pid
-        self.callback = callback
-        self.frame: Frame | None = None
-        self.error: BaseException | None = None
-
-
-class Operation:
-    """A remote process's request on a reference that lives here: what answers it.
-
-    It is a ``Completion``: a channel resolves or fails it, now or later, from any thread.
-    """
-
-    __slots__ = ("_node", "call_id", "link", "undo")
-
-    def __init__(self, node: Node, link: Link, call_id: int) -> None:
-        self._node = node
-        self.link = link
-        self.call_id = call_id
-        self.undo: Callable[[Any], None] | None = None  # given a value that can't be sent or that nobody took
-
-    def resolve(self, value: object) -> None:
-        """Answer with a value."""
-        node = self._node
-        node.waiting.pop((self.link.pid, self.call_id), None)
-        try:
-            payload = codec.dumps(value, "the value of the reference")
-        except Exception as error:
-            if self.undo is not None:
-                self.undo(value)
-            self.fail(error)
-            return
-        if not node.answer(self.link, self.call_id, 0, payload) and self.undo is not None:
-            self.undo(value)
-
-    def fail(self, error: BaseException) -> None:
-        """Answer with an error."""
-        from shmdist.errors import capture
-
-        self._node.waiting.pop((self.link.pid, self.call_id), None)
-        self._node.answer(self.link, self.call_id, IS_ERROR, self._node.dump_error(capture(error)))
-
-
-class Node:
+class Node(Ownership):
     """One process of the cluster.
 
     Parameters
@@ -169,7 +102,8 @@ class Node:
         #: Makes a link to a member that has none; set when this process joins a cluster.
         self.connector: Callable[[int], Link] | None = None
         #: Finds out how a process ended whose link did; may wait. Set by process 1.
-        self.inquest: Callable[[int], BaseException] = ProcessExitedException
+        self.inquest: Callable[[int], BaseException] = self._hearsay
+        self.news: dict[int, BaseException] = {}  # how members went, as process 1 told
         #: Told when process 1 is gone; a worker ends then.
         self.master_gone: Callable[[], None] = lambda: None
         self.is_worker = False
@@ -228,12 +162,19 @@ class Node:
             links.discard(link)
             last = not links
         link.close()
-        if not last or self.closed:
+        if not last or self.closed or link.pid < 0:  # it never said who it was
             return
         if self.is_worker and link.pid == 1:
             self.master_gone()
             return
         self.lost(link.pid, self.inquest(link.pid))
+
+    def _hearsay(self, pid: int) -> BaseException:
+        """Find out how a process ended from process 1, which will tell in a moment."""
+        deadline = time.monotonic() + _NEWS
+        while pid not in self.news and time.monotonic() < deadline:
+            time.sleep(0.002)
+        return self.news.get(pid) or ProcessExitedException(pid)
 
     def lost(self, pid: int, error: BaseException) -> None:
         """Process `pid` is gone: see the module's docstring.  Told twice, it is once."""
@@ -302,7 +243,7 @@ class Node:
     def send(self, link: Link, parts: list[Part], payload: codec.Payload | None) -> None:
         """Write a frame; the references in it are counted for the receiver first."""
         if payload is not None and payload.refs:
-            self._count(payload.refs, link.pid, +1)
+            self.count(payload.refs, link.pid, +1)
         strand = current()
         try:
             link.send(parts, strand.interrupted)
@@ -312,7 +253,7 @@ class Node:
                 strand.deliver()
                 return
             if payload is not None and payload.refs:
-                self._count(payload.refs, link.pid, -1)
+                self.count(payload.refs, link.pid, -1)
             strand.deliver()
             self.send(link, parts, payload)  # the program's own handler lets it go on
 
@@ -321,7 +262,7 @@ class Node:
         parts = codec.frame(_RESULT, flags, 0, call_id, payload)
         try:
             if payload is not None and payload.refs:
-                self._count(payload.refs, link.pid, +1)
+                self.count(payload.refs, link.pid, +1)
             link.send(parts)
         except LinkClosed:
             return False
@@ -336,8 +277,9 @@ class Node:
         """Complete a reply, which the caller has claimed, with an error."""
         reply.error = error
         self.dispatcher.complete(reply)
-        if reply.callback is not None:
-            reply.callback(reply)
+        callback, reply.callback = reply.callback, None
+        if callback is not None:
+            callback(reply)
 
     def wait(self, reply: Cell, timeout: float | None = None) -> bool:
         """Wait for a reply; False when the time was up."""
@@ -378,124 +320,13 @@ class Node:
 
     # ------------------------------------------------------------------ errors on the wire
 
-    def pack_error(self, captured: CapturedException) -> tuple[str, str, str, bytes]:
-        """Make an error ready to be sent so that it arrives whatever the exception inside is like."""
-        try:
-            blob = codec.pickle_whole(captured)
-        except Exception:
-            captured = captured.stand_in()
-            blob = codec.pickle_whole(captured)
-        return captured.type_name, captured.message, captured.traceback_text, blob
-
     def dump_error(self, captured: CapturedException) -> codec.Payload:
         """Pickle an error that is the answer to a request."""
-        return codec.dumps((self.pid, *self.pack_error(captured)))
+        return codec.dumps((self.pid, *pack_error(captured)))
 
     def load_error(self, frame: Frame) -> RemoteException:
         """Return the error that a RESULT frame tells."""
-        return self.unpack_error(*codec.loads(frame, self.give_back))
-
-    @staticmethod
-    def unpack_error(pid: int, type_name: str, message: str, text: str, blob: bytes) -> RemoteException:
-        """Return the error of process `pid` that :meth:`pack_error` packed."""
-        try:
-            captured = pickle.loads(blob)
-        except Exception as error:
-            note = f"\n(the exception itself could not be unpickled here: {type(error).__name__}: {error})\n"
-            captured = CapturedException(RuntimeError(message), type_name, message, text + note)
-            return RemoteException(pid, captured)
-        return remote_exception(pid, captured)
-
-    # ------------------------------------------------------------------ references
-
-    def _count(self, refs: Iterable[tuple[RRID, int]], pid: int, delta: int) -> None:
-        """Tell the owners of `refs` that `pid` is about to hold one more (or does not)."""
-        by_owner: dict[int, list[tuple[int, int, int, int]]] = {}
-        for rrid, owner in refs:
-            by_owner.setdefault(owner, []).append((rrid.whence, rrid.id, pid, delta))
-        for owner, changes in by_owner.items():
-            self.tell_counts(owner, changes)
-
-    def tell_counts(self, owner: int, changes: list[tuple[int, int, int, int]]) -> None:
-        """Send changes of counts to an owner, or make them when that is this process."""
-        if owner == self.pid:
-            self.change_counts(changes)
-            return
-        if owner in self.graves:
-            return
-        payload = codec.Payload()
-        payload.parts.append(pickle.dumps(changes, 5))
-        try:
-            self.link_to(owner).send(codec.frame(_REFS, 0, 0, 0, payload))
-        except (LinkClosed, ShmdistError):
-            pass  # the owner is gone, and the counts with it
-
-    def change_counts(self, changes: Iterable[tuple[int, int, int, int]]) -> None:
-        """Change counts of references that live here."""
-        freed: list[Entry] = []
-        with self.lock:
-            for whence, number, pid, delta in changes:
-                freed += self.refs.add(RRID(whence, number), pid, delta)
-        self.drop(freed)
-
-    def drop(self, freed: list[Entry]) -> None:
-        """Let go of values that nobody refers to any more."""
-        for entry in freed:
-            waiters, entry.waiters = entry.waiters, []
-            for waiter in waiters:
-                waiter.fail(ShmdistError(f"the last reference to {tuple(entry.rrid)} is gone"))
-            entry.value = None
-
-    def give_back(self, refs: Iterable[tuple[RRID, int]]) -> None:
-        """Give back references that came in a frame but were never made."""
-        for rrid, owner in refs:
-            self.release(owner, rrid)
-
-    def release(self, owner: int, rrid: RRID) -> None:
-        """Note that one reference was dropped here.  Runs in finalizers: takes no lock."""
-        self.released.append((owner, rrid))
-        if not self._flush_asked:
-            self._flush_asked = True
-            self.dispatcher.poller.wake()
-
-    def flush_released(self) -> None:
-        """Tell the owners which references were dropped here."""
-        self._flush_asked = False
-        by_owner: dict[int, dict[RRID, int]] = {}
-        while self.released:
-            owner, rrid = self.released.popleft()
-            counts = by_owner.setdefault(owner, {})
-            counts[rrid] = counts.get(rrid, 0) - 1
-        for owner, counts in by_owner.items():
-            self.tell_counts(owner, [(rrid.whence, rrid.id, self.pid, n) for rrid, n in counts.items()])
-
-    def housekeeping(self) -> None:
-        """Do what was asked for by finalizers; on a standby thread."""
-        if self.released:
-            threading.Event().wait(_FLUSH_DELAY)  # more of them come together
-            self.flush_released()
-
-    def create(self, rrid: RRID, kind: Any, client: int | None) -> Entry:
-        """Enter a reference that lives here from now on."""
-        with self.lock:
-            return self.refs.create(rrid, kind, client)
-
-    def set_value(self, entry: Entry, value: Any) -> None:
-        """Give an entry its value, and tell who waits for it."""
-        with self.lock:
-            waiters = self.refs.set_value(entry, value)
-        for waiter in waiters:
-            if isinstance(value, CapturedException):
-                waiter.fail(remote_exception(self.pid, value))
-            else:
-                waiter.resolve(value)
-
-    def store(self, key: tuple[int, int], value: Any, captured: CapturedException | None) -> None:
-        """Keep the outcome of a call that a Future of its caller stands for."""
-        with self.lock:
-            entry = self.refs.get(RRID(*key))
-        if entry is not None:  # else every reference to it is gone already
-            self.set_value(entry, value if captured is None else captured)
+        return unpack_error(*codec.loads(frame, self.give_back))
 
     # ------------------------------------------------------------------ being asked
 
@@ -512,8 +343,9 @@ class Node:
         """Handle a frame that is neither call, operation nor answer; must not block."""
         kind = frame.kind
         if kind == _REFS:
-            changes = pickle.loads(frame.body)
-            self.change_counts(changes)
+            freed = self.change_counts(pickle.loads(frame.body))
+            if freed:  # their values' finalizers are users' code, which must not run here
+                self.dispatcher.start(lambda: self.drop(freed))
         elif kind == _CANCEL:
             key = (frame.link.pid, frame.call_id)
             if frame.flags & NOT_RUN:

@@ -56,6 +56,15 @@ class Cell:
                 pass  # awake already
 
 
+class Kicker:
+    """Stands for the lock of a cell whose thread does not sleep on a lock, but reads."""
+
+    __slots__ = ("release",)
+
+    def __init__(self, kick: Callable[[], None]) -> None:
+        self.release = kick
+
+
 class Strand:
     """The runtime's side of one thread.
 

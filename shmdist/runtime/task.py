@@ -290,20 +290,22 @@ class Functions:
         entry = self._table.get((pid, number))
         if entry is None:
             raise LookupError(f"function {number} of process {pid} is not kept here any more")
-        frame, lock, outcome = entry
-        if outcome is None:
-            with lock:  # several calls may want it at once; it is read one time
+        if entry[2] is None:
+            with entry[1]:  # several calls may want it at once; it is read one time
                 if entry[2] is None:
-                    try:
-                        if frame.flags & BROKEN:
-                            raise MemoryError("this process had no memory to receive the function")
-                        entry[2] = (codec.loads(frame, self._node.give_back), None)
-                    except Exception as error:
-                        error.add_note(codec.unreadable(error, "the function").args[0])
-                        entry[2] = (None, error)
+                    entry[2] = self._read(entry[0])
                     entry[0] = None
-                outcome = entry[2]
-        function, error = outcome
-        if error is not None:
-            raise error
+        function, failure = entry[2]
+        if failure is not None:
+            raise failure
         return function
+
+    def _read(self, frame: Frame) -> tuple[Any, Exception | None]:
+        """Read a function, or say why it cannot be read."""
+        try:
+            if frame.flags & BROKEN:
+                raise MemoryError("this process had no memory to receive the function")
+            return codec.loads(frame, self._node.give_back), None
+        except Exception as error:
+            error.add_note(codec.unreadable(error, "the function").args[0])
+            return None, error

@@ -319,11 +319,10 @@ class _Worker:
     def _on_lost(self, frame: Frame) -> None:
         pid, error = pickle.loads(frame.body)
         node = self.node
+        node.news[pid] = error
         links = list(node.all_links.get(pid, ()))
         if not links:
             node.dispatcher.start(lambda: node.lost(pid, error))
-            return
-        node.inquest = _Inquest(node.inquest, pid, error)
         for link in links:
             link.shut()  # what it wrote is read to its end all the same
 
@@ -420,19 +419,6 @@ class _Worker:
         with contextlib.suppress(Exception):
             self.node.flush_own_output()
         os._exit(0)
-
-
-class _Inquest:
-    """Knows how one process went, and asks another about the rest."""
-
-    def __init__(self, other: Any, pid: int, error: BaseException) -> None:
-        self._other, self._pid, self._error = other, pid, error
-
-    def __call__(self, pid: int) -> BaseException:
-        if pid == self._pid:
-            return self._error
-        error: BaseException = self._other(pid)
-        return error
 
 
 def _buffer_c_output_by_line() -> None:

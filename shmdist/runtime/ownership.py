@@ -1,0 +1,130 @@
+"""A node's part in references: those that live here, and the counts of those that are held here.
+
+Counts travel as messages of their own.  The protocol is written down in ``reftable``.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections import deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from shmdist.errors import CapturedException, ShmdistError, remote_exception
+from shmdist.runtime.reftable import RRID, Entry, RefTable
+from shmdist.wire import codec
+from shmdist.wire.link import Link, LinkClosed
+from shmdist.wire.messages import Kind
+
+if TYPE_CHECKING:
+    from shmdist.runtime.dispatch import Dispatcher
+
+_REFS = int(Kind.REFS)
+_FLUSH_DELAY = 0.005  # seconds that dropped references are gathered before they are told
+
+
+class Ownership:
+    """The reference side of a node; see there for the attributes."""
+
+    pid: int
+    lock: Any
+    refs: RefTable
+    graves: dict[int, BaseException]
+    dispatcher: Dispatcher
+    released: deque[tuple[int, RRID]]
+    _flush_asked: bool
+
+    def link_to(self, pid: int) -> Link:
+        """Return the link to a process; the node knows how."""
+        raise NotImplementedError  # a Node has it
+
+
+    def count(self, refs: Iterable[tuple[RRID, int]], pid: int, delta: int) -> None:
+        """Tell the owners of `refs` that `pid` is about to hold one more (or does not)."""
+        by_owner: dict[int, list[tuple[int, int, int, int]]] = {}
+        for rrid, owner in refs:
+            by_owner.setdefault(owner, []).append((rrid.whence, rrid.id, pid, delta))
+        for owner, changes in by_owner.items():
+            self.tell_counts(owner, changes)
+
+    def tell_counts(self, owner: int, changes: list[tuple[int, int, int, int]]) -> None:
+        """Send changes of counts to an owner, or make them when that is this process."""
+        if owner == self.pid:
+            self.drop(self.change_counts(changes))
+            return
+        if owner in self.graves:
+            return
+        payload = codec.Payload()
+        payload.parts.append(pickle.dumps(changes, 5))
+        try:
+            self.link_to(owner).send(codec.frame(_REFS, 0, 0, 0, payload))
+        except (LinkClosed, ShmdistError):
+            pass  # the owner is gone, and the counts with it
+
+    def change_counts(self, changes: Iterable[tuple[int, int, int, int]]) -> list[Entry]:
+        """Change counts of references that live here; returns those that nobody holds any more."""
+        freed: list[Entry] = []
+        with self.lock:
+            for whence, number, pid, delta in changes:
+                freed += self.refs.add(RRID(whence, number), pid, delta)
+        return freed
+
+    def drop(self, freed: list[Entry]) -> None:
+        """Let go of values that nobody refers to any more."""
+        for entry in freed:
+            waiters, entry.waiters = entry.waiters, []
+            for waiter in waiters:
+                waiter.fail(ShmdistError(f"the last reference to {tuple(entry.rrid)} is gone"))
+            entry.value = None
+
+    def give_back(self, refs: Iterable[tuple[RRID, int]]) -> None:
+        """Give back references that came in a frame but were never made."""
+        for rrid, owner in refs:
+            self.release(owner, rrid)
+
+    def release(self, owner: int, rrid: RRID) -> None:
+        """Note that one reference was dropped here.  Runs in finalizers: takes no lock."""
+        self.released.append((owner, rrid))
+        if not self._flush_asked:
+            self._flush_asked = True
+            self.dispatcher.poller.wake()
+
+    def flush_released(self) -> None:
+        """Tell the owners which references were dropped here."""
+        self._flush_asked = False
+        by_owner: dict[int, dict[RRID, int]] = {}
+        while self.released:
+            owner, rrid = self.released.popleft()
+            counts = by_owner.setdefault(owner, {})
+            counts[rrid] = counts.get(rrid, 0) - 1
+        for owner, counts in by_owner.items():
+            self.tell_counts(owner, [(rrid.whence, rrid.id, self.pid, n) for rrid, n in counts.items()])
+
+    def housekeeping(self) -> None:
+        """Do what was asked for by finalizers; on a standby thread."""
+        if self.released:
+            threading.Event().wait(_FLUSH_DELAY)  # more of them come together
+            self.flush_released()
+
+    def create(self, rrid: RRID, kind: Any, client: int | None) -> Entry:
+        """Enter a reference that lives here from now on."""
+        with self.lock:
+            return self.refs.create(rrid, kind, client)
+
+    def set_value(self, entry: Entry, value: Any) -> None:
+        """Give an entry its value, and tell who waits for it."""
+        with self.lock:
+            waiters = self.refs.set_value(entry, value)
+        for waiter in waiters:
+            if isinstance(value, CapturedException):
+                waiter.fail(remote_exception(self.pid, value))
+            else:
+                waiter.resolve(value)
+
+    def store(self, key: tuple[int, int], value: Any, captured: CapturedException | None) -> None:
+        """Keep the outcome of a call that a Future of its caller stands for."""
+        with self.lock:
+            entry = self.refs.get(RRID(*key))
+        if entry is not None:  # else every reference to it is gone already
+            self.set_value(entry, value if captured is None else captured)

@@ -1,0 +1,103 @@
+"""What is waited for, and what answers: replies, operations, and errors on the wire."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from typing import TYPE_CHECKING, Any
+
+from shmdist.errors import CapturedException, RemoteException, ShmdistError, capture, remote_exception
+from shmdist.runtime.strand import Cell
+from shmdist.wire import codec
+from shmdist.wire.messages import IS_ERROR, Frame
+
+if TYPE_CHECKING:
+    from shmdist.runtime.node import Node
+    from shmdist.wire.link import Link
+
+
+class Cancelled(ShmdistError, CancelledError):
+    """A call was withdrawn before it began."""
+
+    __module__ = "shmdist"
+
+
+class Reply(Cell):
+    """An answer that is waited for.
+
+    Attributes
+    ----------
+    frame : Frame or None
+        The RESULT, not yet read.
+    error : BaseException or None
+        Why there will be none.
+    callback : callable or None
+        Called with the reply when it is done, by whoever reads: it must not block.
+    """
+
+    __slots__ = ("call_id", "callback", "error", "frame", "pid")
+
+    def __init__(self, call_id: int, pid: int, callback: Callable[[Reply], None] | None = None) -> None:
+        self.done = False
+        self.lock = None
+        self.call_id = call_id
+        self.pid = pid
+        self.callback = callback
+        self.frame: Frame | None = None
+        self.error: BaseException | None = None
+
+
+class Operation:
+    """A remote process's request on a reference that lives here: what answers it.
+
+    It is a ``Completion``: a channel resolves or fails it, now or later, from any thread.
+    """
+
+    __slots__ = ("_node", "call_id", "link", "undo")
+
+    def __init__(self, node: Node, link: Link, call_id: int) -> None:
+        self._node = node
+        self.link = link
+        self.call_id = call_id
+        self.undo: Callable[[Any], None] | None = None  # given a value that can't be sent or that nobody took
+
+    def resolve(self, value: object) -> None:
+        """Answer with a value."""
+        node = self._node
+        node.waiting.pop((self.link.pid, self.call_id), None)
+        try:
+            payload = codec.dumps(value, "the value of the reference")
+        except Exception as error:
+            if self.undo is not None:
+                self.undo(value)
+            self.fail(error)
+            return
+        if not node.answer(self.link, self.call_id, 0, payload) and self.undo is not None:
+            self.undo(value)
+
+    def fail(self, error: BaseException) -> None:
+        """Answer with an error."""
+        self._node.waiting.pop((self.link.pid, self.call_id), None)
+        self._node.answer(self.link, self.call_id, IS_ERROR, self._node.dump_error(capture(error)))
+
+
+def pack_error(captured: CapturedException) -> tuple[str, str, str, bytes]:
+    """Make an error ready to be sent so that it arrives whatever the exception inside is like."""
+    try:
+        blob = codec.pickle_whole(captured)
+    except Exception:
+        captured = captured.stand_in()
+        blob = codec.pickle_whole(captured)
+    return captured.type_name, captured.message, captured.traceback_text, blob
+
+
+def unpack_error(pid: int, type_name: str, message: str, text: str, blob: bytes) -> RemoteException:
+    """Return the error of process `pid` that :func:`pack_error` packed."""
+    try:
+        captured = pickle.loads(blob)
+    except Exception as error:
+        note = f"\n(the exception itself could not be unpickled here: {type(error).__name__}: {error})\n"
+        captured = CapturedException(RuntimeError(message), type_name, message, text + note)
+        return RemoteException(pid, captured)
+    return remote_exception(pid, captured)

@@ -1,0 +1,153 @@
+"""The runtime's threads: made when needed, kept for reuse, a few standing by."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from shmdist.runtime.strand import Strand, current
+
+_PARKED = 2  # threads kept standing by
+_IDLE = 32  # other threads kept for reuse
+_IDLE_TIME = 10.0  # seconds an idle thread waits for work before it ends
+_log = logging.getLogger("shmdist.threads")
+
+Job = Callable[[], None]
+
+
+class _Idle:
+    """A thread kept for reuse: its lock to sleep on, and the job it is woken for."""
+
+    __slots__ = ("job", "lock")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.lock.acquire()
+        self.job: Job | None = None
+
+
+class Threads:
+    """A crew of daemon threads that run jobs, stand by, or idle, in this order.
+
+    Parameters
+    ----------
+    stand_by : callable
+        Sleeps until there is something to do, calls :meth:`woken`, and does it.
+    """
+
+    def __init__(self, stand_by: Callable[[Strand], None]) -> None:
+        self._stand_by = stand_by
+        self._lock = threading.Lock()  # guards all below
+        self.parked = 0  # threads that stand by, or are about to
+        self._idle: list[_Idle] = []
+        self._all: set[threading.Thread] = set()
+        self._serial = 0
+        self.closing = False
+
+    def __repr__(self) -> str:
+        return f"<Threads {len(self._all)}, {self.parked} standing by, {len(self._idle)} idle>"
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def start(self, job: Job) -> None:
+        """Run `job` on another thread; it is inside the runtime there."""
+        with self._lock:
+            idle = self._idle.pop() if self._idle else None
+        if idle is not None:
+            idle.job = job
+            idle.lock.release()
+            return
+        self._spawn(job)
+
+    def later(self, delay: float, job: Job) -> None:
+        """Run `job` on another thread, `delay` seconds from now at the earliest."""
+
+        def sleep_and_run() -> None:
+            time.sleep(delay)
+            job()
+
+        self.start(sleep_and_run)
+
+    def ensure_standby(self) -> None:
+        """Make sure that a thread stands by."""
+        with self._lock:
+            if self.parked or self.closing:
+                return
+            self.parked += 1  # counted before it runs, so that nobody makes a second one
+        self._spawn(None)
+
+    def woken(self) -> None:
+        """Note that the calling thread stands by no more."""
+        with self._lock:
+            self.parked -= 1
+
+    def _spawn(self, job: Job | None) -> None:
+        with self._lock:
+            self._serial += 1
+            name = f"shmdist-{self._serial}"
+            thread = threading.Thread(target=self._live, args=(job,), name=name, daemon=True)
+            self._all.add(thread)
+        thread.start()
+
+    def _live(self, job: Job | None) -> None:
+        """Body of every thread."""
+        strand = current()
+        strand.depth = 1
+        counted = job is None
+        try:
+            while not self.closing:
+                if job is not None:
+                    self.guarded(job)
+                    job = None
+                with self._lock:
+                    if not counted and self.parked < _PARKED:
+                        self.parked += 1
+                        counted = True
+                if counted:
+                    counted = False
+                    self._stand_by(strand)
+                    continue
+                idle = _Idle()
+                with self._lock:
+                    if len(self._idle) >= _IDLE or self.closing:
+                        return
+                    self._idle.append(idle)
+                if not idle.lock.acquire(timeout=_IDLE_TIME):
+                    with self._lock:
+                        if idle in self._idle:
+                            self._idle.remove(idle)
+                            return
+                    idle.lock.acquire()  # a job is on its way
+                job = idle.job
+        finally:
+            with self._lock:
+                self._all.discard(threading.current_thread())
+
+    def guarded(self, job: Job) -> None:
+        """Run `job`; an error in it is logged, and ends nothing else."""
+        try:
+            job()
+        except Exception:
+            if not self.closing:
+                _log.exception("an error in a thread of shmdist")
+
+    def close(self) -> None:
+        """Let all threads end when they have done what they are at."""
+        with self._lock:
+            self.closing = True
+            idle, self._idle = self._idle, []
+        for each in idle:
+            each.lock.release()
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the threads' end; False when some are left after `timeout` seconds."""
+        me = threading.current_thread()
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            threads = [thread for thread in self._all if thread is not me]
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in threads)
