@@ -20,6 +20,9 @@ class Lanes:
     def __repr__(self) -> str:
         return f"<Lanes {len(self._waiting)}>"
 
+    def __len__(self) -> int:
+        return len(self._waiting)
+
     def enter(self, task: Task) -> bool:
         """Let `task` into its lane; True when it is the first, and may run."""
         key = (task.key[0], task.frame.lane)

@@ -292,8 +292,11 @@ def test_any_cutting_gives_the_same_frames(
     assert [frame.call_id for frame in received] == list(range(len(messages)))
     for frame, (flags, parts) in zip(received, messages, strict=True):
         lacking = [len(part) == LACKING for part in parts]
-        if not any(lacking) or (lacking == [True] and LACKING < 64):
-            assert (frame.flags, contents(frame)) == (flags, tuple(parts))
+        whole = (frame.flags, contents(frame)) == (flags, tuple(parts))
+        if lacking == [True] and whole:
+            continue  # it was in the read buffer, and needed no memory of its own
+        if not any(lacking):
+            assert whole
         elif flags & HAS_REFS and len(parts) > 1 and not lacking[1]:
             assert (frame.flags, contents(frame)) == (flags | BROKEN, (b"", parts[1]))
         else:
@@ -336,8 +339,8 @@ class TestNoMemory:
 
     @pytest.mark.parametrize("error", [MemoryError, ValueError, OverflowError])
     def test_errors_of_allocation(self, pair: tuple[Link, Link], lacking: Any, error: type[Exception]) -> None:
-        lacking(100_000, error)
-        assert pump(*pair, encode(pattern(100_000)))[0].flags == BROKEN
+        lacking(300_000, error)
+        assert pump(*pair, encode(pattern(300_000)))[0].flags == BROKEN
 
     def test_two_to_the_62(self, raw: tuple[Link, socket.socket]) -> None:
         """The true allocation fails; what comes is read past for as long as it comes."""
