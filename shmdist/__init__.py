@@ -14,6 +14,8 @@ A call goes ``calls`` -> ``runtime.node`` -> ``wire.codec`` -> ``wire.link``, an
 side ``wire.link`` -> ``runtime.dispatch`` -> ``runtime.task`` -> the function.
 """
 
+import logging as _logging
+
 from shmdist._version import __version__
 from shmdist.calls import (
     fetchany,
@@ -161,3 +163,5 @@ __all__ = [
     "worker_id_from_socket",
     "workers",
 ]
+
+_logging.getLogger("shmdist").addHandler(_logging.NullHandler())

@@ -137,7 +137,9 @@ def _fetch_slowly(node: Node, f: Any, where: Any, args: Any, kwargs: Any) -> Any
             return _ask(node, f, place.pid, WANT_VALUE | flags, payload)
         try:
             return f(*args, **kwargs)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise  # Ctrl-C, most likely
+        except BaseException as error:
             raise remote_exception(node.pid, capture(error)) from error
     finally:
         place.back()

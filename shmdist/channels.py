@@ -83,6 +83,17 @@ class LocalCell:
             except RuntimeError:
                 pass  # awake already
 
+    #: It is completed by a channel, which does not know of threads that read.
+    kicked = False
+
+    def add(self, lock: Any) -> None:
+        """Let the thread sleep on `lock`, or on what stands for one."""
+        self.lock = lock
+
+    def remove(self, lock: Any) -> None:
+        """The thread sleeps no more."""
+        self.lock = None
+
     def sleep(self, timeout: float | None) -> None:
         """Sleep until woken, or for `timeout` seconds; an interrupt ends it with its exception."""
         lock = self.lock

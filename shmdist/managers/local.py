@@ -148,17 +148,12 @@ class _Launch:
         root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         former = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = root if not former else f"{root}{os.pathsep}{former}"
-        self.process = subprocess.Popen(
-            self.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=params["dir"] or None,
-            env=environment,
-            # The terminal's Ctrl-C is for process 1, which knows what to do about its workers.
-            start_new_session=True,
-            pass_fds=() if self.page is None else (self.page.fd,),
-        )
+        try:
+            self.process = self._popen(params, environment)
+        except BaseException:
+            if self.page is not None:
+                self.page.close()
+            raise
         if self.page is not None:
             self.page.close_fd()
         streams = self.process.stdin, self.process.stdout, self.process.stderr
@@ -173,6 +168,20 @@ class _Launch:
         streams[1].close()
         streams[2].close()
         self.text = {self.out: b"", self.err: b""}
+
+    def _popen(self, params: dict[str, Any], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        """Start the process."""
+        return subprocess.Popen(
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=params["dir"] or None,
+            env=environment,
+            # The terminal's Ctrl-C is for process 1, which knows what to do about its workers.
+            start_new_session=True,
+            pass_fds=() if self.page is None else (self.page.fd,),
+        )
 
     def read(self, fd: int) -> bool:
         """Read what has come, and look for the line; False at the end of the pipe."""

@@ -191,7 +191,7 @@ class Dispatcher:
     def _complete_here(self, reply: Any) -> None:
         """Complete a reply on the reading thread."""
         reply.done = True
-        if reply.lock is not None and self._leader is not reply:
+        if reply.locks:
             reply.wake()
         callback = reply.callback
         if callback is not None:
@@ -201,9 +201,11 @@ class Dispatcher:
     def complete(self, cell: Cell) -> None:
         """Complete a cell from any thread; its waiter may be asleep, or reading."""
         cell.done = True
-        # The thread that reads need not wake itself.
-        if cell.lock is not None and not (self._leader is cell and current().leading):
+        if cell.locks:
             cell.wake()
+        # The thread that reads need not wake itself.
+        if self._leader is cell and not current().leading:
+            self.poller.kick()
 
     # ------------------------------------------------------------------ the baton
 
@@ -291,7 +293,8 @@ class Dispatcher:
     def _lead(self, cell: Cell, timeout: float, strand: Strand) -> None:
         """Read with the baton held, until `cell` is done or something else wants the thread."""
         self._leader = cell
-        cell.lock = self._kicker
+        if not cell.kicked:
+            cell.add(self._kicker)
         strand.kick = self.poller.kick
         strand.leading = True
         poll, inbox = self._poll, self._inbox
@@ -305,7 +308,8 @@ class Dispatcher:
                 break
         strand.leading = False
         self._leader = None
-        cell.lock = None
+        if not cell.kicked:
+            cell.remove(self._kicker)
         if not inbox:
             self._release(promote=True)
             return
@@ -333,7 +337,7 @@ class Dispatcher:
         """Sleep until `cell` is done or the baton is this thread's; True with the baton."""
         lock = threading.Lock()
         lock.acquire()
-        cell.lock = lock
+        cell.add(lock)
         strand.cell = cell
         self._followers.append(cell)
         leads = False
@@ -347,7 +351,7 @@ class Dispatcher:
         except ValueError:
             pass
         strand.cell = None
-        cell.lock = None
+        cell.remove(lock)
         if not leads:
             if not cell.done and not strand.pending and self._take():
                 return True
@@ -372,12 +376,12 @@ class Dispatcher:
                 continue
             lock = threading.Lock()
             lock.acquire()
-            cell.lock = lock
+            cell.add(lock)
             self._main_cell = cell
             if self._must_sleep():
                 lock.acquire()
             self._main_cell = None
-            cell.lock = None
+            cell.remove(lock)
             while self._main_jobs:
                 self._main_jobs.popleft()()
 

@@ -20,6 +20,7 @@ the reference table go, what it waited for here is withdrawn, and who subscribed
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
@@ -107,7 +108,10 @@ class Node(Ownership):
         #: Told when process 1 is gone; a worker ends then.
         self.master_gone: Callable[[], None] = lambda: None
         self.is_worker = False
+        self.exiting = False  # the program is at its end, and so are its workers
         self.closed = False
+        #: Files that a forked child must not keep open, lest this process seem alive.
+        self.inherited: list[Any] = []
         self.dispatcher = Dispatcher(self)
 
     def __repr__(self) -> str:
@@ -186,6 +190,8 @@ class Node(Ownership):
             self.links.pop(pid, None)
             freed = self.refs.peer_lost(pid)
         for call_id, reply in list(self.pending.items()):
+            if self.exiting:
+                break  # threads that still wait end with the program, silently
             if reply.pid == pid and self.pending.pop(call_id, None) is not None:
                 self.fail(reply, self.death(pid))
         for key, withdraw in list(self.waiting.items()):
@@ -342,7 +348,13 @@ class Node(Ownership):
     def control(self, frame: Frame) -> None:
         """Handle a frame that is neither call, operation nor answer; must not block."""
         kind = frame.kind
-        if kind == _REFS:
+        if kind == _REFS and frame.call_id != self.pid:
+            link = self.links.get(frame.call_id)  # for another process, which the sender cannot reach
+            if link is not None:
+                payload = codec.Payload()
+                payload.parts.append(frame.body)
+                self.post(link, _REFS, 0, frame.call_id, payload)
+        elif kind == _REFS:
             freed = self.change_counts(pickle.loads(frame.body))
             if freed:  # their values' finalizers are users' code, which must not run here
                 self.dispatcher.start(lambda: self.drop(freed))
@@ -449,6 +461,9 @@ def _after_fork() -> None:
         node.closed = True
         node.dispatcher.abandon()
         node.outputs.abandon()
+        for file in node.inherited:
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -100,15 +100,14 @@ class Outputs:
         """Write the lines that have come through ``sys.stdout``; never raises an Exception."""
         with self._showing:
             while self.lines:
-                try:
-                    pid, text = self.lines.popleft()
-                except IndexError:
-                    return
+                # It stays in `lines` until it is written: who finds `lines` empty may go on.
+                pid, text = self.lines[0]
                 out = sys.stdout
                 with contextlib.suppress(Exception):
                     out.write(f"      From worker {pid}:\t{text}\n")
-                    if not self.lines:
+                    if len(self.lines) == 1:
                         out.flush()
+                self.lines.popleft()
 
     def tail(self, pid: int) -> list[str]:
         """Return the last lines that a worker wrote to its stderr."""

@@ -40,7 +40,7 @@ class Reply(Cell):
 
     def __init__(self, call_id: int, pid: int, callback: Callable[[Reply], None] | None = None) -> None:
         self.done = False
-        self.lock = None
+        self.locks = ()
         self.call_id = call_id
         self.pid = pid
         self.callback = callback

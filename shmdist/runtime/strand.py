@@ -28,28 +28,41 @@ from typing import Any
 _SIGINT = int(signal.SIGINT)
 
 
+_adding = threading.Lock()  # guards the locks of all cells; nothing else is done while it is held
+
+
 class Cell:
-    """Something a thread waits for.
+    """Something that threads wait for.
 
     Attributes
     ----------
     done : bool
-        Set once, by whoever completes the cell; then `lock`, when there is one, is
-        released.
-    lock : lock or None
-        Where the waiting thread sleeps when another one reads for it.
+        Set once, by whoever completes the cell; then `locks` are released.
+    locks : tuple of lock
+        Where the waiting threads sleep while another one reads for them.
     """
 
-    __slots__ = ("__weakref__", "done", "lock")
+    __slots__ = ("__weakref__", "done", "locks")
+    #: Whoever completes it knows how to wake a thread that reads (``Dispatcher.complete``).
+    kicked = True
 
     def __init__(self) -> None:
         self.done = False
-        self.lock: Any = None
+        self.locks: tuple[Any, ...] = ()
+
+    def add(self, lock: Any) -> None:
+        """Let a thread sleep on `lock` until the cell is done."""
+        with _adding:
+            self.locks += (lock,)
+
+    def remove(self, lock: Any) -> None:
+        """The thread sleeps no more."""
+        with _adding:
+            self.locks = tuple(each for each in self.locks if each is not lock)
 
     def wake(self) -> None:
-        """Wake the thread that sleeps here, done or not."""
-        lock = self.lock
-        if lock is not None:
+        """Wake the threads that sleep here, done or not."""
+        for lock in self.locks:
             try:
                 lock.release()
             except RuntimeError:

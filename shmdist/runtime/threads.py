@@ -121,7 +121,7 @@ class Threads:
                             self._idle.remove(idle)
                             return
                     idle.lock.acquire()  # a job is on its way
-                job = idle.job
+                job, idle.job = idle.job, None  # it must not outlive its run: it holds what it is given
         finally:
             with self._lock:
                 self._all.discard(threading.current_thread())

@@ -24,6 +24,7 @@ is a copy, and flags that depend on size or road would be a trap.
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 import threading
@@ -96,6 +97,18 @@ class _Pickler(pickle.Pickler):
         if kind in _FUNCTIONS:
             return NotImplemented
         return _reduce_rare(obj, kind)
+
+
+def _environ() -> Any:
+    """Return this process's environment."""
+    return os.environ
+
+
+#: The environment goes by name: ``remotecall(os.environ.get, 2, "HOME")`` asks process 2's,
+#: and what stands in ours, secrets among it, stays here.
+reducers[type(os.environ)] = lambda environ, _pickler: (
+    (_environ, ()) if environ is os.environ else environ.__reduce_ex__(5)
+)
 
 
 def _reduce_rare(obj: Any, kind: type) -> Any:
