@@ -90,6 +90,7 @@ class _Cluster:
             import secrets
 
             self.node.cookie = secrets.token_hex(32).encode()
+        first = self.next_pid  # whatever happens, no half-made member stays
         joined: list[tuple[int, Any]] = []
         pids: list[int] = []
         failure: LaunchWorkerError | None = None
@@ -101,14 +102,15 @@ class _Cluster:
                     joined.append((pid, reply))
             except LaunchWorkerError as error:
                 failure = error
+            finally:
+                if hasattr(launching, "close"):
+                    launching.close()  # ends what has been started and is not up
             for pid, reply in joined:
                 self._take_in(pid, reply)
                 pids.append(pid)
         except BaseException:
-            for pid, _ in joined:
-                if pid in self.members:
-                    with contextlib.suppress(Exception):
-                        self._end([pid], 0.0)
+            with contextlib.suppress(Exception):
+                self._end([pid for pid in list(self.members) if pid >= first], 0.0)
             raise
         self._introduce(pids, topology, params["lazy"])
         if failure is not None:
@@ -118,6 +120,16 @@ class _Cluster:
 
     def _connect(self, manager: ClusterManager, config: WorkerConfig, params: dict[str, Any]) -> tuple[int, Any]:
         """Connect to a launched worker, and ask it to join; its answer is not waited for."""
+        strand = current()
+        strand.enter()  # Ctrl-C is for the waits before and after it
+        try:
+            return self._connect_whole(manager, config, params)
+        finally:
+            strand.leave()
+
+    def _connect_whole(
+        self, manager: ClusterManager, config: WorkerConfig, params: dict[str, Any]
+    ) -> tuple[int, Any]:
         node = self.node
         pid, self.next_pid = self.next_pid, self.next_pid + 1
         try:
@@ -132,6 +144,8 @@ class _Cluster:
                 phase="connect",
             ) from error
         member = self.members[pid] = _Member(manager, config)
+        if hasattr(config.userdata, "close"):
+            node.inherited.append(config.userdata)
         link = Link(connection, pid)
         if config.io is not None:
             for fd, error_stream, rest in zip(config.io, (False, True), config.io_rest, strict=True):
@@ -154,7 +168,13 @@ class _Cluster:
         node = self.node
         timeout = float(os.environ.get("SHMDIST_WORKER_TIMEOUT", "60"))
         member = self.members[pid]
-        if not node.wait(reply, timeout):
+        strand = current()
+        strand.enter()
+        try:
+            joined = node.wait(reply, timeout)
+        finally:
+            strand.leave()
+        if not joined:
             raise LaunchWorkerError(f"worker {pid} did not join within {timeout:g} s", host=member.config.host)
         try:
             info, _versions = node.open(reply, "joining the cluster")
@@ -265,6 +285,7 @@ class _Cluster:
         if member.config.page is not None:
             member.config.page.close()
         if hasattr(member.config.userdata, "close"):
+            node.inherited.remove(member.config.userdata)
             with contextlib.suppress(OSError):
                 member.config.userdata.close()
         if node.has_output:
@@ -326,6 +347,7 @@ class _Cluster:
         node = self.node
         if node.closed or os.getpid() != node.ospid:
             return
+        node.exiting = True
         try:
             self._end(list(self.members), _ATEXIT)
         except BaseException:
@@ -432,13 +454,8 @@ def addprocs(what: Any = None, /, **params: Any) -> WorkerList:
     merged = {**known, **params}
     if merged["topology"] not in _TOPOLOGIES:
         raise ValueError(f"topology must be one of {', '.join(_TOPOLOGIES)}, not {merged['topology']!r}")
-    strand = current()
     with cluster.changing:
-        strand.enter()
-        try:
-            return WorkerList(cluster.add(manager, merged))
-        finally:
-            strand.leave()
+        return WorkerList(cluster.add(manager, merged))
 
 
 def rmprocs(*pids: Any, waitfor: float | None = None) -> Any:

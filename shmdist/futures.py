@@ -44,21 +44,23 @@ def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float 
     node = current_node()
     payload = codec.dumps((name, tuple(rrid), argument), "the value")
     strand = current()
-    strand.enter()
+    reply = None
     try:
-        reply = node.request(owner, _OP, 0, payload)
+        strand.enter()
         try:
+            reply = node.request(owner, _OP, 0, payload)
             if not node.wait(reply, timeout):
                 raise TimeoutError(f"{name} of a reference on process {owner} timed out after {timeout} s")
-        except BaseException:
+        finally:
+            strand.leave()  # which may raise as well, though the answer is there
+    except BaseException:
+        if reply is not None:
             if name == "take":
                 node.unclaimed_takes[reply.call_id] = (owner, rrid)
-                if reply.done and reply.frame is not None:
+                if reply.frame is not None:
                     node.unclaimed(reply.frame)  # it came at the very moment of giving up
             node.cancel(reply)
-            raise
-    finally:
-        strand.leave()
+        raise
     return node.open(reply, f"{name} of a reference")
 
 
@@ -312,6 +314,8 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
                 strand.leave()
         if self._outcome is None:
             self._open_reply(reply)
+        if node.has_output:
+            node.print_output()
 
     def _interrupt(self, node: Node) -> None:
         """Interrupt the call that computes this; its end still comes."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from shmdist.channels import Channel
+from shmdist.channels import Channel, LocalCell
 from shmdist.errors import ChannelClosed, ShmdistError
 from shmdist.futures import Future, Reference, ask, call_owner
 from shmdist.runtime.node import Node, current_node
@@ -50,10 +52,10 @@ class RemoteChannel(Reference):
     __module__ = "shmdist"
 
     def __init__(self, factory: Callable[[], Any] | int | None = None, pid: int | None = None) -> None:
-        if isinstance(factory, int) and not callable(factory):
+        if hasattr(factory, "__index__") and not callable(factory):
             if pid is not None:
                 raise TypeError("RemoteChannel takes a factory and a process id, or one of them")
-            factory, pid = None, factory
+            factory, pid = None, factory.__index__()
         if factory is not None and not callable(factory):
             raise TypeError(f"the factory must be callable, as in RemoteChannel(lambda: Channel(10)), not {factory!r}")
         node = current_node()
@@ -75,7 +77,11 @@ class RemoteChannel(Reference):
         if name == "len":
             return len(channel)
         method = getattr(channel, name)
-        return method(*args) if timeout is None else method(*args, timeout=timeout)
+        if timeout is None or name in ("isready", "isopen", "close"):
+            return method(*args)
+        if isinstance(channel, Channel):
+            return method(*args, timeout=timeout)
+        return _within(timeout, channel, name, args)
 
     def put(self, value: Any, timeout: float | None = None) -> None:
         """Put an item; waits while the channel is full.
@@ -139,6 +145,43 @@ class RemoteChannel(Reference):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _load_inert, (tuple(self._rrid), self._where)
+
+
+def _within(timeout: float, channel: Any, name: str, args: tuple[Any, ...]) -> Any:
+    """Run a method of a user's own channel, which knows no timeout, for at most `timeout` seconds."""
+    cell = LocalCell()
+    given_up = threading.Lock()  # taken by the first of the two: the caller's giving up, or the outcome
+
+    def run() -> None:
+        try:
+            value = getattr(channel, name)(*args)
+        except Exception as error:
+            if given_up.acquire(False):
+                cell.fail(error)
+            return
+        if given_up.acquire(False):
+            cell.resolve(value)
+        elif name == "take":
+            channel.put(value)  # nobody waits for it any more
+
+    current_node().dispatcher.start(run)
+    strand = current()
+    strand.enter()
+    try:
+        in_time = current_node().dispatcher.wait(cell, timeout)  # type: ignore[arg-type]  # same face
+    except BaseException:
+        if not given_up.acquire(False) and name == "take":
+            channel.put(cell.value)
+        raise
+    finally:
+        strand.leave()
+    if not in_time and given_up.acquire(False):
+        raise TimeoutError(f"{name} of {type(channel).__name__} took more than {timeout} s")
+    while not cell.done:
+        time.sleep(0)  # it comes this very moment
+    if cell.exc is not None:
+        raise cell.exc
+    return cell.value
 
 
 def _reduce(channel: RemoteChannel, pickler: Any) -> Any:

@@ -58,7 +58,10 @@ def _states():
     node = current_node()
     states = {1: helpers.settled_state()}
     for pid in sorted(node.links):
-        states[pid] = sd.remotecall_fetch(helpers.settled_state, pid)
+        try:
+            states[pid] = sd.remotecall_fetch(helpers.settled_state, pid)
+        except sd.ProcessExitedException:
+            continue  # on its way out: what it had is asked of the others
     return states
 
 
