@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import logging
-import os
-import subprocess
-import threading
-import time
 from collections.abc import Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from shmdist.errors import LaunchWorkerError, ProcessExitedException, ShmdistError, describe_exit
-from shmdist.managers.base import ClusterManager, WorkerConfig
-from shmdist.managers.local import LocalManager, out_of_memory_kills
-from shmdist.runtime.node import Node, current_node
+from shmdist.errors import ShmdistError
+from shmdist.managers.base import ClusterManager
+from shmdist.managers.local import LocalManager
+from shmdist.membership import Cluster
+from shmdist.runtime.node import current_node
 from shmdist.runtime.strand import current
-from shmdist.runtime.worker import host_identity
-from shmdist.wire import codec, door
-from shmdist.wire.link import Link, LinkClosed
-from shmdist.wire.messages import Join, Kind, PeerInfo
+from shmdist.wire.messages import Kind
 
 _TOPOLOGIES = ("all_to_all", "master_worker", "custom")
-_EXIT = 3.0  # seconds a worker gets to end when it is asked to, before it is killed
-_ATEXIT = 1.0  # the same when the program ends
-_log = logging.getLogger("shmdist.cluster")
 
 
 class WorkerList(list[int]):
@@ -54,337 +41,17 @@ class WorkerList(list[int]):
             rmprocs(*left)
 
 
-class _Member:
-    """What process 1 knows of a worker besides what all know."""
-
-    __slots__ = ("config", "leaving", "manager", "oom_before", "pidfd")
-
-    def __init__(self, manager: ClusterManager, config: WorkerConfig) -> None:
-        self.manager = manager
-        self.config = config
-        self.leaving = False
-        self.pidfd = -1
-        self.oom_before = out_of_memory_kills()
-
-
-class _Cluster:
-    """Process 1's side of the cluster; hangs on its node as ``settings["cluster"]``."""
-
-    def __init__(self, node: Node) -> None:
-        self.node = node
-        self.members: dict[int, _Member] = {}  # under `changing`, but for reads of one entry
-        self.changing = threading.RLock()  # guards adding and removing: one at a time
-        self.next_pid = 2
-        node.inquest = self.inquest
-        node.lost_hooks.append(self.on_lost)
-        me = PeerInfo(1, host_identity(), _hostname(), os.getpid(), (), None)
-        node.peers[1] = me
-        atexit.register(self.at_exit)
-
-    # ------------------------------------------------------------------ coming
-
-    def add(self, manager: ClusterManager, params: dict[str, Any]) -> list[int]:
-        """Launch, connect and take in the workers of `manager`."""
-        topology = params["topology"]
-        if not self.node.cookie:
-            import secrets
-
-            self.node.cookie = secrets.token_hex(32).encode()
-        first = self.next_pid  # whatever happens, no half-made member stays
-        joined: list[tuple[int, Any]] = []
-        pids: list[int] = []
-        failure: LaunchWorkerError | None = None
-        try:
-            launching = manager.launch({**params, "cookie": self.node.cookie.decode()})
-            try:
-                for config in launching:
-                    pid, reply = self._connect(manager, config, params)
-                    joined.append((pid, reply))
-            except LaunchWorkerError as error:
-                failure = error
-            finally:
-                if hasattr(launching, "close"):
-                    launching.close()  # ends what has been started and is not up
-            for pid, reply in joined:
-                self._take_in(pid, reply)
-                pids.append(pid)
-        except BaseException:
-            with contextlib.suppress(Exception):
-                self._end([pid for pid in list(self.members) if pid >= first], 0.0)
-            raise
-        self._introduce(pids, topology, params["lazy"])
-        if failure is not None:
-            failure.pids = tuple(pids)
-            raise failure
-        return pids
-
-    def _connect(self, manager: ClusterManager, config: WorkerConfig, params: dict[str, Any]) -> tuple[int, Any]:
-        """Connect to a launched worker, and ask it to join; its answer is not waited for."""
-        strand = current()
-        strand.enter()  # Ctrl-C is for the waits before and after it
-        try:
-            return self._connect_whole(manager, config, params)
-        finally:
-            strand.leave()
-
-    def _connect_whole(
-        self, manager: ClusterManager, config: WorkerConfig, params: dict[str, Any]
-    ) -> tuple[int, Any]:
-        node = self.node
-        pid, self.next_pid = self.next_pid, self.next_pid + 1
-        try:
-            connection = manager.connect(pid, config)
-            door.prove(connection, node.cookie, 1)
-        except Exception as error:
-            with contextlib.suppress(Exception):
-                manager.kill(pid, config)
-            raise LaunchWorkerError(
-                f"worker {pid} was launched, but could not be reached: {error}",
-                host=config.host,
-                phase="connect",
-            ) from error
-        member = self.members[pid] = _Member(manager, config)
-        if hasattr(config.userdata, "close"):
-            node.inherited.append(config.userdata)
-        link = Link(connection, pid)
-        if config.io is not None:
-            for fd, error_stream, rest in zip(config.io, (False, True), config.io_rest, strict=True):
-                node.outputs.add(fd, pid, error=error_stream, rest=rest)
-                node.dispatcher.poller.add_output(fd)
-        node.add_link(link)
-        if config.process is not None and hasattr(os, "pidfd_open"):
-            with contextlib.suppress(OSError):
-                member.pidfd = os.pidfd_open(config.process.pid)
-                # What it wrote is read to its end though a child of its own may hold the link open.
-                node.dispatcher.watch(member.pidfd, link.shut)
-        settings = {"lazy": params["lazy"], "topology": params["topology"]}
-        if config.process is not None:
-            settings["parent"] = os.getpid()
-        join = Join(pid, params["lazy"], params["topology"], tuple(node.peers.values()), settings)
-        return pid, node.request(pid, int(Kind.JOIN), 0, codec.dumps(join))
-
-    def _take_in(self, pid: int, reply: Any) -> None:
-        """Wait for a worker's answer to the invitation."""
-        node = self.node
-        timeout = float(os.environ.get("SHMDIST_WORKER_TIMEOUT", "60"))
-        member = self.members[pid]
-        strand = current()
-        strand.enter()
-        try:
-            joined = node.wait(reply, timeout)
-        finally:
-            strand.leave()
-        if not joined:
-            raise LaunchWorkerError(f"worker {pid} did not join within {timeout:g} s", host=member.config.host)
-        try:
-            info, _versions = node.open(reply, "joining the cluster")
-        except ProcessExitedException as error:
-            raise LaunchWorkerError(
-                f"worker {pid} ended while it joined: {error}", host=member.config.host, phase="join"
-            ) from error
-        with node.lock:
-            if pid not in node.graves:
-                node.peers[pid] = info
-
-    def _introduce(self, pids: list[int], topology: str, lazy: bool) -> None:
-        """Make the new workers known to all, and all to them."""
-        node = self.node
-        idents = {self.members[pid].config.ident: pid for pid in pids if pid in self.members}
-        with node.lock:
-            for pid in pids:
-                if pid not in node.peers:
-                    continue
-                links: frozenset[int] | None = None
-                if topology == "master_worker":
-                    links = frozenset()
-                elif topology == "custom":
-                    wanted = self.members[pid].config.connect_idents or ()
-                    links = frozenset(idents[ident] for ident in wanted if ident in idents)
-                node.peers[pid] = replace(node.peers[pid], links=links)
-            if topology == "custom":  # a connection that either side names is one of both
-                for pid in pids:
-                    named = frozenset(p for p in pids if p in node.peers and pid in (node.peers[p].links or ()))
-                    if pid in node.peers:
-                        node.peers[pid] = replace(node.peers[pid], links=(node.peers[pid].links or frozenset()) | named)
-            everybody = tuple(node.peers.values())
-        payload = codec.dumps(everybody)
-        for pid in list(self.members):
-            link = node.links.get(pid)
-            if link is not None:
-                with contextlib.suppress(LinkClosed):
-                    link.send(codec.frame(int(Kind.PEERS), 0, 0, 0, payload))
-        for pid in pids:
-            member = self.members.get(pid)
-            if member is not None:
-                member.manager.manage(pid, member.config, "register")
-        for hook in list(node.joined_hooks):
-            hook(pids)
-        if not lazy:
-            self._connect_all(pids)
-
-    def _connect_all(self, pids: list[int]) -> None:
-        """Have the new workers connect to all older ones, and wait for it."""
-        from shmdist.calls import remotecall
-
-        calls = [remotecall(_connect_to, pid, [p for p in self.members if p < pid]) for pid in pids]
-        for call in calls:
-            call.wait()
-
-    # ------------------------------------------------------------------ going
-
-    def inquest(self, pid: int) -> BaseException:
-        """Find out how a worker ended whose link did."""
-        member = self.members.get(pid)
-        node = self.node
-        info = node.peers.get(pid)
-        if member is None:
-            return ProcessExitedException(pid)
-        process = member.config.process
-        exitcode = signal_name = None
-        oom = False
-        if process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=1.0)
-            exitcode, signal_name = describe_exit(process.poll())
-            oom = signal_name == "SIGKILL" and out_of_memory_kills() > member.oom_before
-        node.outputs.drain(pid)
-        if member.config.page is not None:
-            node.last_words[pid] = member.config.page.copy()
-        return ProcessExitedException(
-            pid,
-            host=info.name if info is not None else member.config.host,
-            ospid=member.config.ospid,
-            exitcode=exitcode,
-            signal=signal_name,
-            stderr_tail=() if member.leaving else node.outputs.tail(pid),
-            oom=oom,
-        )
-
-    def on_lost(self, pid: int) -> None:
-        """Tell the other workers, and give back what this one had."""
-        node = self.node
-        payload = codec.dumps((pid, node.graves[pid]))
-        for other, link in list(node.links.items()):
-            if other != pid:
-                node.post(link, int(Kind.LOST), 0, 0, payload)
-        member = self.members.pop(pid, None)
-        if member is None:
-            return
-        for op in ("deregister", "finalize"):
-            try:
-                member.manager.manage(pid, member.config, op)
-            except Exception:
-                _log.exception("manage(%d, %r) failed", pid, op)
-        if member.pidfd >= 0:
-            node.dispatcher.unwatch(member.pidfd)
-            os.close(member.pidfd)
-        for fd in node.outputs.fds(pid):
-            node.dispatcher.poller.remove(fd)
-            node.outputs.close(fd)
-        node.outputs.forget(pid)
-        if member.config.page is not None:
-            member.config.page.close()
-        if hasattr(member.config.userdata, "close"):
-            node.inherited.remove(member.config.userdata)
-            with contextlib.suppress(OSError):
-                member.config.userdata.close()
-        if node.has_output:
-            node.print_output()
-
-    def ask_to_exit(self, pids: Sequence[int]) -> None:
-        """Ask workers to end."""
-        for pid in pids:
-            member = self.members.get(pid)
-            link = self.node.links.get(pid)
-            if member is None:
-                continue
-            member.leaving = True
-            if link is not None:
-                self.node.post(link, int(Kind.EXIT), 0, 0)
-
-    def _end(self, pids: Sequence[int], patience: float) -> None:
-        """Ask workers to end, kill those that do not in `patience` seconds, and wait for all."""
-        self.ask_to_exit(pids)
-        left = self._wait_gone(pids, patience)
-        for pid in left:
-            member = self.members.get(pid)
-            if member is not None:
-                _log.warning("worker %d did not end when asked; it is killed", pid)
-                member.manager.kill(pid, member.config)
-        left = self._wait_gone(left, 5.0)
-        for pid in left:  # killed, and still its link is open: a child of its own holds it
-            for link in list(self.node.all_links.get(pid, ())):
-                link.shut()
-        self._wait_gone(left, 5.0)
-
-    def _wait_gone(self, pids: Sequence[int], timeout: float) -> list[int]:
-        """Wait until workers are gone; returns those that are not in time."""
-        deadline = time.monotonic() + timeout
-        strand = current()
-        pause = 0.001
-        while True:
-            left = [pid for pid in pids if pid in self.members]
-            if not left or time.monotonic() >= deadline:
-                return left
-            if strand.pending:
-                strand.deliver()
-            time.sleep(pause)
-            pause = min(pause * 1.5, 0.02)
-
-    def remove(self, pids: Sequence[int], waitfor: float | None) -> None:
-        """Remove workers; see :func:`rmprocs`."""
-        if waitfor is None:
-            self._end(pids, _EXIT)
-            return
-        self.ask_to_exit(pids)
-        left = self._wait_gone(pids, waitfor)
-        if left:
-            self.node.dispatcher.start(lambda: self._end(left, 0.0))
-            raise TimeoutError(f"workers {left} did not end within {waitfor:g} s; they are being killed")
-
-    def at_exit(self) -> None:
-        """End all workers with the program; promptly, silently, whatever they do."""
-        node = self.node
-        if node.closed or os.getpid() != node.ospid:
-            return
-        node.exiting = True
-        try:
-            self._end(list(self.members), _ATEXIT)
-        except BaseException:
-            for member in list(self.members.values()):
-                with contextlib.suppress(Exception):
-                    member.manager.kill(0, member.config)
-        if node.has_output:
-            node.print_output()
-        node.closed = True
-        node.dispatcher.close()
-
-
-def _connect_to(pids: list[int]) -> None:
-    """Make links to other workers; on a worker."""
-    node = current_node()
-    for pid in pids:
-        with contextlib.suppress(ConnectionError, ShmdistError, ValueError):
-            node.link_to(pid)
-
-
-def _hostname() -> str:
-    import socket
-
-    return socket.gethostname()
-
-
-def _cluster(what: str) -> _Cluster:
+def _cluster(what: str) -> Cluster:
     """Return process 1's cluster; elsewhere it is an error."""
     node = current_node()
     if node.pid != 1:
         raise ShmdistError(f"only process 1 can {what}, and this is process {node.pid}: use remotecall(..., 1)")
-    cluster: _Cluster | None = node.settings.get("cluster")
+    cluster: Cluster | None = node.settings.get("cluster")
     if cluster is None:
         with node.lock:
             cluster = node.settings.get("cluster")
             if cluster is None:
-                cluster = node.settings["cluster"] = _Cluster(node)
+                cluster = node.settings["cluster"] = Cluster(node)
     return cluster
 
 
@@ -500,7 +167,7 @@ def rmprocs(*pids: Any, waitfor: float | None = None) -> Any:
     return None
 
 
-def _remove(cluster: _Cluster, pids: list[int], waitfor: float | None) -> None:
+def _remove(cluster: Cluster, pids: list[int], waitfor: float | None) -> None:
     strand = current()
     strand.enter()
     try:

@@ -11,11 +11,12 @@ from typing import Any
 
 from shmdist.batches import BatchRunner
 from shmdist.errors import capture, remote_exception
-from shmdist.pools import Shipped, default_worker_pool
+from shmdist.pools import default_worker_pool
 from shmdist.runs import Run
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.replies import Reply, pack_error, unpack_error
 from shmdist.runtime.strand import Cell, current
+from shmdist.shipping import Shipped
 from shmdist.tasks import async_
 from shmdist.wire import codec
 from shmdist.wire.messages import BY_ID, NO_LANE, WANT_VALUE, Kind

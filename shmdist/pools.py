@@ -1,6 +1,6 @@
 """Worker pools: who is free to run the next call.
 
-A `WorkerPool` lives on the process that made it, in a `_State`, and may be used from all:
+A `WorkerPool` lives on the process that made it, in a `PoolState`, and may be used from all:
 its handles find the state through a reference, as RemoteChannels do. Taking a worker is
 taking from a channel of free ones, so it can wait, time out and be interrupted without
 losing one.
@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import itertools
 import threading
-import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from shmdist import calls
-from shmdist.channels import Channel
 from shmdist.cluster import _pids, workers
-from shmdist.errors import ShmdistError
-from shmdist.futures import call_owner
+from shmdist.poolstate import PoolState, on_state
+from shmdist.references import call_owner
 from shmdist.refs import RemoteChannel, channel_from_id
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.strand import current
-from shmdist.wire import codec
-from shmdist.wire.link import LinkClosed
-from shmdist.wire.messages import Kind
+from shmdist.shipping import Shipped
 
 
 class AbstractWorkerPool(ABC):
@@ -78,127 +74,6 @@ class AbstractWorkerPool(ABC):
         return True
 
 
-class _State:
-    """A pool where it lives: its members, the free ones among them, and who has how much to do."""
-
-    def __init__(self, pids: Iterable[int] = ()) -> None:
-        self._lock = threading.Lock()  # guards `members` and `busy`
-        self.members: dict[int, None] = {}
-        self.busy: Counter[int] = Counter()  # calls lent to, beyond those that took the worker
-        self.free = Channel(float("inf"))
-        for pid in pids:
-            self.push(pid)
-        node = current_node()
-        alive = weakref.ref(self)
-
-        def lost(pid: int) -> None:
-            state = alive()
-            if state is None:
-                node.lost_hooks.remove(lost)
-            else:
-                state.discard(pid)
-
-        node.lost_hooks.append(lost)
-
-    # The face of a channel, for RemoteChannel.
-    def put(self, pid: int) -> None:
-        with self._lock:
-            if pid not in self.members:
-                if pid in current_node().graves:
-                    return
-                raise ValueError(f"worker {pid} is not of this pool, which has {sorted(self.members)}: push it")
-        self.free.put(pid)
-
-    def take(self, timeout: float | None = None) -> int:
-        while True:
-            self._check_any()
-            pid: int = self.free.take(timeout)
-            with self._lock:
-                if pid in self.members:
-                    return pid
-
-    def fetch(self, timeout: float | None = None) -> int:
-        pid: int = self.free.fetch(timeout)
-        return pid
-
-    def wait(self, timeout: float | None = None) -> None:
-        self._check_any()
-        self.free.wait(timeout)
-
-    def isready(self) -> bool:
-        return self.free.isready()
-
-    def close(self) -> None:
-        self.free.close()
-
-    def _check_any(self) -> None:
-        if not self.members:
-            raise ShmdistError("the pool has no workers: its workers have exited, or none was pushed")
-
-    def push(self, pid: int) -> None:
-        node = current_node()
-        if pid != node.pid:
-            node.check_member(pid)
-        with self._lock:
-            if pid in self.members:
-                return
-            self.members[pid] = None
-        self.free.put(pid)
-
-    def discard(self, pid: int) -> None:
-        """Take a worker out that is gone."""
-        with self._lock:
-            self.members.pop(pid, None)
-        # Its id may stand among the free ones: take() passes over it, but it must not look ready.
-        kept = []
-        try:
-            while self.free.isready():
-                item = self.free.take(timeout=0)
-                if item != pid:
-                    kept.append(item)
-        except (TimeoutError, ShmdistError):
-            pass
-        for item in kept:
-            self.free.put(item)
-        if not self.members:  # who waits for a worker would wait for ever
-            old, self.free = self.free, Channel(float("inf"))
-            old.close(ShmdistError("the pool has no workers left"))
-
-    def workers(self) -> list[int]:
-        with self._lock:
-            return list(self.members)
-
-    def lend(self, nested_on: int | None) -> tuple[int, bool]:
-        """Return a worker for a call, and whether it was taken.
-
-        A call that itself runs on a worker of this pool must not wait for a free one: its
-        own worker would wait for it. It gets the one with least to do, besides its work.
-        """
-        if nested_on is not None and nested_on in self.members:
-            try:
-                return self.take(timeout=0), True
-            except TimeoutError:
-                with self._lock:
-                    pid = min(self.members, key=lambda each: self.busy[each])
-                    self.busy[pid] += 1
-                return pid, False
-        return self.take(), True
-
-    def give_back(self, pid: int, taken: bool) -> None:
-        if taken:
-            self.put(pid)
-            return
-        with self._lock:
-            self.busy[pid] -= 1
-            if not self.busy[pid]:
-                del self.busy[pid]
-
-
-def _on_state(rrid: Any, name: str, args: tuple[Any, ...]) -> Any:
-    """Call a method of a pool's state, on the process where it lives."""
-    return getattr(channel_from_id(rrid), name)(*args)
-
-
 class WorkerPool(AbstractWorkerPool):
     """A pool of workers; its handles may be used from any process.
 
@@ -228,7 +103,7 @@ class WorkerPool(AbstractWorkerPool):
 
     def __init__(self, pids: Iterable[int] = ()) -> None:
         wanted = _pids((pids,)) if not isinstance(pids, AbstractWorkerPool) else pids.workers()
-        self._ref = RemoteChannel(lambda: _State(wanted))
+        self._ref = RemoteChannel(lambda: PoolState(wanted))
 
     def __repr__(self) -> str:
         if self._ref.where != current_node().pid:
@@ -238,7 +113,7 @@ class WorkerPool(AbstractWorkerPool):
     def _call(self, name: str, *args: Any) -> Any:
         ref = self._ref
         ref._alive()
-        return call_owner(ref._where, _on_state, tuple(ref._rrid), name, args)
+        return call_owner(ref._where, on_state, tuple(ref._rrid), name, args)
 
     def push(self, pid: int) -> None:
         """Add a worker to the pool.
@@ -300,52 +175,6 @@ class WorkerPool(AbstractWorkerPool):
         self._call("give_back", pid, taken)
 
 
-class Shipped:
-    """A function on its way to many calls: pickled once, sent once to each worker.
-
-    Parameters
-    ----------
-    f : callable
-        The function, with what it closes over.
-    """
-
-    def __init__(self, f: Callable[..., Any]) -> None:
-        self.node = current_node()
-        self.f = f
-        self.number = next(self.node.call_ids)
-        self.payload = codec.dumps(f, "the function")
-        self._there: set[int] = set()
-        self._lock = threading.Lock()  # guards `_there`; held while one thread sends to a worker
-
-    def send_to(self, pid: int) -> None:
-        """See to it that process `pid` has the function; inside the runtime."""
-        if pid in self._there:
-            return
-        node = self.node
-        link = node.link_to(pid)
-        with self._lock:
-            if pid in self._there:
-                return
-            try:
-                node.send(link, codec.frame(int(Kind.FUNC), 0, 0, self.number, self.payload), self.payload)
-            except LinkClosed:
-                raise node.death(pid) from None
-            self._there.add(pid)
-
-    def drop(self) -> None:
-        """Let all workers forget the function."""
-        node = self.node
-        there, self._there = self._there, set()
-        for pid in there:
-            link = node.links.get(pid)
-            if link is not None:
-                node.post(link, int(Kind.DROP), 0, self.number)
-
-    def forget(self, pid: int) -> None:
-        """Note that a worker is gone."""
-        self._there.discard(pid)
-
-
 class CachingPool(AbstractWorkerPool):
     """A pool that sends each function, and what it closes over, once to each worker.
 
@@ -375,7 +204,7 @@ class CachingPool(AbstractWorkerPool):
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._node = current_node()
-        self._state = _State(_pids((pids,)) if not isinstance(pids, AbstractWorkerPool) else pids.workers())
+        self._state = PoolState(_pids((pids,)) if not isinstance(pids, AbstractWorkerPool) else pids.workers())
         self._functions: dict[tuple[int, Any], Shipped] = {}  # by id of the function, which the entry keeps alive
         self._lock = threading.Lock()  # guards `_functions`
 

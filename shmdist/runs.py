@@ -35,10 +35,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from shmdist.batches import BatchRunner, Results
-from shmdist.pools import Shipped
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.replies import Reply, unpack_error
 from shmdist.runtime.strand import Cell, current
+from shmdist.shipping import Shipped
 from shmdist.wire import codec
 from shmdist.wire.link import LinkClosed
 from shmdist.wire.messages import BY_ID, IS_ERROR, NOT_RUN, WANT_VALUE, Kind

@@ -1,0 +1,134 @@
+"""What Future and RemoteChannel have in common: a name, an owner, and asking the owner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from shmdist.errors import ShmdistError
+from shmdist.runtime.node import Node, current_node
+from shmdist.runtime.reftable import RRID
+from shmdist.runtime.strand import current
+from shmdist.wire import codec
+from shmdist.wire.messages import WANT_VALUE, Kind
+
+_CALL, _OP = int(Kind.CALL), int(Kind.OP)
+
+
+def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float | None = None) -> Any:
+    """Run an operation on the reference `rrid` at its owner, another process.
+
+    Raises
+    ------
+    TimeoutError
+        The operation was withdrawn; a taken item that was on its way goes back.
+    """
+    node = current_node()
+    payload = codec.dumps((name, tuple(rrid), argument), "the value")
+    strand = current()
+    reply = None
+    try:
+        strand.enter()
+        try:
+            reply = node.request(owner, _OP, 0, payload)
+            if not node.wait(reply, timeout):
+                raise TimeoutError(f"{name} of a reference on process {owner} timed out after {timeout} s")
+        finally:
+            strand.leave()  # which may raise as well, though the answer is there
+    except BaseException:
+        if reply is not None:
+            if name == "take":
+                node.unclaimed_takes[reply.call_id] = (owner, rrid)
+                if reply.frame is not None:
+                    node.unclaimed(reply.frame)  # it came at the very moment of giving up
+            node.cancel(reply)
+        raise
+    return node.open(reply, f"{name} of a reference")
+
+
+def call_owner(owner: int, function: Callable[..., Any], *args: Any, timeout: float | None = None) -> Any:
+    """Run ``function(*args)`` on `owner`, which may be this process, as a call of its own."""
+    node = current_node()
+    if owner == node.pid:
+        return function(*args)
+    payload = codec.dumps((function, args, {}), "the call")
+    strand = current()
+    strand.enter()
+    try:
+        reply = node.request(owner, _CALL, WANT_VALUE, payload)
+        try:
+            if not node.wait(reply, timeout):
+                raise TimeoutError(f"process {owner} did not answer within {timeout} s")
+        except BaseException:
+            node.cancel(reply)
+            raise
+    finally:
+        strand.leave()
+    return node.open(reply, getattr(function, "__name__", "the call"))
+
+
+class Reference:
+    """What Future and RemoteChannel have in common: a name, an owner, a count there."""
+
+    _rrid: RRID
+    _where: int
+    _held = False  # a count at the owner is to be given back
+    _inert = False
+
+    def _set_up(self, rrid: RRID, where: int) -> None:
+        self._rrid = rrid
+        self._where = where
+        self._held = True
+        current_node().dispatcher.ensure_standby()  # it tells the owner when this reference is dropped
+
+    @property
+    def where(self) -> int:
+        """The process that holds the value."""
+        return self._where
+
+    def _release(self) -> None:
+        """Give the count at the owner back, once."""
+        if self._held:
+            self._held = False
+            current_node().release(self._where, self._rrid)
+
+    def __del__(self) -> None:
+        if self._held:
+            self._held = False
+            try:
+                current_node().release(self._where, self._rrid)
+            except Exception:
+                pass
+
+    def _alive(self) -> Node:
+        """Return the node, or say why this reference leads nowhere."""
+        if self._inert:
+            raise ShmdistError(
+                f"this {type(self).__name__} was pickled outside a cluster and refers to nothing: "
+                f"send references as arguments or results of remote calls, or through channels"
+            )
+        return current_node()
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Any:
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Reference) or type(self) is not type(other):
+            return NotImplemented
+        return self._rrid == other._rrid
+
+    def __hash__(self) -> int:
+        return hash(self._rrid)
+
+    def __getitem__(self, index: Any) -> Any:
+        self._alive()
+        return call_owner(self._where, _index_here, self, index)
+
+
+def _index_here(ref: Any, index: Any) -> Any:
+    """Index the value of `ref` on its owner."""
+    value = ref.fetch()
+    return value if index == () and type(index) is tuple else value[index]

@@ -1,0 +1,58 @@
+"""Functions sent ahead of their calls: pickled once, sent once to each worker."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from shmdist.runtime.node import current_node
+from shmdist.wire import codec
+from shmdist.wire.link import LinkClosed
+from shmdist.wire.messages import Kind
+
+
+class Shipped:
+    """A function on its way to many calls: pickled once, sent once to each worker.
+
+    Parameters
+    ----------
+    f : callable
+        The function, with what it closes over.
+    """
+
+    def __init__(self, f: Callable[..., Any]) -> None:
+        self.node = current_node()
+        self.f = f
+        self.number = next(self.node.call_ids)
+        self.payload = codec.dumps(f, "the function")
+        self._there: set[int] = set()
+        self._lock = threading.Lock()  # guards `_there`; held while one thread sends to a worker
+
+    def send_to(self, pid: int) -> None:
+        """See to it that process `pid` has the function; inside the runtime."""
+        if pid in self._there:
+            return
+        node = self.node
+        link = node.link_to(pid)
+        with self._lock:
+            if pid in self._there:
+                return
+            try:
+                node.send(link, codec.frame(int(Kind.FUNC), 0, 0, self.number, self.payload), self.payload)
+            except LinkClosed:
+                raise node.death(pid) from None
+            self._there.add(pid)
+
+    def drop(self) -> None:
+        """Let all workers forget the function."""
+        node = self.node
+        there, self._there = self._there, set()
+        for pid in there:
+            link = node.links.get(pid)
+            if link is not None:
+                node.post(link, int(Kind.DROP), 0, self.number)
+
+    def forget(self, pid: int) -> None:
+        """Note that a worker is gone."""
+        self._there.discard(pid)
