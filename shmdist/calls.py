@@ -48,7 +48,9 @@ class _Place:
             self.pool = where
             self.pid = where.take()
         else:
-            raise TypeError(f"{name}(f, where, *args): where must be a process id or a worker pool, not {where!r:.80}")
+            raise TypeError(
+                f"{name}(f, where, *args): where must be a process id or a worker pool, not {where!r:.80}"
+            )
 
     def payload(self, f: Any, args: Any, kwargs: Any) -> tuple[int, codec.Payload]:
         """Pickle a call for this place; returns its flags, too."""
@@ -105,8 +107,7 @@ def remotecall_fetch(f: Callable[..., _T], where: Any, /, *args: Any, **kwargs: 
     node = current_node()
     if type(where) is not int or where == node.pid:
         return _fetch_slowly(node, f, where, args, kwargs)  # type: ignore[no-any-return]
-    if not callable(f):
-        _check(f, "remotecall_fetch")
+    _check(f, "remotecall_fetch")
     return _ask(node, f, where, WANT_VALUE, codec.dumps_call(f, args, kwargs))  # type: ignore[no-any-return]
 
 

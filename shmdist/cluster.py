@@ -45,7 +45,9 @@ def _cluster(what: str) -> Cluster:
     """Return process 1's cluster; elsewhere it is an error."""
     node = current_node()
     if node.pid != 1:
-        raise ShmdistError(f"only process 1 can {what}, and this is process {node.pid}: use remotecall(..., 1)")
+        raise ShmdistError(
+            f"only process 1 can {what}, and this is process {node.pid}: use remotecall(..., 1)"
+        )
     cluster: Cluster | None = node.settings.get("cluster")
     if cluster is None:
         with node.lock:
@@ -117,7 +119,10 @@ def addprocs(what: Any = None, /, **params: Any) -> WorkerList:
     known = manager.default_params()
     for name in params:
         if name not in known:
-            raise TypeError(f"addprocs() has no parameter {name!r}; {type(manager).__name__} takes {', '.join(sorted(known))}")
+            raise TypeError(
+                f"addprocs() has no parameter {name!r}; "
+                f"{type(manager).__name__} takes {', '.join(sorted(known))}"
+            )
     merged = {**known, **params}
     if merged["topology"] not in _TOPOLOGIES:
         raise ValueError(f"topology must be one of {', '.join(_TOPOLOGIES)}, not {merged['topology']!r}")
@@ -201,7 +206,7 @@ def _pids(pids: Sequence[Any]) -> list[int]:
 
 def _alive() -> list[int]:
     node = current_node()
-    leaving = ()
+    leaving: list[int] = []
     cluster = node.settings.get("cluster")
     if cluster is not None:
         leaving = [pid for pid, member in list(cluster.members.items()) if member.leaving]

@@ -27,9 +27,11 @@ def _run(code: str, bindings: dict[str, Any], module_name: str) -> Any:
     namespace = _module(module_name).__dict__
     namespace.update(bindings)
     tree = ast.parse(code, "<everywhere>", "exec")
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    last = tree.body[-1] if tree.body else None
+    if isinstance(last, ast.Expr):
+        tree.body.pop()
     exec(compile(tree, "<everywhere>", "exec"), namespace)
-    if last is None:
+    if not isinstance(last, ast.Expr):
         return None
     return eval(compile(ast.Expression(last.value), "<everywhere>", "eval"), namespace)
 
@@ -140,7 +142,9 @@ def everywhere(code: Any = None, procs: Any = None, /, **bindings: Any) -> Any:
     >>> everywhere("round(scale, 2)", 1)
     6.28
     """
-    if code is None or (procs is None and not isinstance(code, (str, FunctionType, type)) and not callable(code)):
+    if code is None or (
+        procs is None and not isinstance(code, (str, FunctionType, type)) and not callable(code)
+    ):
         which = code
         return lambda thing: everywhere(thing, which, **bindings)
     targets = _targets(procs)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Generator
 from typing import Any
 
-from shmdist.channels import LocalCell
+from shmdist.completion import LocalCell
 from shmdist.errors import CapturedException, ShmdistError, remote_exception
 from shmdist.references import Reference, ask
 from shmdist.runtime.node import Node, current_node
@@ -60,8 +60,7 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
     >>> future = Future()
     >>> future.isready()
     False
-    >>> future.put(42)
-    >>> future.fetch()
+    >>> future.put(42).fetch()
     42
     """
 
@@ -186,7 +185,9 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
             try:
                 try:
                     if not node.wait(reply, timeout):
-                        raise TimeoutError(f"{self._what} on process {self._where} took more than {timeout} s")
+                        raise TimeoutError(
+                            f"{self._what} on process {self._where} took more than {timeout} s"
+                        )
                 except TimeoutError:
                     raise
                 except BaseException:
@@ -308,6 +309,8 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
 
     def _finish(self) -> None:
         """Bring the outcome to the face of concurrent.futures."""
+        error: BaseException | None = None
+        value = None
         try:
             value = self.fetch()
         except Cancelled:
@@ -316,12 +319,13 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
                 if self._state == "CANCELLED":
                     self.set_running_or_notify_cancel()
             return
-        except BaseException as error:
-            settle, outcome = self.set_exception, error
-        else:
-            settle, outcome = self.set_result, value
+        except BaseException as caught:
+            error = caught
         try:
-            settle(outcome)
+            if error is not None:
+                self.set_exception(error)
+            else:
+                self.set_result(value)
         except concurrent.futures.InvalidStateError:
             pass  # another thread did it
 

@@ -76,7 +76,9 @@ def splitrange(first: int, last: int, np: int) -> list[range]:
 class _Chunk:
     """What a worker does with a chunk."""
 
-    def __init__(self, body: Callable[[Any], Any], reducer: Callable[[Any, Any], Any] | None, vectorized: bool) -> None:
+    def __init__(
+        self, body: Callable[[Any], Any], reducer: Callable[[Any, Any], Any] | None, vectorized: bool
+    ) -> None:
         self.body = body
         self.reducer = reducer
         self.vectorized = vectorized
@@ -133,7 +135,9 @@ class DistributedLoop:
         functools.update_wrapper(self, body)
 
     def __repr__(self) -> str:
-        return f"<DistributedLoop {getattr(self.body, '__qualname__', self.body)!s}, reducer {self.reducer!r}>"
+        return (
+            f"<DistributedLoop {getattr(self.body, '__qualname__', self.body)!s}, reducer {self.reducer!r}>"
+        )
 
     def __reduce__(self) -> Any:
         return DistributedLoop, (self.body, self.reducer, self._options)

@@ -52,7 +52,13 @@ class ExponentialBackOff:
     ) -> None:
         if n < 0 or first_delay < 0 or max_delay < 0 or factor < 0 or not 0 <= jitter <= 1:
             raise ValueError("ExponentialBackOff: all parameters must be >= 0, and jitter <= 1")
-        self.n, self.first_delay, self.max_delay, self.factor, self.jitter = n, first_delay, max_delay, factor, jitter
+        self.n, self.first_delay, self.max_delay, self.factor, self.jitter = (
+            n,
+            first_delay,
+            max_delay,
+            factor,
+            jitter,
+        )
 
     def __repr__(self) -> str:
         return (
@@ -260,7 +266,9 @@ def pmap(
     [0, 1, 4, 9, 16]
     """
     iterables, pool = _arguments("pmap", f, iterables, pool)
-    if batch_size is not None and (isinstance(batch_size, bool) or int(batch_size) != batch_size or batch_size < 1):
+    if batch_size is not None and (
+        isinstance(batch_size, bool) or int(batch_size) != batch_size or batch_size < 1
+    ):
         raise ValueError(f"batch_size must be a positive integer or None, not {batch_size!r}")
     total = _length(iterables)
     if total == 0:
@@ -314,7 +322,7 @@ def _run(
     if not distributed:
         return _on_threads(f, star, elements, retry)
     pool = default_worker_pool() if pool is None else pool
-    pids = pool.workers()
+    pids: list[int] = list(pool.workers())
     if pids == [current_node().pid]:
         return _right_here(f, star, elements, retry)
     asked, known = time.monotonic(), pids
@@ -324,7 +332,7 @@ def _run(
         nonlocal asked, known
         now = time.monotonic()
         if now - asked > 0.1:
-            asked, known = now, pool.workers()
+            asked, known = now, list(pool.workers())
         return known
 
     run = Run(
@@ -359,7 +367,7 @@ def _on_threads(f: Any, star: bool, elements: Iterator[Any], retry: _Retry) -> I
 
     numbered = enumerate(elements)
     with ThreadPoolExecutor(_THREADS, "shmdist-pmap") as executor:
-        under_way = set()
+        under_way: set[Any] = set()
         try:
             while True:
                 for place, element in itertools.islice(numbered, _THREADS - len(under_way)):
@@ -416,7 +424,9 @@ def pgenerate(
 def _generate(f: Any, iterables: tuple[Any, ...], pool: Any, ordered: bool) -> Iterator[Any]:
     pool = default_worker_pool() if pool is None else pool
     ahead = _Ahead(len(pool.workers()))
-    counted = tuple(ahead.count(iterable) if number == 0 else iterable for number, iterable in enumerate(iterables))
+    counted = tuple(
+        ahead.count(iterable) if number == 0 else iterable for number, iterable in enumerate(iterables)
+    )
     run = _run(f, counted, pool, True, _length(iterables), None, ahead.room, _Retry((), None))
     waiting: dict[int, Any] = {}
     turn = 0

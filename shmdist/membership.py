@@ -97,7 +97,9 @@ class Cluster:
             raise failure
         return pids
 
-    def _connect(self, manager: ClusterManager, config: WorkerConfig, params: dict[str, Any]) -> tuple[int, Any]:
+    def _connect(
+        self, manager: ClusterManager, config: WorkerConfig, params: dict[str, Any]
+    ) -> tuple[int, Any]:
         """Connect to a launched worker, and ask it to join; its answer is not waited for."""
         strand = current()
         strand.enter()  # Ctrl-C is for the waits before and after it
@@ -154,7 +156,9 @@ class Cluster:
         finally:
             strand.leave()
         if not joined:
-            raise LaunchWorkerError(f"worker {pid} did not join within {timeout:g} s", host=member.config.host)
+            raise LaunchWorkerError(
+                f"worker {pid} did not join within {timeout:g} s", host=member.config.host
+            )
         try:
             info, _versions = node.open(reply, "joining the cluster")
         except ProcessExitedException as error:
@@ -182,9 +186,13 @@ class Cluster:
                 node.peers[pid] = replace(node.peers[pid], links=links)
             if topology == "custom":  # a connection that either side names is one of both
                 for pid in pids:
-                    named = frozenset(p for p in pids if p in node.peers and pid in (node.peers[p].links or ()))
+                    named = frozenset(
+                        p for p in pids if p in node.peers and pid in (node.peers[p].links or ())
+                    )
                     if pid in node.peers:
-                        node.peers[pid] = replace(node.peers[pid], links=(node.peers[pid].links or frozenset()) | named)
+                        node.peers[pid] = replace(
+                            node.peers[pid], links=(node.peers[pid].links or frozenset()) | named
+                        )
             everybody = tuple(node.peers.values())
         payload = codec.dumps(everybody)
         for pid in list(self.members):

@@ -17,6 +17,7 @@ from shmdist.runtime.replies import Operation
 
 
 def local_channel(node: Node, rrid: RRID) -> Any:
+    """Return the channel that `rrid` names; it lives on this process."""
     with node.lock:
         entry = node.refs.get(rrid)
     if entry is None or entry.state is not State.SET:

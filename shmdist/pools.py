@@ -204,15 +204,21 @@ class CachingPool(AbstractWorkerPool):
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._node = current_node()
-        self._state = PoolState(_pids((pids,)) if not isinstance(pids, AbstractWorkerPool) else pids.workers())
-        self._functions: dict[tuple[int, Any], Shipped] = {}  # by id of the function, which the entry keeps alive
+        self._state = PoolState(
+            _pids((pids,)) if not isinstance(pids, AbstractWorkerPool) else pids.workers()
+        )
+        self._functions: dict[
+            tuple[int, Any], Shipped
+        ] = {}  # by id of the function, which the entry keeps alive
         self._lock = threading.Lock()  # guards `_functions`
 
     def __repr__(self) -> str:
         return f"<CachingPool {self.workers()}, {len(self._functions)} functions>"
 
     def __reduce__(self) -> Any:
-        raise TypeError("a CachingPool is used on the process that made it; send its workers() and make one there")
+        raise TypeError(
+            "a CachingPool is used on the process that made it; send its workers() and make one there"
+        )
 
     def push(self, pid: int) -> None:
         """Add a worker to the pool."""
@@ -279,7 +285,9 @@ def _default_state(node: Node) -> WorkerPool:
         with node.lock:
             pool = node.settings.get("default_pool")
             if pool is None:
-                pool = node.settings["default_pool"] = node.settings["own_default_pool"] = WorkerPool(workers())
+                pool = node.settings["default_pool"] = node.settings["own_default_pool"] = WorkerPool(
+                    workers()
+                )
     return pool
 
 
@@ -385,7 +393,9 @@ def clear(what: Any, pids: Any = None, /) -> Any:
         what.clear()
         return what
     names = (what,) if isinstance(what, str) else tuple(what)
-    futures = [calls.remotecall(_set_none, pid, names) for pid in (_pids((pids,)) if pids is not None else workers())]
+    futures = [
+        calls.remotecall(_set_none, pid, names) for pid in (_pids((pids,)) if pids is not None else workers())
+    ]
     for future in futures:
         future.wait()
     return None

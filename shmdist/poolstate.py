@@ -38,14 +38,18 @@ class PoolState:
 
     # The face of a channel, for RemoteChannel.
     def put(self, pid: int) -> None:
+        """Give a worker back."""
         with self._lock:
             if pid not in self.members:
                 if pid in current_node().graves:
                     return
-                raise ValueError(f"worker {pid} is not of this pool, which has {sorted(self.members)}: push it")
+                raise ValueError(
+                    f"worker {pid} is not of this pool, which has {sorted(self.members)}: push it"
+                )
         self.free.put(pid)
 
     def take(self, timeout: float | None = None) -> int:
+        """Remove a free worker; waits for one."""
         while True:
             self._check_any()
             pid: int = self.free.take(timeout)
@@ -54,17 +58,21 @@ class PoolState:
                     return pid
 
     def fetch(self, timeout: float | None = None) -> int:
+        """Return a free worker and leave it."""
         pid: int = self.free.fetch(timeout)
         return pid
 
     def wait(self, timeout: float | None = None) -> None:
+        """Wait for a free worker."""
         self._check_any()
         self.free.wait(timeout)
 
     def isready(self) -> bool:
+        """Tell whether a worker is free."""
         return self.free.isready()
 
     def close(self) -> None:
+        """Lend no more."""
         self.free.close()
 
     def _check_any(self) -> None:
@@ -72,6 +80,7 @@ class PoolState:
             raise ShmdistError("the pool has no workers: its workers have exited, or none was pushed")
 
     def push(self, pid: int) -> None:
+        """Add a worker."""
         node = current_node()
         if pid != node.pid:
             node.check_member(pid)
@@ -101,6 +110,7 @@ class PoolState:
             old.close(ShmdistError("the pool has no workers left"))
 
     def workers(self) -> list[int]:
+        """Return all workers, free or not."""
         with self._lock:
             return list(self.members)
 
@@ -121,6 +131,7 @@ class PoolState:
         return self.take(), True
 
     def give_back(self, pid: int, taken: bool) -> None:
+        """Take a worker back that was lent."""
         if taken:
             self.put(pid)
             return

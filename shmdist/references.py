@@ -79,7 +79,8 @@ class Reference:
         self._rrid = rrid
         self._where = where
         self._held = True
-        current_node().dispatcher.ensure_standby()  # it tells the owner when this reference is dropped
+        # It tells the owner when this reference is dropped.
+        current_node().dispatcher.threads.ensure_standby()
 
     @property
     def where(self) -> int:

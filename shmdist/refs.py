@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from shmdist.channels import Channel, LocalCell
+from shmdist.channels import Channel
+from shmdist.completion import LocalCell
 from shmdist.errors import ChannelClosed
 from shmdist.futures import Future
 from shmdist.owners import local_channel
@@ -52,13 +53,15 @@ class RemoteChannel(Reference):
 
     __module__ = "shmdist"
 
-    def __init__(self, factory: Callable[[], Any] | int | None = None, pid: int | None = None) -> None:
+    def __init__(self, factory: Any = None, pid: int | None = None) -> None:
         if hasattr(factory, "__index__") and not callable(factory):
             if pid is not None:
                 raise TypeError("RemoteChannel takes a factory and a process id, or one of them")
             factory, pid = None, factory.__index__()
         if factory is not None and not callable(factory):
-            raise TypeError(f"the factory must be callable, as in RemoteChannel(lambda: Channel(10)), not {factory!r}")
+            raise TypeError(
+                f"the factory must be callable, as in RemoteChannel(lambda: Channel(10)), not {factory!r}"
+            )
         node = current_node()
         owner = node.pid if pid is None else pid
         rrid = RRID(node.pid, next(node.call_ids))
@@ -215,7 +218,8 @@ def _make_channel(rrid: tuple[int, int], factory: Callable[[], Any] | None) -> N
     missing = [name for name in ("put", "take", "fetch", "isready", "close") if not hasattr(channel, name)]
     if missing:
         raise TypeError(
-            f"the factory of a RemoteChannel must return a channel; {type(channel).__name__} has no {missing[0]}()"
+            f"the factory of a RemoteChannel must return a channel; "
+            f"{type(channel).__name__} has no {missing[0]}()"
         )
     node = current_node()
     entry = node.create(RRID(*rrid), "channel", rrid[0])
@@ -267,7 +271,9 @@ def _is_task(x: Any) -> bool:
 def _method(x: Any, name: str) -> Any:
     method = getattr(x, name, None)
     if method is None:
-        raise TypeError(f"{name}() takes a Future, RemoteChannel, Channel or pool that has it, not {type(x).__name__}")
+        raise TypeError(
+            f"{name}() takes a Future, RemoteChannel, Channel or pool that has it, not {type(x).__name__}"
+        )
     return method
 
 

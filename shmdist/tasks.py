@@ -39,7 +39,11 @@ class Task(concurrent.futures.Future):  # type: ignore[type-arg]  # generic only
     _is_shmdist_task = True
 
     def __repr__(self) -> str:
-        state = "failed" if self.done() and not self.cancelled() and self._exception is not None else self._state.lower()
+        state = (
+            "failed"
+            if self.done() and not self.cancelled() and self._exception is not None
+            else self._state.lower()
+        )
         return f"<Task {getattr(self, '_what', '')} {state}>"
 
     def _await(self, timeout: float | None) -> None:

@@ -146,7 +146,7 @@ class ClusterManager(ABC):
             After the ones that did start were yielded.
         """
 
-    def manage(self, id: int, config: WorkerConfig, op: str) -> None:
+    def manage(self, id: int, config: WorkerConfig, op: str) -> None:  # noqa: B027 - by default, nothing
         """Take note of what happens to a worker.
 
         Parameters
@@ -159,7 +159,7 @@ class ClusterManager(ABC):
             It joined; it left; interrupt it (it also gets a message); forget it.
         """
 
-    def kill(self, id: int, config: WorkerConfig) -> None:
+    def kill(self, id: int, config: WorkerConfig) -> None:  # noqa: B027 - by default, nothing
         """End a worker that has not ended though it was asked to.
 
         The default does nothing: the manager knows no other way.
@@ -173,7 +173,9 @@ class ClusterManager(ABC):
         from shmdist.wire.door import knock
 
         if config.connect_at is None:
-            raise ValueError(f"{type(self).__name__} gave no connect_at for worker {id}, and has no connect() of its own")
+            raise ValueError(
+                f"{type(self).__name__} gave no connect_at for worker {id}, and has no connect() of its own"
+            )
         return knock(config.connect_at)
 
 

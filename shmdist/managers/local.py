@@ -110,16 +110,16 @@ def _until_up(launches: list[_Launch]) -> Iterator[WorkerConfig]:
                 return
             for key, _ in ready:
                 launch = key.data
-                if launch.up or launch.failure is not None:
+                if launch.decided():
                     continue
                 more = launch.read(key.fd)
-                if launch.up or launch.failure is not None or not more:
-                    selector.unregister(key.fd)
-                    other = launch.err if key.fd == launch.out else launch.out
-                    if launch.up or launch.failure is not None:
+                if launch.decided():
+                    waiting -= 1
+                    for fd in (launch.out, launch.err):
                         with contextlib.suppress(KeyError):
-                            selector.unregister(other)
-                        waiting -= 1
+                            selector.unregister(fd)
+                elif not more:
+                    selector.unregister(key.fd)
                 if launch.up:
                     yield launch.config()
 
@@ -204,6 +204,10 @@ class _Launch:
                 self.text[self.err] += os.read(self.err, 1 << 20)
             self.fail("ended before it was up")
         return bool(data)
+
+    def decided(self) -> bool:
+        """Tell whether the worker is up or has failed."""
+        return self.up or self.failure is not None
 
     def fail(self, message: str) -> None:
         """Note why this worker did not come up."""

@@ -32,9 +32,6 @@ through it. It naps on while the count moves, and reads when the baton has lain 
 whole nap: the call that runs is a long one. While it naps nothing need be armed, for it
 will look by itself. Threads that wait for answers cut the nap short.
 
-Frames that have been read and wait to be run stand in ``_inbox``, which only the baton's
-holder touches.
-
 Death
 -----
 The end of a link, and the death of a process whose descriptor is watched, are found by
@@ -109,13 +106,13 @@ class Dispatcher:
     def add(self, link: Link) -> None:
         """Read `link` from now on."""
         self._links[link.fd] = link
-        self.ensure_standby()
+        self.threads.ensure_standby()
         self.poller.add(link.fd)
 
     def watch(self, fd: int, action: Callable[[], None]) -> None:
         """Run `action` once, on a thread of its own, when `fd` becomes readable."""
         self._watched[fd] = action
-        self.ensure_standby()
+        self.threads.ensure_standby()
         self.poller.add(fd)
 
     def unwatch(self, fd: int) -> None:
@@ -244,11 +241,6 @@ class Dispatcher:
             self._arm()
             if left:
                 self.poller.nudge()
-
-    def _look_after(self) -> None:
-        """See to it that somebody reads, after a wait that ended without the baton."""
-        if not self._baton.locked():
-            self.poller.arm()
 
     # ------------------------------------------------------------------ waiting threads
 
@@ -445,10 +437,6 @@ class Dispatcher:
         self.start(lambda: self._run(task, current()))
 
     # ------------------------------------------------------------------ standing by
-
-    def ensure_standby(self) -> None:
-        """Make sure that a standby thread is there."""
-        self.threads.ensure_standby()
 
     def _stand_by(self, strand: Strand) -> None:
         """Sleep in the poller; when a message comes and nobody reads, serve until it is quiet."""

@@ -89,7 +89,9 @@ class Node(Ownership):
         self.call_ids = itertools.count(1)
         self.lanes = itertools.count(1)
         self.pending: dict[int, Reply] = {}  # answers waited for, by call; popping one is claiming it
-        self.waiting: dict[tuple[int, int], Callable[[], Any]] = {}  # operations that wait here, by how to withdraw
+        self.waiting: dict[
+            tuple[int, int], Callable[[], Any]
+        ] = {}  # operations that wait here, by how to withdraw
         self.unclaimed_takes: dict[int, tuple[int, RRID]] = {}  # takes given up: whose item goes back
         self.released: deque[tuple[int, RRID]] = deque()  # references dropped, by finalizers: owner and id
         self._flush_asked = False
@@ -274,7 +276,9 @@ class Node(Ownership):
             return False
         return True
 
-    def post(self, link: Link, kind: int, flags: int, call_id: int, payload: codec.Payload | None = None) -> None:
+    def post(
+        self, link: Link, kind: int, flags: int, call_id: int, payload: codec.Payload | None = None
+    ) -> None:
         """Send a frame without ever blocking; from any thread."""
         if not link.post(codec.frame(kind, flags, 0, call_id, payload)):
             self.dispatcher.start(lambda: (link.flush(block=True), None)[1])

@@ -39,7 +39,6 @@ class Ownership:
         """Return the link to a process; the node knows how."""
         raise NotImplementedError  # a Node has it
 
-
     def count(self, refs: Iterable[tuple[RRID, int]], pid: int, delta: int) -> None:
         """Tell the owners of `refs` that `pid` is about to hold one more (or does not)."""
         by_owner: dict[int, list[tuple[int, int, int, int]]] = {}

@@ -147,7 +147,9 @@ def init_worker(cookie: str | bytes, manager: object = None) -> Node:
         This process is in a cluster already.
     """
     if node_module._current is not None and (node_module._current.links or node_module._current.pid != 1):
-        raise RuntimeError("this process belongs to a cluster already: init_worker comes before anything else")
+        raise RuntimeError(
+            "this process belongs to a cluster already: init_worker comes before anything else"
+        )
     if isinstance(cookie, str):
         cookie = cookie.encode()
     node = Node(0)
@@ -196,9 +198,9 @@ def _keep_lifeline(parent: int | None) -> None:
         os.dup2(null, 0)
         os.close(null)
         fcntl.fcntl(_lifeline, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(_lifeline, fcntl.F_SETSIG, int(signal.SIGKILL))  # type: ignore[attr-defined]
+        fcntl.fcntl(_lifeline, fcntl.F_SETSIG, int(signal.SIGKILL))
         flags = fcntl.fcntl(_lifeline, fcntl.F_GETFL)
-        fcntl.fcntl(_lifeline, fcntl.F_SETFL, flags | os.O_ASYNC)  # type: ignore[attr-defined]
+        fcntl.fcntl(_lifeline, fcntl.F_SETFL, flags | os.O_ASYNC)
     except (AttributeError, OSError, ImportError):
         pass  # not Linux: the link's end and the watched parent remain
     if os.getppid() != parent:
@@ -245,9 +247,7 @@ class _Worker:
 
     def _open(self, family: str, address: Any) -> Any:
         node = self.node
-        opened = door.Door(
-            family, address, node.cookie, lambda: node.pid, node.dispatcher.start, self._admit
-        )
+        opened = door.Door(family, address, node.cookie, lambda: node.pid, node.dispatcher.start, self._admit)
         self.doors.append(opened)
         threading.Thread(target=opened.run, name="shmdist-door", daemon=True).start()
         return opened.address
@@ -373,7 +373,7 @@ class _Worker:
         strand.main = False
         strand.signalled = True
         signal.signal(signal.SIGINT, strand.on_signal)
-        node.dispatcher.ensure_standby()
+        node.dispatcher.threads.ensure_standby()
         node.dispatcher.start(self._give_up_alone)
         node.dispatcher.serve()
         self.end()
@@ -473,7 +473,7 @@ def process_messages(connection: Connection, incoming: bool = True) -> None:
             _exchange(connection, Acceptor(node.cookie, node.pid), b"", door.DEADLINE)
         worker._admit(connection)
 
-    node.dispatcher.ensure_standby()
+    node.dispatcher.threads.ensure_standby()
     node.dispatcher.start(admit)
 
 

@@ -75,7 +75,9 @@ def _leftovers(before, now):
                 if value > former[name]:
                     left.append(f"process {pid}: {value - former[name]} more descriptors")
             elif name == "references":
-                left += [f"process {pid}: {text}" for key, text in value.items() if key not in former.get(name, ())]
+                left += [
+                    f"process {pid}: {text}" for key, text in value.items() if key not in former.get(name, ())
+                ]
             elif value and value != former.get(name):
                 left.append(f"process {pid}: {name}: {value}")
     return left

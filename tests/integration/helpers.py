@@ -26,7 +26,9 @@ def until(condition, timeout=5.0, what=""):
     pause = 0.0005
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"not so within {timeout:g} s: {what or getattr(condition, '__name__', condition)}")
+            raise AssertionError(
+                f"not so within {timeout:g} s: {what or getattr(condition, '__name__', condition)}"
+            )
         time.sleep(pause)
         pause = min(pause * 1.5, 0.02)
     return value
@@ -121,7 +123,12 @@ class Script:
 
     def __init__(self, source="", *, command=None, stdin=None, env=None, cwd=None):
         self.mark = f"{MARK}={uuid.uuid4().hex}"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), MARK: self.mark.partition("=")[2], **(env or {})}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            MARK: self.mark.partition("=")[2],
+            **(env or {}),
+        }
         # Coverage or pytest settings of ours are not for it.
         environment.pop("PYTEST_CURRENT_TEST", None)
         self.process = subprocess.Popen(

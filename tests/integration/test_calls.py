@@ -55,7 +55,17 @@ def test_keywords_belong_to_the_function(cluster):
     def collect(*args, **kwargs):
         return args, kwargs
 
-    names = {"f": 3, "where": 4, "pid": 1, "timeout": 2, "pool": 5, "args": 6, "self": 7, "name": 8, "function": 9}
+    names = {
+        "f": 3,
+        "where": 4,
+        "pid": 1,
+        "timeout": 2,
+        "pool": 5,
+        "args": 6,
+        "self": 7,
+        "name": 8,
+        "function": 9,
+    }
     expected = ((1,), names)
     for pid in (1, cluster[0]):
         assert sd.remotecall(collect, pid, 1, **names).fetch() == expected

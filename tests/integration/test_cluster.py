@@ -7,7 +7,16 @@ import threading
 import pytest
 
 import shmdist as sd
-from tests.integration.helpers import Script, cpu_ticks, is_alive, loop_for_ever, sleep_long, tell_and_run, until, within
+from tests.integration.helpers import (
+    Script,
+    cpu_ticks,
+    is_alive,
+    loop_for_ever,
+    sleep_long,
+    tell_and_run,
+    until,
+    within,
+)
 
 
 def test_without_workers():
@@ -96,7 +105,10 @@ def test_rmprocs_forms(fresh):
 def test_rmprocs_of_busy_workers(fresh):
     pids = fresh(2)
     started = sd.RemoteChannel(lambda: sd.Channel(9))
-    futures = [sd.remotecall(tell_and_run, pid, started, f) for pid, f in zip(pids, (loop_for_ever, sleep_long), strict=True)]
+    futures = [
+        sd.remotecall(tell_and_run, pid, started, f)
+        for pid, f in zip(pids, (loop_for_ever, sleep_long), strict=True)
+    ]
     ospids = [started.take(timeout=5) for _ in pids]
     with within(4):
         sd.rmprocs(*pids, waitfor=4)

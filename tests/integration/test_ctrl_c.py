@@ -76,7 +76,9 @@ def press_and_time(child):
 
 def test_every_wait():
     """One program goes through all of them: each must leave the cluster as it was."""
-    child = run(HEAD + "\n".join(f"print({name!r}, flush=True)\n{source}\ncheck()" for name, source in WAITS.items()))
+    child = run(
+        HEAD + "\n".join(f"print({name!r}, flush=True)\n{source}\ncheck()" for name, source in WAITS.items())
+    )
     for name in WAITS:
         child.expect_exact(name)
         press_and_time(child)
@@ -94,7 +96,9 @@ def test_uncaught_it_ends_the_program_as_always():
     child.sendintr()
     child.expect(pexpect.EOF)
     child.close()
-    assert child.before.count("KeyboardInterrupt") == 1 and "Exception ignored" not in child.before, child.before
+    assert child.before.count("KeyboardInterrupt") == 1 and "Exception ignored" not in child.before, (
+        child.before
+    )
     assert child.exitstatus == 130 or child.signalstatus == 2
 
 

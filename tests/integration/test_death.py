@@ -121,7 +121,14 @@ def test_all_that_waits_for_it_is_told(fresh, others, started):
         except BaseException as error:
             errors.append(error)
 
-    operations = [channel.take, channel.fetch, channel.wait, future.fetch, future.wait, lambda: next(iter(channel))]
+    operations = [
+        channel.take,
+        channel.fetch,
+        channel.wait,
+        future.fetch,
+        future.wait,
+        lambda: next(iter(channel)),
+    ]
     threads = [threading.Thread(target=wait_for, args=(each,)) for each in operations]
     for thread in threads:
         thread.start()
@@ -155,7 +162,13 @@ def test_a_full_channel_of_the_dead(fresh, others):
     kill(pid)
     with within(SOON), pytest.raises(sd.ProcessExitedException):
         putter.fetch(timeout=5)
-    for operation in (channel.take, channel.isready, channel.close, lambda: channel.put(3), lambda: len(channel)):
+    for operation in (
+        channel.take,
+        channel.isready,
+        channel.close,
+        lambda: channel.put(3),
+        lambda: len(channel),
+    ):
         exited(operation, pid)
 
 
@@ -184,7 +197,9 @@ def test_a_dead_holder_holds_nothing(fresh, others):
     channel = sd.RemoteChannel(others[0])
     sd.remotecall_fetch(_keep, pid, future, channel)
     del future, channel
-    assert until(lambda: (reference_count(), sd.remotecall_fetch(reference_count, others[0]))[1] == before + 2)
+    assert until(
+        lambda: (reference_count(), sd.remotecall_fetch(reference_count, others[0]))[1] == before + 2
+    )
     kill(pid)
     until(lambda: sd.remotecall_fetch(reference_count, others[0]) == before)
 
@@ -240,7 +255,7 @@ def test_many_die_at_once(fresh, others):
     for pid in pids:
         kill(pid)
     with within(2):
-        for future, pid in zip(futures, pids, strict=True):
+        for future in futures:
             with pytest.raises(sd.ProcessExitedException):
                 future.fetch(timeout=2)
     until(lambda: not set(pids) & set(sd.procs()))

@@ -224,7 +224,10 @@ class _Picky:
 
 
 def test_setstate_raises_on_the_worker(pid):
-    for call in (lambda: sd.remotecall_fetch(print, pid, _Picky("worker")), sd.remotecall(id, pid, _Picky("worker")).fetch):
+    for call in (
+        lambda: sd.remotecall_fetch(print, pid, _Picky("worker")),
+        sd.remotecall(id, pid, _Picky("worker")).fetch,
+    ):
         with within(2), pytest.raises(LookupError, match="not on the worker") as caught:
             call()
         assert isinstance(caught.value, sd.RemoteException)

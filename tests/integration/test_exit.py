@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from tests.integration.helpers import Script, until, marked, within
+from tests.integration.helpers import Script, marked, until, within
 
 BUSY = {
     "idle": "",
@@ -65,7 +65,9 @@ def test_rmprocs_then_end():
 
 
 def test_context_manager_then_end():
-    Script("import shmdist as sd\nwith sd.addprocs(2) as p:\n    pass\nassert sd.workers() == [1]").end().clean()
+    Script(
+        "import shmdist as sd\nwith sd.addprocs(2) as p:\n    pass\nassert sd.workers() == [1]"
+    ).end().clean()
 
 
 def test_references_alive_at_the_end():

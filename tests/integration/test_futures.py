@@ -233,7 +233,9 @@ def test_result_exception_done(cluster):
 def test_wait_and_as_completed(cluster, gate):
     slow = waiting_call(cluster[0], gate)
     quick = [sd.remotecall(divmod, pid, 7, 2) for pid in cluster]
-    done, pending = concurrent.futures.wait([slow, *quick], return_when=concurrent.futures.FIRST_COMPLETED, timeout=5)
+    done, pending = concurrent.futures.wait(
+        [slow, *quick], return_when=concurrent.futures.FIRST_COMPLETED, timeout=5
+    )
     assert done and done <= set(quick) and slow in pending
     done, pending = concurrent.futures.wait(quick, timeout=5)
     assert not pending

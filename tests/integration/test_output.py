@@ -80,8 +80,12 @@ def test_lines_are_whole_and_in_order(cluster, capsys):
         future.fetch(timeout=10)
     lines = capsys.readouterr().out.splitlines()
     for pid in cluster:
-        mine = [line.partition(":")[2].strip() for line in lines if line.strip().startswith(f"From worker {pid}:")]
-        assert mine == [f"line {n} ".strip() if n % 50 == 0 else f"line {n} " + "x" * (n % 50) for n in range(300)]
+        mine = [
+            line.partition(":")[2].strip() for line in lines if line.strip().startswith(f"From worker {pid}:")
+        ]
+        assert mine == [
+            f"line {n} ".strip() if n % 50 == 0 else f"line {n} " + "x" * (n % 50) for n in range(300)
+        ]
     assert len(lines) == 300 * len(cluster)
 
 

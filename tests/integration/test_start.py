@@ -49,7 +49,9 @@ def test_all_ways_to_run_a_program(tmp_path):
         "stdin": Script(command=[python, "-"], stdin=PROGRAM),
         "module": Script(command=[python, "-m", "package"], cwd=tmp_path),
         "folder": Script(command=[python, str(tmp_path / "package")]),
-        "isolated working directory": Script(command=[python, "-W", "error", "-X", "dev", str(path)], cwd="/"),
+        "isolated working directory": Script(
+            command=[python, "-W", "error", "-X", "dev", str(path)], cwd="/"
+        ),
         "optimized": Script(command=[python, "-O", str(path)]),
     }
     for name, script in scripts.items():
@@ -94,7 +96,9 @@ def test_notebook(tmp_path):
         warnings.simplefilter("ignore")
         client = nbclient.NotebookClient(notebook, timeout=30, kernel_name="python3")
         client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
-    results = ["".join(o.get("data", {}).get("text/plain", "") for o in cell.outputs) for cell in notebook.cells]
+    results = [
+        "".join(o.get("data", {}).get("text/plain", "") for o in cell.outputs) for cell in notebook.cells
+    ]
     assert (results[2], results[4], results[6], results[7]) == ("6", "'defined again'", "32", "1")
     assert "printed there" in "".join(o.get("text", "") for o in notebook.cells[2].outputs)
     assert "ValueError" in notebook.cells[5].outputs[0]["ename"]

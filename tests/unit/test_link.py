@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import select
 import socket
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shmdist.wire import link as module
-from shmdist.wire.link import Link, LinkClosed, Part, SendInterrupted
+from shmdist.wire.link import Link, LinkClosed, Part
 from shmdist.wire.messages import BROKEN, HAS_REFS, Frame
 from tests.unit.test_channels import Threads
 
@@ -238,7 +239,7 @@ class TestFraming:
         a, b = tcp_pair()
         try:
             assert a._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            [first, second] = pump(a, b, encode(pattern(1 << 20), b"x"), encode(b"next"))
+            [first, _second] = pump(a, b, encode(pattern(1 << 20), b"x"), encode(b"next"))
             assert contents(first) == (pattern(1 << 20), b"x")
             # A reset is the end, as an orderly end is.
             a._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -260,7 +261,11 @@ FRAMES = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(frames=FRAMES, table=st.sampled_from([0, 31, 32, 33, 70]), cuts=st.lists(st.integers(0, 4000), max_size=20))
+@given(
+    frames=FRAMES,
+    table=st.sampled_from([0, 31, 32, 33, 70]),
+    cuts=st.lists(st.integers(0, 4000), max_size=20),
+)
 def test_any_cutting_gives_the_same_frames(
     frames: list[tuple[int, list[int]]], table: int, cuts: list[int]
 ) -> None:
@@ -282,7 +287,7 @@ def test_any_cutting_gives_the_same_frames(
         link = Link(Connection(b.detach()), 1)
         received: list[Frame] = []
         with a:
-            for begin, end in zip(places, places[1:], strict=False):
+            for begin, end in itertools.pairwise(places):
                 a.sendall(data[begin:end])
                 assert link.read(received)
                 while ready(link.fd, 0):
@@ -338,7 +343,9 @@ class TestNoMemory:
         assert (frame.flags, contents(frame)) == (BROKEN, (b"",))
 
     @pytest.mark.parametrize("error", [MemoryError, ValueError, OverflowError])
-    def test_errors_of_allocation(self, pair: tuple[Link, Link], lacking: Any, error: type[Exception]) -> None:
+    def test_errors_of_allocation(
+        self, pair: tuple[Link, Link], lacking: Any, error: type[Exception]
+    ) -> None:
         lacking(300_000, error)
         assert pump(*pair, encode(pattern(300_000)))[0].flags == BROKEN
 

@@ -256,7 +256,9 @@ class TestPost:
         assert flushing()
         assert frames[-1].body == b"posted"
 
-    def test_a_sender_writes_what_was_posted_before_it_and_meanwhile(self, pair: Pair, threads: Threads) -> None:
+    def test_a_sender_writes_what_was_posted_before_it_and_meanwhile(
+        self, pair: Pair, threads: Threads
+    ) -> None:
         a, b = pair
         count = fill(a)
         assert not a.post(encode(b"before"))
