@@ -429,18 +429,24 @@ def _generate(f: Any, iterables: tuple[Any, ...], pool: Any, ordered: bool) -> I
     )
     run = _run(f, counted, pool, True, _length(iterables), None, ahead.room, _Retry((), None))
     waiting: dict[int, Any] = {}
+    failed: dict[int, BaseException] = {}
     turn = 0
     try:
         for places, values, error in run:
-            if error is not None:
-                raise error
             if not ordered:
+                if error is not None:
+                    raise error
                 for value in values:
                     ahead.consumed += 1
                     yield value
                 continue
+            if error is not None:  # raised when its turn comes: what is before it comes first
+                failed[places[0]] = error
+                values = [None]
             waiting.update(zip(places, values, strict=True))
             while turn in waiting:
+                if turn in failed:
+                    raise failed[turn]
                 ahead.consumed += 1
                 turn += 1
                 yield waiting.pop(turn - 1)

@@ -52,6 +52,7 @@ _LONG = 0.02  # seconds of work in a batch, at most
 _PROBED = 512  # elements it is given for that, at most, when they are cheap to send
 _CHEAP = frozenset({int, float, bool, complex, type(None)})  # types of such elements
 _SHORT = 0.0003  # seconds of work below which a smaller batch is not worth its message
+_STUCK = 0.005  # seconds after which a batch that waits behind another one is taken back
 _STEAL = 0.002  # seconds of work below which a waiting batch is not worth taking back
 _CALL, _CANCEL = int(Kind.CALL), int(Kind.CANCEL)
 
@@ -62,7 +63,7 @@ Outcome = tuple[Sequence[int], list[Any], BaseException | None]
 class _Batch:
     """Elements that went out together: their places in the input, and themselves."""
 
-    __slots__ = ("call_id", "elements", "pid", "places", "recalled", "results")
+    __slots__ = ("call_id", "elements", "pid", "places", "recalled", "results", "sent")
 
     def __init__(self, pid: int, places: Sequence[int], elements: list[Any]) -> None:
         self.pid = pid
@@ -70,6 +71,7 @@ class _Batch:
         self.elements = elements
         self.call_id = 0
         self.recalled = False
+        self.sent = 0.0  # when; seconds of the monotonic clock
         self.results: Results | None = None  # of a batch that ran on this process
 
 
@@ -126,6 +128,7 @@ class Run:
         self.alone: deque[tuple[int, Any]] = deque()  # to go out again one by one
         self.later: list[tuple[float, int, Any]] = []  # retries: when, place, element
         self.cost: float | None = None  # seconds an element takes, of late
+        self.stuck = False  # a batch waits behind another, and a worker has nothing to do
         self.largest = 1  # the largest batch so far
         self.cheap = False
         if batch_size is None and total is not None:
@@ -165,6 +168,8 @@ class Run:
         timeout = None
         if self.later:
             timeout = max(0.0, self.later[0][0] - time.monotonic())
+        if self.stuck:
+            timeout = min(timeout or _STUCK, _STUCK)
         self.cell.done = False
         if not self.inbox:
             self.node.dispatcher.wait(self.cell, timeout)
@@ -303,6 +308,7 @@ class Run:
             parts: list[Any] = []
             together = codec.Payload()
             for batch, payload in payloads:
+                batch.sent = time.monotonic()
                 call_id = batch.call_id = next(node.call_ids)
                 self.calls[call_id] = batch
                 out.append(batch)
@@ -353,15 +359,19 @@ class Run:
     def _recall(self) -> None:
         """Take batches back that wait behind others, for workers that have nothing left."""
         pids = self.pids()
+        self.stuck = False
         if all(self.out.get(pid) for pid in pids):
             return
+        now = time.monotonic()
         for pid in pids:
             batches = self.out.get(pid, [])
             if len(batches) < 2 or pid == self.node.pid:
                 continue
             batch = batches[-1]
-            long = self.cost is None or self.cost * len(batch.elements) > _STEAL
+            # It may also be short, but wait behind one that takes unexpectedly long.
+            long = self.cost is None or self.cost * len(batch.elements) > _STEAL or now - batch.sent > _STUCK
             link = self.node.links.get(pid)
+            self.stuck = self.stuck or not batch.recalled
             if not batch.recalled and long and link is not None:
                 batch.recalled = True
                 self.node.post(link, _CANCEL, NOT_RUN, batch.call_id)

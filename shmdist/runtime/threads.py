@@ -88,12 +88,14 @@ class Threads:
         with self._lock:
             self._serial += 1
             name = f"shmdist-{self._serial}"
-            thread = threading.Thread(target=self._live, args=(job,), name=name, daemon=True)
+            # In a list, for a thread keeps its arguments for as long as it lives.
+            thread = threading.Thread(target=self._live, args=([job],), name=name, daemon=True)
             self._all.add(thread)
         thread.start()
 
-    def _live(self, job: Job | None) -> None:
+    def _live(self, first: list[Job | None]) -> None:
         """Body of every thread."""
+        job = first.pop()
         strand = current()
         strand.depth = 1
         counted = job is None

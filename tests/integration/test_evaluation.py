@@ -41,7 +41,7 @@ def test_every_failure_is_told(cluster):
 
 def test_a_syntax_error_runs_nothing(cluster):
     with pytest.raises(SyntaxError):
-        sd.everywhere("never = 1\nthis is not python")
+        sd.everywhere("never = 1\nnot python at all")
     assert sd.everywhere("'never' in globals()", cluster[0]) is False
 
 
@@ -61,7 +61,7 @@ def test_functions_and_classes(cluster):
             self.x = x
 
         def doubled(self):
-            return Point(2 * self.x)
+            return type(self)(2 * self.x)
 
     assert sd.remotecall_eval("__main__", cluster[0], "Point(4).doubled().x") == 8
 
