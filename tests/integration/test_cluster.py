@@ -133,8 +133,8 @@ def test_a_worker_that_ignores_exit_is_killed(fresh):
 def test_parameters(fresh, tmp_path):
     [pid] = fresh(1, dir=str(tmp_path), env={"NEEDLE": "in it", "NUMBER": 5}, exeflags=["-X", "utf8", "-O"])
     assert sd.remotecall_fetch(os.getcwd, pid) == str(tmp_path)
-    assert sd.remotecall_fetch(os.environ.get, pid, "NEEDLE") == "in it"
-    assert sd.remotecall_fetch(os.environ.get, pid, "NUMBER") == "5"
+    assert sd.remotecall_fetch(os.getenv, pid, "NEEDLE") == "in it"
+    assert sd.remotecall_fetch(os.getenv, pid, "NUMBER") == "5"
     assert sd.remotecall_fetch(lambda: (sys.flags.utf8_mode, sys.flags.optimize), pid) == (1, 1)
     assert sd.remotecall_fetch(lambda: sys.executable, pid) == sys.executable
 
@@ -144,7 +144,7 @@ def test_exename(fresh, tmp_path):
     link.write_text(f'#!/bin/sh\nexport SEEN=it\nexec {sys.executable} "$@"\n')
     link.chmod(0o755)
     [pid] = fresh(1, exename=str(link))
-    assert sd.remotecall_fetch(os.environ.get, pid, "SEEN") == "it"
+    assert sd.remotecall_fetch(os.getenv, pid, "SEEN") == "it"
 
 
 def test_blas_threads_are_one_unless_asked_otherwise(fresh, monkeypatch):
@@ -154,7 +154,7 @@ def test_blas_threads_are_one_unless_asked_otherwise(fresh, monkeypatch):
     [one] = fresh()
     [many] = fresh(1, enable_threaded_blas=True)
     [own] = fresh(1, env={"OMP_NUM_THREADS": "3"})
-    get = os.environ.get
+    get = os.getenv
     assert sd.remotecall_fetch(get, one, "OMP_NUM_THREADS") == "1"
     assert sd.remotecall_fetch(get, one, "OPENBLAS_NUM_THREADS") == "1"
     assert sd.remotecall_fetch(get, one, "MKL_NUM_THREADS") == "7", "the user's own setting is kept"

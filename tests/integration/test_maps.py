@@ -1,6 +1,5 @@
 """pmap and pgenerate: every keyword, errors, retries, deaths, nesting."""
 
-import itertools
 import os
 import threading
 
@@ -345,7 +344,8 @@ def test_pgenerate_reads_a_bounded_number_ahead(cluster):
 
     def source():
         nonlocal drawn
-        for drawn in itertools.count(1):
+        while True:
+            drawn += 1
             yield drawn
 
     generator = sd.pgenerate(square, source())

@@ -112,7 +112,7 @@ def test_the_workers_find_what_the_program_finds(tmp_path):
         "[pid] = sd.addprocs(1)\n"
         "assert sd.remotecall_fetch(beside_it.here, pid) == beside_it.here()\n"
         "assert sd.remotecall_fetch(lambda: __import__('sys').path, pid) == [p or os.getcwd() for p in sys.path]\n"
-        "assert sd.remotecall_fetch(os.environ.get, pid, 'PYTHONPATH') == os.environ.get('PYTHONPATH')\n"
+        "assert sd.remotecall_fetch(os.getenv, pid, 'PYTHONPATH') == os.environ.get('PYTHONPATH')\n"
         "assert sd.remotecall_fetch(lambda: __import__('sys').argv, pid) == ['']\n"
         "assert sd.remotecall_fetch(lambda: __import__('sys').stdin.read(), pid) == ''\n"
         "assert sd.remotecall_fetch(lambda: __import__('__main__').__name__, pid) == '__main__'\n"
