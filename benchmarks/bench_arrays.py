@@ -18,4 +18,5 @@ def bench_argument(compare, pool, workers):
         lambda: pool.apply(size, (array,)),
         peer_name="Pool.apply",
         most=1 / 4,
+        rounds=9,
     )

@@ -1,13 +1,16 @@
 """One call and its answer."""
 
+import functools
 import multiprocessing
 import operator
 
+import conftest
 import pytest
 
 import shmdist as sd
 
-CALLS = 300  # in a round; their median counts
+# A turn is 200 calls, and their median counts: the first ones find the caches full of the other's data.
+measure = functools.partial(conftest.seconds, calls=200)
 
 
 def bench_call_and_pool_apply(compare, pool, workers):
@@ -18,24 +21,22 @@ def bench_call_and_pool_apply(compare, pool, workers):
         lambda: pool.apply(operator.neg, (1,)),
         peer_name="Pool.apply",
         most=1 / 8,
-        rounds=15,
-        calls=CALLS,
+        rounds=25,
+        measure=measure,
     )
 
 
-def _echo(connection):
+def echo(connection):
     while True:
         connection.send(connection.recv())
 
 
 @pytest.fixture
 def pipe():
-    """A process that sends back what it gets: no call, no function, nothing else."""
+    """A pipe to a process that sends back what it gets: no call, no function, nothing else."""
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_echo, args=(theirs,), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=echo, args=(theirs,), daemon=True)
     process.start()
-    ours.send(0)
-    ours.recv()
     yield ours
     process.kill()
     process.join()
@@ -44,16 +45,16 @@ def pipe():
 def bench_call_and_bare_pipe(compare, pipe, workers):
     pid = workers[0]
 
-    def echo():
+    def round_trip():
         pipe.send(1)
         pipe.recv()
 
     compare(
         "call of a no-op, beside a bare echo",
         lambda: sd.remotecall_fetch(operator.neg, pid, 1),
-        echo,
+        round_trip,
         peer_name="multiprocessing.Pipe",
         most=0.6,
-        rounds=15,
-        calls=CALLS,
+        rounds=25,
+        measure=measure,
     )

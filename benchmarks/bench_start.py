@@ -1,49 +1,69 @@
-"""From nothing to workers that have answered; each time in a program of its own."""
+"""From nothing to workers that have answered; each time in a program of its own, so that both start cold."""
 
-import statistics
 import subprocess
 import sys
-from pathlib import Path
 
-import conftest
+import pytest
 
 OURS = """
-import time, shmdist as sd
+import time
+import shmdist as sd
+
 begin = time.perf_counter()
 pids = sd.addprocs({n})
 for pid in pids:
     sd.remotecall_fetch(abs, pid, -1)
 print(time.perf_counter() - begin)
-sd.rmprocs(pids)
+sd.rmprocs(*pids)
+assert sd.procs() == [1]
 """
+
+# One worker could answer for all; so each first waits, at a barrier, until all are there.
 PEER = """
-import time, multiprocessing
+import multiprocessing
+import time
+
 if __name__ == "__main__":
+    spawn = multiprocessing.get_context("spawn")
     begin = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool({n}) as pool:
+    with spawn.Pool({n}, initializer=spawn.Barrier({n}).wait) as pool:
         pool.map(abs, range({n}), chunksize=1)
         print(time.perf_counter() - begin)
 """
 
 
-def _run(tmp_path: Path, source, n):
-    path = tmp_path / "program.py"
-    path.write_text(source.format(n=n))
-    return float(subprocess.run([sys.executable, path], check=True, capture_output=True, text=True).stdout)
+@pytest.fixture
+def run(tmp_path):
+    """Return a function that runs a program, and returns the seconds that it prints."""
+
+    def run(program):
+        path = tmp_path / "program.py"  # a file: what spawn starts, reads it again
+        path.write_text(program)
+        done = subprocess.run([sys.executable, path], check=True, stdout=subprocess.PIPE, text=True)
+        return float(done.stdout)
+
+    return run
 
 
-def bench_two_workers(benchmark, tmp_path):
-    ours, peer = [], []
-    for _ in range(5):
-        ours.append(_run(tmp_path, OURS, 2))
-        peer.append(_run(tmp_path, PEER, 2))
-    benchmark.pedantic(_run, (tmp_path, OURS, 2), rounds=1)
-    conftest.record(
-        "start of 2 workers", statistics.median(ours), statistics.median(peer), "Pool(2), spawn", 1.0
+def bench_two_workers(compare, run):
+    compare(
+        "start of 2 workers",
+        OURS.format(n=2),
+        PEER.format(n=2),
+        peer_name="Pool(2), spawn",
+        most=1.0,
+        rounds=9,
+        measure=run,
     )
 
 
-def bench_many_workers(benchmark, tmp_path):
-    one = statistics.median(_run(tmp_path, OURS, 1) for _ in range(3))
-    many = benchmark.pedantic(_run, (tmp_path, OURS, 64), rounds=1)
-    conftest.record("start of 64 workers, beside 64 starts of one", many, 64 * one, "64 x addprocs(1)", 1.0)
+def bench_many_workers(compare, run):
+    compare(
+        "start of 64 workers, beside that of one",
+        OURS.format(n=64),
+        OURS.format(n=1),
+        peer_name="addprocs(1)",
+        most=64.0,
+        rounds=3,
+        measure=run,
+    )

@@ -7,161 +7,43 @@ Top-level modules are what a user sees; folders are mechanism::
     runtime/                       one process: its node, its threads, the calls it runs
     managers/                      how workers come to be
     channels  futures  refs        Channel, Future, RemoteChannel
+      completion  references         what waits for an outcome; what Future and RemoteChannel share
+      owners                         the owner's side of references
     calls  cluster  evaluation     remotecall...; addprocs...; everywhere
+      membership                     process 1's side of the cluster
     tasks  pools  maps  loops      async_, sync; WorkerPool...; pmap; @distributed
+      poolstate  shipping            a pool where it lives; a function sent once to each worker
+      batches  runs                  elements in one call; the calls of a map, under way
 
 A call goes ``calls`` -> ``runtime.node`` -> ``wire.codec`` -> ``wire.link``, and on the other
 side ``wire.link`` -> ``runtime.dispatch`` -> ``runtime.task`` -> the function.
 """
 
-import logging as _logging
+import os
+import sys
+from typing import TYPE_CHECKING, Any
 
-from shmdist._version import __version__
-from shmdist.calls import (
-    fetchany,
-    fetchfrom,
-    remote,
-    remote_do,
-    remotecall,
-    remotecall_fetch,
-    remotecall_wait,
-    spawn,
-    spawnat,
-)
-from shmdist.channels import Channel
-from shmdist.cluster import (
-    WorkerList,
-    addprocs,
-    cluster_cookie,
-    interrupt,
-    myid,
-    nprocs,
-    nworkers,
-    other_procs,
-    other_workers,
-    procs,
-    rmprocs,
-    workers,
-)
-from shmdist.errors import (
-    AuthenticationError,
-    CapturedException,
-    ChannelClosed,
-    CompositeException,
-    LaunchWorkerError,
-    ProcessExitedException,
-    RemoteException,
-    SerializationError,
-    ShmdistError,
-    VersionMismatch,
-)
-from shmdist.evaluation import everywhere, remotecall_eval
-from shmdist.futures import Future
-from shmdist.loops import DistributedLoop, distributed, splitrange
-from shmdist.managers.base import ClusterManager, WorkerConfig
-from shmdist.managers.local import LocalManager
-from shmdist.maps import ExponentialBackOff, pgenerate, pmap
-from shmdist.pools import (
-    AbstractWorkerPool,
-    CachingPool,
-    WorkerPool,
-    clear,
-    default_worker_pool,
-    set_default_worker_pool,
-)
-from shmdist.refs import (
-    RemoteChannel,
-    channel_from_id,
-    close,
-    fetch,
-    isempty,
-    isopen,
-    isready,
-    put,
-    remoteref_id,
-    take,
-    wait,
-    worker_id_from_socket,
-)
-from shmdist.runtime.reftable import RRID, AlreadySet
-from shmdist.runtime.replies import Cancelled
-from shmdist.runtime.worker import init_worker, process_messages, start_worker
-from shmdist.tasks import Task, async_, sync, timedwait
+from shmdist._version import __version__ as __version__
 
-__all__ = [
-    "RRID",
-    "AbstractWorkerPool",
-    "AlreadySet",
-    "AuthenticationError",
-    "CachingPool",
-    "Cancelled",
-    "CapturedException",
-    "Channel",
-    "ChannelClosed",
-    "ClusterManager",
-    "CompositeException",
-    "DistributedLoop",
-    "ExponentialBackOff",
-    "Future",
-    "LaunchWorkerError",
-    "LocalManager",
-    "ProcessExitedException",
-    "RemoteChannel",
-    "RemoteException",
-    "SerializationError",
-    "ShmdistError",
-    "Task",
-    "VersionMismatch",
-    "WorkerConfig",
-    "WorkerList",
-    "WorkerPool",
-    "__version__",
-    "addprocs",
-    "async_",
-    "channel_from_id",
-    "clear",
-    "close",
-    "cluster_cookie",
-    "default_worker_pool",
-    "distributed",
-    "everywhere",
-    "fetch",
-    "fetchany",
-    "fetchfrom",
-    "init_worker",
-    "interrupt",
-    "isempty",
-    "isopen",
-    "isready",
-    "myid",
-    "nprocs",
-    "nworkers",
-    "other_procs",
-    "other_workers",
-    "pgenerate",
-    "pmap",
-    "process_messages",
-    "procs",
-    "put",
-    "remote",
-    "remote_do",
-    "remotecall",
-    "remotecall_eval",
-    "remotecall_fetch",
-    "remotecall_wait",
-    "remoteref_id",
-    "rmprocs",
-    "set_default_worker_pool",
-    "spawn",
-    "spawnat",
-    "splitrange",
-    "start_worker",
-    "sync",
-    "take",
-    "timedwait",
-    "wait",
-    "worker_id_from_socket",
-    "workers",
-]
+if TYPE_CHECKING or sys.orig_argv[-3:] != ["-m", "shmdist", "worker"]:
+    from shmdist.public import *  # noqa: F403 - the names are listed there
+    from shmdist.public import __all__ as __all__
+else:
 
-_logging.getLogger("shmdist").addHandler(_logging.NullHandler())
+    def __getattr__(name: str) -> Any:
+        """Load the public names on first use: start-up time of workers is a feature."""
+        # A module's name: the import system asks for it here before it looks for the file.
+        home = os.path.join(os.path.dirname(__file__), name)
+        module = os.path.exists(f"{home}.py") or os.path.isdir(home)
+        if module or (name.startswith("__") and name != "__all__"):
+            raise AttributeError(name)
+        import importlib
+
+        public = importlib.import_module("shmdist.public")  # a from-import would ask us again
+        for each in public.__all__:
+            globals()[each] = getattr(public, each)
+        globals()["__all__"] = public.__all__
+        try:
+            return globals()[name]
+        except KeyError:
+            raise AttributeError(f"module 'shmdist' has no attribute {name!r}") from None

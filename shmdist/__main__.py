@@ -8,6 +8,7 @@ import sys
 def main(arguments: list[str]) -> None:
     """Run the command that `arguments` names."""
     if arguments[:1] == ["worker"]:
+        import shmdist.owners  # noqa: F401 - what a worker answers besides calls
         from shmdist.runtime.worker import start_worker
 
         start_worker()

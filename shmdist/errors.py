@@ -305,7 +305,7 @@ class CompositeException(ShmdistError, ExceptionGroup[Exception]):
         # The base's __init__ would store what the caller gave; keep what __new__ made of it.
         super().__init__(message, self.exceptions)
 
-    def derive(self, excs: Sequence[Exception], /) -> CompositeException:  # type: ignore[override]
+    def derive(self, excs: Sequence[Exception], /) -> CompositeException:  # type: ignore[override]  # has no T
         """Make the group that holds a part of these failures; for ``split`` and ``except*``."""
         return CompositeException(self.message, excs)
 

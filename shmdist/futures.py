@@ -23,8 +23,8 @@ from shmdist.completion import LocalCell
 from shmdist.errors import CapturedException, ShmdistError, remote_exception
 from shmdist.references import Reference, ask
 from shmdist.runtime.node import Node, current_node
-from shmdist.runtime.reftable import RRID, State
-from shmdist.runtime.replies import Cancelled, Reply
+from shmdist.runtime.reftable import RRID, AlreadySet, State
+from shmdist.runtime.replies import Reply
 from shmdist.runtime.strand import current
 from shmdist.wire import codec
 from shmdist.wire.messages import IS_ERROR, NOT_RUN, Kind
@@ -32,6 +32,12 @@ from shmdist.wire.messages import IS_ERROR, NOT_RUN, Kind
 _CALL, _OP = int(Kind.CALL), int(Kind.OP)
 _FACE = frozenset({"_condition", "_state", "_waiters", "_done_callbacks", "_result", "_exception"})
 _Base = concurrent.futures.Future
+
+
+class Cancelled(ShmdistError, concurrent.futures.CancelledError):
+    """A call was withdrawn before it began."""
+
+    __module__ = "shmdist"
 
 
 class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stubs
@@ -267,6 +273,8 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
         ShmdistError
             It has one already.
         """
+        if self._outcome is not None:
+            raise AlreadySet(self._rrid)  # and its owner may have forgotten it since
         node = self._alive()
         if self._where == node.pid:
             with node.lock:

@@ -202,7 +202,7 @@ def _dynamic(work: _Chunk, chunks: Sequence[Any], pool: Any) -> list[Any]:
             for place, value in zip(places, values, strict=True):
                 partial[place] = value
     finally:
-        run.close()  # type: ignore[attr-defined]
+        run.close()  # type: ignore[attr-defined]  # it is a generator
     return partial
 
 

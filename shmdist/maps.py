@@ -470,7 +470,7 @@ class _Ahead:
 
     def room(self) -> int:
         """Return how many more elements may be read now: twice what the workers hold, or 50 ms of work."""
-        rate = self.consumed / max(time.monotonic() - self._began, 1e-3)
+        rate = self.consumed / max(time.monotonic() - self._began, 0.2)
         most = max(self._least, min(4096, int(0.05 * rate)))
         return max(0, most - (self.drawn - self.consumed))
 

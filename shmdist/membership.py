@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import os
 import subprocess
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
+from shmdist._log import Log
 from shmdist.errors import LaunchWorkerError, ProcessExitedException, ShmdistError, describe_exit
 from shmdist.managers.base import ClusterManager, WorkerConfig
 from shmdist.managers.local import out_of_memory_kills
@@ -30,7 +29,7 @@ from shmdist.wire.messages import Join, Kind, PeerInfo
 
 _EXIT = 3.0  # seconds a worker gets to end when it is asked to, before it is killed
 _ATEXIT = 1.0  # the same when the program ends
-_log = logging.getLogger("shmdist.cluster")
+_log = Log("cluster")
 
 
 class Member:
@@ -183,16 +182,15 @@ class Cluster:
                 elif topology == "custom":
                     wanted = self.members[pid].config.connect_idents or ()
                     links = frozenset(idents[ident] for ident in wanted if ident in idents)
-                node.peers[pid] = replace(node.peers[pid], links=links)
+                node.peers[pid] = node.peers[pid]._replace(links=links)
             if topology == "custom":  # a connection that either side names is one of both
                 for pid in pids:
                     named = frozenset(
                         p for p in pids if p in node.peers and pid in (node.peers[p].links or ())
                     )
                     if pid in node.peers:
-                        node.peers[pid] = replace(
-                            node.peers[pid], links=(node.peers[pid].links or frozenset()) | named
-                        )
+                        links = (node.peers[pid].links or frozenset()) | named
+                        node.peers[pid] = node.peers[pid]._replace(links=links)
             everybody = tuple(node.peers.values())
         payload = codec.dumps(everybody)
         for pid in list(self.members):

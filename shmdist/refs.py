@@ -1,4 +1,4 @@
-"""RemoteChannel, the functions on references, and their owner's side."""
+"""RemoteChannel, and the functions on references."""
 
 from __future__ import annotations
 

@@ -411,15 +411,16 @@ class Run:
             cost = seconds / count
             self.cost = cost if self.cost is None else 0.5 * (self.cost + cost)
         places = batch.places
-        if errors is None:
+        if errors is None and count == len(places):
             ready.append((places, values, None))
             return
+        errors = errors or {}
         for index, (place, element, value) in enumerate(zip(places, batch.elements, values, strict=False)):
             if index in errors:
                 self._end(place, element, unpack_error(batch.pid, *errors[index]), ready)
             else:
                 ready.append(((place,), [value], None))
-        if count < len(places):  # interrupted: these have not begun
+        if count < len(places):  # a probe's time was up, or it was interrupted: these have not begun
             self.redo.extend(zip(places[count:], batch.elements[count:], strict=True))
 
     def _broken(self, batch: _Batch, error: Exception, ready: list[Outcome], *, begun: bool) -> None:

@@ -37,6 +37,7 @@ class Task(concurrent.futures.Future):  # type: ignore[type-arg]  # generic only
 
     __module__ = "shmdist"
     _is_shmdist_task = True
+    _what: str  # what it runs
 
     def __repr__(self) -> str:
         state = (
@@ -108,7 +109,7 @@ def _groups() -> Iterator[list[Any]]:
 def _begin(f: Callable[..., Any], args: Any, kwargs: Any) -> Task:
     """Run a function on a thread of the runtime."""
     task = Task()
-    task._what = getattr(f, "__qualname__", None) or repr(f)  # type: ignore[attr-defined]
+    task._what = getattr(f, "__qualname__", None) or repr(f)
     task.set_running_or_notify_cancel()
     context = contextvars.copy_context()
 

@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parent.parent / PACKAGE
 # From bottom to top.  A unit is a module or a folder right under the package.  It may import units of lower
 # floors; modules of one folder may import each other, in no circle.
 FLOORS = (
-    ("_captured",),
+    ("_captured", "_log"),
     ("errors", "_version"),
     ("memory",),
     ("wire",),
@@ -35,6 +35,7 @@ FLOORS = (
     ("runs",),
     ("maps", "loops"),
     ("adapters",),
+    ("public",),
     ("__main__",),
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

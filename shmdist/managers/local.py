@@ -162,7 +162,6 @@ class _Launch:
         self.lifeline = streams[0]
         with contextlib.suppress(BrokenPipeError):
             self.lifeline.write(json.dumps(settings).encode() + b"\n")
-            self.lifeline.flush()
         # Bare descriptors: Popen would close its own stream objects when it is collected.
         self.out, self.err = os.dup(streams[1].fileno()), os.dup(streams[2].fileno())
         streams[1].close()
@@ -176,6 +175,7 @@ class _Launch:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            bufsize=0,  # closing must not try once more to write to a process that is gone
             cwd=params["dir"] or None,
             env=environment,
             # The terminal's Ctrl-C is for process 1, which knows what to do about its workers.

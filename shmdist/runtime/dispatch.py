@@ -41,7 +41,6 @@ for it may have to wait for an exit code.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -49,6 +48,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from shmdist._log import Log
 from shmdist.runtime.lanes import Lanes
 from shmdist.runtime.strand import Cell, Kicker, Strand, current
 from shmdist.runtime.threads import Threads
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 SPIN = 50e-6  # seconds a reader polls before it sleeps
 GRACE = 1e-3  # seconds a call may run before the reading is taken over from it
 _CALL, _OP, _RESULT, _CANCEL = int(Kind.CALL), int(Kind.OP), int(Kind.RESULT), int(Kind.CANCEL)
-_log = logging.getLogger("shmdist.dispatch")
+_log = Log("dispatch")
 _now = time.perf_counter
 _yield = getattr(os, "sched_yield", lambda: None)
 

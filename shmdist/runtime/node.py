@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import logging
 import os
 import pickle
 import sys
@@ -33,16 +32,18 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from shmdist._log import Log
 from shmdist.errors import (
     CapturedException,
     ProcessExitedException,
     RemoteException,
+    ShmdistError,
 )
 from shmdist.runtime.dispatch import Dispatcher
 from shmdist.runtime.output import Outputs
 from shmdist.runtime.ownership import Ownership
 from shmdist.runtime.reftable import RRID, RefTable
-from shmdist.runtime.replies import Cancelled, Operation, Reply, pack_error, unpack_error
+from shmdist.runtime.replies import Operation, Reply, pack_error, unpack_error
 from shmdist.runtime.strand import Cell, current
 from shmdist.runtime.task import Functions, Tasks
 from shmdist.wire import codec
@@ -60,7 +61,7 @@ _CALL, _RESULT, _CANCEL, _REFS, _OP = (
     int(Kind.OP),
 )
 _NEWS = 0.3  # seconds that process 1 may take to tell how another one ended
-_log = logging.getLogger("shmdist.node")
+_log = Log("node")
 
 
 class Node(Ownership):
@@ -318,7 +319,7 @@ class Node(Ownership):
         if frame.flags & BROKEN:
             raise MemoryError(f"this process had no memory to receive the result of {what}")
         if frame.flags & NOT_RUN:
-            raise Cancelled(f"{what} was withdrawn before it began")
+            raise ShmdistError(f"{what} was withdrawn before it began")
         if frame.flags & IS_ERROR:
             raise self.load_error(frame)
         try:

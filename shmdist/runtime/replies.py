@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
 
-from shmdist.errors import CapturedException, RemoteException, ShmdistError, capture, remote_exception
+from shmdist.errors import CapturedException, RemoteException, capture, remote_exception
 from shmdist.runtime.strand import Cell
 from shmdist.wire import codec
 from shmdist.wire.messages import IS_ERROR, Frame
@@ -15,12 +14,6 @@ from shmdist.wire.messages import IS_ERROR, Frame
 if TYPE_CHECKING:
     from shmdist.runtime.node import Node
     from shmdist.wire.link import Link
-
-
-class Cancelled(ShmdistError, CancelledError):
-    """A call was withdrawn before it began."""
-
-    __module__ = "shmdist"
 
 
 class Reply(Cell):

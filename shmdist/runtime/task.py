@@ -93,7 +93,6 @@ class Tasks:
             self._pass_gate(task)
             return
         frame = task.frame
-        store = frame.flags & WANT_STORE
         payload: codec.Payload | None = None
         value: Any = None
         error: BaseException | None = None
@@ -117,6 +116,17 @@ class Tasks:
             self._pass_gate(task)
         if self.running.pop(key, None) is None:
             return  # somebody answered for it
+        try:
+            self._finish(task, value, error, payload)
+        except Exception as failure:
+            self._last_resort(task, failure)
+
+    def _finish(
+        self, task: Task, value: Any, error: BaseException | None, payload: codec.Payload | None
+    ) -> None:
+        """Answer for a call that has ended."""
+        frame = task.frame
+        store = frame.flags & WANT_STORE
         self._node.flush_own_output()
         if store:
             self._store(task, value, error)
@@ -124,6 +134,14 @@ class Tasks:
             self._answer_error(task, error)
         elif payload is not None:
             self._node.answer(task.link, frame.call_id, 0, payload)
+
+    def _last_resort(self, task: Task, failure: BaseException) -> None:
+        """Answer in the plainest way: the answer itself could not be made."""
+        text = f"{type(failure).__name__} while the outcome of the call was being sent: {failure!s:.500}"
+        payload = codec.Payload()
+        payload.parts.append(pickle.dumps((self._node.pid, "RuntimeError", text, text, b""), 5))
+        flags = IS_ERROR | (STORED if task.frame.flags & WANT_STORE else 0)
+        self._node.answer(task.link, task.frame.call_id, flags, payload)
 
     def _read(self, task: Task) -> Any:
         """Read function and arguments of `task`."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
 
+from shmdist._log import Log
 from shmdist.runtime.strand import Strand, current
 
 _PARKED = 2  # threads kept standing by
 _IDLE = 32  # other threads kept for reuse
 _IDLE_TIME = 10.0  # seconds an idle thread waits for work before it ends
-_log = logging.getLogger("shmdist.threads")
+_log = Log("threads")
 
 Job = Callable[[], None]
 

@@ -12,9 +12,7 @@ stranger sends is unpickled, and no length of his is believed (see ``handshake``
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import secrets
 import socket
 import struct
 import sys
@@ -24,13 +22,14 @@ from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
+from shmdist._log import Log
 from shmdist.errors import AuthenticationError, VersionMismatch
 from shmdist.wire.handshake import Acceptor, Connector
 
 MOST = 64  # handshakes of strangers at once; further ones are turned away
 DEADLINE = 10.0  # seconds for a handshake
 _ABSTRACT = bool(sys.platform == "linux")  # AF_UNIX names that are no files
-_log = logging.getLogger("shmdist.door")
+_log = Log("door")
 
 Address = tuple[str, Any]
 
@@ -109,7 +108,7 @@ def private_address() -> str:
     On Linux it is abstract: a name in the network namespace, gone with its last socket.
     Elsewhere it is a path in a folder that only this user may enter.
     """
-    name = f"shmdist-{os.getpid()}-{secrets.token_hex(8)}"
+    name = f"shmdist-{os.getpid()}-{os.urandom(8).hex()}"
     if _ABSTRACT:
         return f"\0{name}"
     import tempfile

@@ -34,9 +34,8 @@ message that arrives, and a frozen one costs five times as much to make.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 HEADER = struct.Struct("<BBHIIQQ")
 
@@ -112,8 +111,7 @@ class Frame:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class PeerInfo:
+class PeerInfo(NamedTuple):
     """What every member knows of a member.
 
     Attributes
@@ -140,20 +138,18 @@ class PeerInfo:
     links: frozenset[int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
+class Hello(NamedTuple):
     """First frame on a link, from the process that connected."""
 
     pid: int
     host: str
 
 
-@dataclass(frozen=True, slots=True)
-class Join:
+class Join(NamedTuple):
     """Process 1 makes the receiver a member of the cluster."""
 
     pid: int
     lazy: bool
     topology: str
     peers: tuple[PeerInfo, ...]
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]

@@ -80,7 +80,9 @@ def test_by_every_road(cluster):
         "channel": channel.take(),
         "container": (both := channel.take())["deep"][0],
         "worker to worker": sd.remotecall_fetch(lambda: sd.remotecall_fetch(lambda x: x, b, array), a),
-        "future of a future": sd.remotecall_fetch(lambda f: f.fetch(), b, sd.remotecall(lambda x: x, a, array)),
+        "future of a future": sd.remotecall_fetch(
+            lambda f: f.fetch(), b, sd.remotecall(lambda x: x, a, array)
+        ),
         "here": sd.remotecall(lambda x: x.copy(), 1, array).fetch(),
         "indexed": sd.remotecall(lambda x: {"x": x}, a, array)["x"],
     }
@@ -157,7 +159,9 @@ def test_workers_exchange_large_arrays_crosswise(cluster):
         return [float(sd.remotecall_fetch(lambda a: a * 2, other, array)[0]) for _ in range(3)]
 
     a, b, c = cluster[:3]
-    futures = [sd.remotecall(cross, one, other, array) for one, other in ((a, b), (b, c), (c, a), (b, a), (a, c))]
+    futures = [
+        sd.remotecall(cross, one, other, array) for one, other in ((a, b), (b, c), (c, a), (b, a), (a, c))
+    ]
     assert [future.fetch(timeout=15) for future in futures] == [[2.0] * 3] * 5
 
 

@@ -116,7 +116,9 @@ def test_subprocesses_and_pools_of_other_kinds_in_a_worker(cluster):
         import subprocess
         import sys
 
-        out = subprocess.run([sys.executable, "-c", "print(5)"], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", "print(5)"], capture_output=True, text=True, check=True
+        ).stdout
         with concurrent.futures.ThreadPoolExecutor(3) as pool:
             return out, list(pool.map(abs, [-1, -2]))
 

@@ -66,7 +66,9 @@ def test_its_errors(cluster):
     assert caught.value.pid in cluster
 
 
-@pytest.mark.parametrize("options", [{}, {"schedule": "dynamic"}, {"chunk": 3}, {"schedule": "dynamic", "chunk": 4}])
+@pytest.mark.parametrize(
+    "options", [{}, {"schedule": "dynamic"}, {"chunk": 3}, {"schedule": "dynamic", "chunk": 4}]
+)
 def test_reduced_in_order(cluster, options):
     """Joining lists is associative, and does not commute."""
 

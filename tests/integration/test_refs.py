@@ -64,20 +64,28 @@ def test_forwarded_and_never_used(cluster, counts):
 
 def test_kept_by_a_third(cluster, counts):
     future = sd.remotecall(list, cluster[0], "ab").wait()
-    sd.remotecall_fetch(lambda f: kept.append(f), cluster[1], future)
+    sd.remotecall_fetch(keep, cluster[1], future)
     del future
     until(lambda: counts()[cluster[0]] == 1)
-    assert sd.remotecall_fetch(lambda: kept_first().fetch(), cluster[1]) == ["a", "b"]
+    assert sd.remotecall_fetch(fetch_kept, cluster[1]) == ["a", "b"]
     until(lambda: counts()[cluster[0]] == 0)  # it was fetched
-    sd.remotecall_fetch(lambda: kept.clear(), cluster[1])
+    sd.remotecall_fetch(forget_kept, cluster[1])
     all_gone(counts)
 
 
 kept = []
 
 
-def kept_first():
-    return kept[0]
+def keep(ref):
+    kept.append(ref)
+
+
+def fetch_kept():
+    return kept[0].fetch()
+
+
+def forget_kept():
+    kept.clear()
 
 
 def test_in_a_channel_that_is_dropped(cluster, counts):

@@ -60,7 +60,8 @@ class _Bomb:
     ids=["http", "zeros", "ones", "random", "lengths"],
 )
 def test_junk(address, junk):
-    _, where = address
+    pid, where = address
+    sd.remotecall_eval("shmdist.wire.door", pid, "DEADLINE = 0.3")
     with contextlib.suppress(OSError), dial(where) as sock:
         sock.sendall(junk)
         with within(13):
@@ -89,10 +90,11 @@ def test_silent_strangers_hold_up_nobody(address):
                 stack.enter_context(dial(where))
         with within(2):
             assert [sd.remotecall_fetch(abs, pid, -n) for n in range(20)] == list(range(20))
+
     # When they have left, others are let in again.
     def let_in():
         with contextlib.suppress(sd.ShmdistError, OSError):
-            door.prove(door.knock(where), current_node().cookie, 99).done
+            _ = door.prove(door.knock(where), current_node().cookie, 99).done
             return True
 
     until(let_in, 5)
@@ -122,8 +124,12 @@ def test_local_workers_are_not_reached_by_network(cluster):
         def inet():
             import os
 
-            inodes = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}
-            lines = [line.split() for name in ("tcp", "tcp6") for line in open(f"/proc/net/{name}").readlines()[1:]]
+            paths = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+            inodes = {os.readlink(path) for path in paths if os.path.exists(path)}
+            lines = []
+            for name in ("tcp", "tcp6"):
+                with open(f"/proc/net/{name}") as file:
+                    lines += [line.split() for line in file.readlines()[1:]]
             return [line for line in lines if f"socket:[{line[9]}]" in inodes]
 
         assert sd.remotecall_fetch(inet, pid) == []

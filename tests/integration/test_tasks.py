@@ -61,7 +61,10 @@ def test_sync_tells_all_errors(cluster):
         sd.async_(lambda: 1 / 0)
         sd.spawn(abs, 1)
     assert {ValueError, ZeroDivisionError} == {
-        kind for kind in (ValueError, ZeroDivisionError) for e in caught.value.exceptions if isinstance(e, kind)
+        kind
+        for kind in (ValueError, ZeroDivisionError)
+        for e in caught.value.exceptions
+        if isinstance(e, kind)
     }
     assert len(caught.value.exceptions) == 2
 

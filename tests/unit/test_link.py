@@ -1,4 +1,4 @@
-"""Links: framing under any cutting of the byte stream, and frames that stay whole whatever happens to writers."""
+"""Links: framing under any cutting of the byte stream, frames there is no memory for, and the end."""
 
 from __future__ import annotations
 

@@ -1,0 +1,163 @@
+"""Every public name; the package takes them from here.
+
+A worker that starts does without: what it needs to answer its first call is less than half
+of this. It loads the rest when something in it is asked for (see ``__init__``).
+"""
+
+import logging
+from types import FunctionType
+
+from shmdist._version import __version__
+from shmdist.calls import (
+    fetchany,
+    fetchfrom,
+    remote,
+    remote_do,
+    remotecall,
+    remotecall_fetch,
+    remotecall_wait,
+    spawn,
+    spawnat,
+)
+from shmdist.channels import Channel
+from shmdist.cluster import (
+    WorkerList,
+    addprocs,
+    cluster_cookie,
+    interrupt,
+    myid,
+    nprocs,
+    nworkers,
+    other_procs,
+    other_workers,
+    procs,
+    rmprocs,
+    workers,
+)
+from shmdist.errors import (
+    AuthenticationError,
+    CapturedException,
+    ChannelClosed,
+    CompositeException,
+    LaunchWorkerError,
+    ProcessExitedException,
+    RemoteException,
+    SerializationError,
+    ShmdistError,
+    VersionMismatch,
+)
+from shmdist.evaluation import everywhere, remotecall_eval
+from shmdist.futures import Cancelled, Future
+from shmdist.loops import DistributedLoop, distributed, splitrange
+from shmdist.managers.base import ClusterManager, WorkerConfig
+from shmdist.managers.local import LocalManager
+from shmdist.maps import ExponentialBackOff, pgenerate, pmap
+from shmdist.pools import (
+    AbstractWorkerPool,
+    CachingPool,
+    WorkerPool,
+    clear,
+    default_worker_pool,
+    set_default_worker_pool,
+)
+from shmdist.refs import (
+    RemoteChannel,
+    channel_from_id,
+    close,
+    fetch,
+    isempty,
+    isopen,
+    isready,
+    put,
+    remoteref_id,
+    take,
+    wait,
+    worker_id_from_socket,
+)
+from shmdist.runtime.reftable import RRID, AlreadySet
+from shmdist.runtime.worker import init_worker, process_messages, start_worker
+from shmdist.tasks import Task, async_, sync, timedwait
+
+__all__ = [
+    "RRID",
+    "AbstractWorkerPool",
+    "AlreadySet",
+    "AuthenticationError",
+    "CachingPool",
+    "Cancelled",
+    "CapturedException",
+    "Channel",
+    "ChannelClosed",
+    "ClusterManager",
+    "CompositeException",
+    "DistributedLoop",
+    "ExponentialBackOff",
+    "Future",
+    "LaunchWorkerError",
+    "LocalManager",
+    "ProcessExitedException",
+    "RemoteChannel",
+    "RemoteException",
+    "SerializationError",
+    "ShmdistError",
+    "Task",
+    "VersionMismatch",
+    "WorkerConfig",
+    "WorkerList",
+    "WorkerPool",
+    "__version__",
+    "addprocs",
+    "async_",
+    "channel_from_id",
+    "clear",
+    "close",
+    "cluster_cookie",
+    "default_worker_pool",
+    "distributed",
+    "everywhere",
+    "fetch",
+    "fetchany",
+    "fetchfrom",
+    "init_worker",
+    "interrupt",
+    "isempty",
+    "isopen",
+    "isready",
+    "myid",
+    "nprocs",
+    "nworkers",
+    "other_procs",
+    "other_workers",
+    "pgenerate",
+    "pmap",
+    "process_messages",
+    "procs",
+    "put",
+    "remote",
+    "remote_do",
+    "remotecall",
+    "remotecall_eval",
+    "remotecall_fetch",
+    "remotecall_wait",
+    "remoteref_id",
+    "rmprocs",
+    "set_default_worker_pool",
+    "spawn",
+    "spawnat",
+    "splitrange",
+    "start_worker",
+    "sync",
+    "take",
+    "timedwait",
+    "wait",
+    "worker_id_from_socket",
+    "workers",
+]
+
+for _name in __all__:
+    _thing = globals()[_name]
+    if isinstance(_thing, FunctionType):
+        # What is pickled and printed says shmdist, and not the file that it happens to live in.
+        _thing.__module__ = "shmdist"
+
+logging.getLogger("shmdist").addHandler(logging.NullHandler())
