@@ -85,30 +85,26 @@ class BatchRunner:
         numbers, slot = _notes(first)
         values: list[Any] = []
         errors: dict[int, Any] = {}
-        elements = iter(batch)
-        add = values.append
+        elements = enumerate(batch, first)
         done = first
         start = time.perf_counter()
         while True:
             try:
                 if self.star:
-                    for element in elements:
+                    for done, element in elements:
                         numbers[slot] = done
-                        add(f(*element))
-                        done += 1
+                        values.append(f(*element))
                 else:
-                    for element in elements:
+                    for done, element in elements:
                         numbers[slot] = done
-                        add(f(element))
-                        done += 1
+                        values.append(f(element))
                 break
             except Exception as error:
                 errors[done - first] = pack_error(capture(error))
-                add(None)
-                done += 1
+                values.append(None)
             except BaseException as error:
                 errors[done - first] = pack_error(capture(error))
-                add(None)
+                values.append(None)
                 break
         return time.perf_counter() - start, values, errors or None
 

@@ -47,10 +47,12 @@ WINDOW = 2  # batches of a run that a worker has at a time, at least
 _DEEPEST = 32  # and at most, when they are short
 _AHEAD = 0.0005  # seconds of work that a worker should have waiting
 _MESSAGE = 15e-6  # seconds that a message costs its receiver, roughly
+_JOINED = 1 << 16  # bytes of several frames that are written as one piece
 _GROW = 16  # a batch is at most so many times as large as the one before
 _LONG = 0.02  # seconds of work in a batch, at most
 _PROBED = 512  # elements it is given for that, at most, when they are cheap to send
 _CHEAP = frozenset({int, float, bool, complex, type(None)})  # types of such elements
+_BRIEF = 0.002  # seconds of work that may go out in one batch at the end
 _SHORT = 0.0003  # seconds of work below which a smaller batch is not worth its message
 _STUCK = 0.005  # seconds after which a batch that waits behind another one is taken back
 _STEAL = 0.002  # seconds of work below which a waiting batch is not worth taking back
@@ -269,7 +271,9 @@ class Run:
         cost = max(self.cost, 1e-8)
         size = _LONG / cost
         if self.total is not None:
-            fair = (self.total - self.drawn) / (2 * workers)
+            share = (self.total - self.drawn) / workers
+            # The rest goes out in one batch each when it is little, else in ever smaller ones.
+            fair = share if cost * share < _BRIEF else share / 2
             size = min(size, max(fair, _SHORT / cost))
         return max(1, min(int(size), self.largest * _GROW))
 
@@ -303,10 +307,9 @@ class Run:
         strand = current()
         strand.enter()
         try:
-            self.shipped.send_to(pid)
-            link = node.links[pid]
-            parts: list[Any] = []
             together = codec.Payload()
+            parts = self._function_for(pid, together)
+            link = node.links[pid]
             for batch, payload in payloads:
                 batch.sent = time.monotonic()
                 call_id = batch.call_id = next(node.call_ids)
@@ -315,7 +318,7 @@ class Run:
                 node.pending[call_id] = Reply(call_id, pid, self._arrived)
                 parts += codec.frame(_CALL, WANT_VALUE | BY_ID, self.lane, call_id, payload)
                 together.refs += payload.refs
-            if len(parts) > 1 and len(parts) == len(payloads):
+            if len(parts) > 1 and sum(map(len, parts)) < _JOINED:
                 parts = [b"".join(parts)]
             node.send(link, parts, together)
         except (LinkClosed, KeyError):
@@ -327,6 +330,16 @@ class Run:
             strand.leave()
         if pid in node.graves:
             self._fail_sent(pid, [batch for batch, _ in payloads])
+
+    def _function_for(self, pid: int, together: codec.Payload) -> list[Any]:
+        """Return the frame of the function, to go ahead of the first batch; or see it sent."""
+        shipped = self.shipped
+        if self.kept or pid in shipped.there or pid not in self.node.links:
+            shipped.send_to(pid)
+            return []
+        shipped.there.add(pid)
+        together.refs += shipped.payload.refs
+        return codec.frame(int(Kind.FUNC), 0, 0, shipped.number, shipped.payload)
 
     def _fail_sent(self, pid: int, batches: list[_Batch]) -> None:
         """A worker was gone before these were sent: nobody else will fail them."""

@@ -26,28 +26,28 @@ class Shipped:
         self.f = f
         self.number = next(self.node.call_ids)
         self.payload = codec.dumps(f, "the function")
-        self._there: set[int] = set()
-        self._lock = threading.Lock()  # guards `_there`; held while one thread sends to a worker
+        self.there: set[int] = set()
+        self._lock = threading.Lock()  # guards `there`; held while one thread sends to a worker
 
     def send_to(self, pid: int) -> None:
         """See to it that process `pid` has the function; inside the runtime."""
-        if pid in self._there:
+        if pid in self.there:
             return
         node = self.node
         link = node.link_to(pid)
         with self._lock:
-            if pid in self._there:
+            if pid in self.there:
                 return
             try:
                 node.send(link, codec.frame(int(Kind.FUNC), 0, 0, self.number, self.payload), self.payload)
             except LinkClosed:
                 raise node.death(pid) from None
-            self._there.add(pid)
+            self.there.add(pid)
 
     def drop(self) -> None:
         """Let all workers forget the function."""
         node = self.node
-        there, self._there = self._there, set()
+        there, self.there = self.there, set()
         for pid in there:
             link = node.links.get(pid)
             if link is not None:
@@ -55,4 +55,4 @@ class Shipped:
 
     def forget(self, pid: int) -> None:
         """Note that a worker is gone."""
-        self._there.discard(pid)
+        self.there.discard(pid)

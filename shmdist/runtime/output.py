@@ -40,7 +40,8 @@ class Outputs:
         self._tails: dict[int, deque[str]] = {}
         self.lines: deque[tuple[int, str]] = deque()  # worker and line; append and pop are atomic
         self._reading = threading.Lock()  # guards `_pipes`, reading from them, and their rests
-        self._showing = threading.RLock()  # guards the order in which lines are shown
+        self._showing = threading.RLock()  # guards the order in which lines are shown, and `_inside`
+        self._inside = False  # lines are being shown
 
     def add(self, fd: int, pid: int, *, error: bool, rest: bytes = b"") -> None:
         """Take a worker's pipe over; `rest` was read from it before."""
@@ -99,15 +100,21 @@ class Outputs:
     def show(self) -> None:
         """Write the lines that have come through ``sys.stdout``; never raises an Exception."""
         with self._showing:
-            while self.lines:
-                # It stays in `lines` until it is written: who finds `lines` empty may go on.
-                pid, text = self.lines[0]
-                out = sys.stdout
-                with contextlib.suppress(Exception):
-                    out.write(f"      From worker {pid}:\t{text}\n")
-                    if len(self.lines) == 1:
-                        out.flush()
-                self.lines.popleft()
+            if self._inside:
+                return  # a stream, or a signal handler, that calls the runtime: the outer call goes on
+            self._inside = True
+            try:
+                while self.lines:
+                    # It stays in `lines` until it is written: who finds `lines` empty may go on.
+                    pid, text = self.lines[0]
+                    out = sys.stdout
+                    with contextlib.suppress(Exception):
+                        out.write(f"      From worker {pid}:\t{text}\n")
+                        if len(self.lines) == 1:
+                            out.flush()
+                    self.lines.popleft()
+            finally:
+                self._inside = False
 
     def tail(self, pid: int) -> list[str]:
         """Return the last lines that a worker wrote to its stderr."""
@@ -141,7 +148,7 @@ class Outputs:
         """Close every pipe, in a forked child."""
         pipes, self._pipes = self._pipes, {}
         self._reading = threading.Lock()  # its holder may be a thread of the parent
-        self._showing = threading.RLock()
+        self._showing, self._inside = threading.RLock(), False
         self.lines.clear()  # the parent shows them
         for fd in pipes:
             with contextlib.suppress(OSError):

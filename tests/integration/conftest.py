@@ -28,6 +28,8 @@ def _cluster():
         for other in pids:
             sd.remotecall_fetch(sd.remotecall_fetch, pid, int, other)
     sd.default_worker_pool()  # made on first use, and it has a channel
+    for pid in [1, *pids]:
+        sd.remotecall_fetch(helpers.settle_down, pid)
     yield list(pids)
     sd.rmprocs(*[pid for pid in pids if pid in sd.workers()])
 

@@ -43,6 +43,12 @@ def within(seconds):
     assert took < seconds, f"took {took:.2f} s, allowed are {seconds:g} s"
 
 
+def settle_down():
+    """Take what is there for good out of the collector's sight: it will run some thousand times."""
+    gc.collect()
+    gc.freeze()
+
+
 def settled_state():
     """Return what is left over in this process; empty collections when nothing is."""
     gc.collect()
