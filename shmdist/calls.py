@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
 from shmdist.errors import RemoteException, capture, remote_exception
-from shmdist.futures import Future
+from shmdist.futures import Future, LocalTask
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.reftable import RRID
 from shmdist.runtime.replies import Reply
@@ -227,14 +227,22 @@ def _start_here(node: Node, f: Any, rrid: RRID, args: Any, kwargs: Any, at_end: 
     entry = node.create(rrid, "future", node.pid)
     future = Future._of_call(rrid, node.pid, _what(f))
 
+    task = future._local = LocalTask()
+
     def run() -> None:
         strand = current()
-        depth, strand.depth = strand.depth, 0
+        value, captured = None, None
+        strand.begin(task)
+        task.strand = strand
         try:
-            value, captured = f(*args, **kwargs), None
+            try:
+                strand.expose()
+                value = f(*args, **kwargs)
+            finally:
+                strand.cover()
         except BaseException as error:
-            value, captured = None, capture(error)
-        strand.depth = depth
+            captured = capture(error)
+        strand.end()
         node.set_value(entry, value if captured is None else captured)
         if at_end is not None:
             at_end()

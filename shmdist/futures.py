@@ -25,7 +25,7 @@ from shmdist.references import Reference, ask
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.reftable import RRID, AlreadySet, State
 from shmdist.runtime.replies import Reply
-from shmdist.runtime.strand import current
+from shmdist.runtime.strand import Strand, current
 from shmdist.wire import codec
 from shmdist.wire.messages import IS_ERROR, NOT_RUN, Kind
 
@@ -38,6 +38,22 @@ class Cancelled(ShmdistError, concurrent.futures.CancelledError):
     """A call was withdrawn before it began."""
 
     __module__ = "shmdist"
+
+
+class LocalTask:
+    """A call that runs on a thread of this process, as far as interrupting it goes."""
+
+    __slots__ = ("interrupted", "strand")
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self.strand: Strand | None = None  # of the thread that runs it
+
+    def interrupt(self) -> None:
+        """Raise KeyboardInterrupt in it."""
+        self.interrupted = True
+        if self.strand is not None:
+            self.strand.strike(self)
 
 
 class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stubs
@@ -73,6 +89,7 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
     __module__ = "shmdist"
     _outcome: tuple[bool, Any] | None = None  # (True, value) or (False, error), once it is here
     _reply: Reply | None = None  # of the call that computes it, when this process made it
+    _local: LocalTask | None = None  # the call that computes it, when it runs here
     _what = "a remote call"
 
     def __init__(self, pid: int | None = None) -> None:
@@ -208,6 +225,9 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
 
     def _interrupt(self, node: Node) -> None:
         """Interrupt the call that computes this; its end still comes."""
+        if self._local is not None:
+            self._local.interrupt()
+            return
         reply = self._reply
         link = node.links.get(self._where)
         if reply is not None and not reply.done and link is not None:
@@ -376,7 +396,9 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
         bool
             False when it has ended, or was not begun by this process.
         """
-        if self._outcome is not None or self._reply is None or self._reply.done:
+        if self._outcome is not None or self.isready():
+            return False
+        if self._local is None and self._reply is None:
             return False
         self._interrupt(current_node())
         return True

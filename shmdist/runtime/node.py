@@ -106,7 +106,7 @@ class Node(Ownership):
         #: Makes a link to a member that has none; set when this process joins a cluster.
         self.connector: Callable[[int], Link] | None = None
         #: Finds out how a process ended whose link did; may wait. Set by process 1.
-        self.inquest: Callable[[int], BaseException] = self._hearsay
+        self.inquest: Callable[[int], BaseException] = self.hearsay
         self.news: dict[int, BaseException] = {}  # how members went, as process 1 told
         #: Told when process 1 is gone; a worker ends then.
         self.master_gone: Callable[[], None] = lambda: None
@@ -176,7 +176,7 @@ class Node(Ownership):
             return
         self.lost(link.pid, self.inquest(link.pid))
 
-    def _hearsay(self, pid: int) -> BaseException:
+    def hearsay(self, pid: int) -> BaseException:
         """Find out how a process ended from process 1, which will tell in a moment."""
         deadline = time.monotonic() + _NEWS
         while pid not in self.news and time.monotonic() < deadline:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 # The C half of `signal`, which has no stubs: the wrapper costs two microseconds an entry.
 import _signal  # type: ignore[import-not-found]
+import os
 import signal
 import sys
 import threading
@@ -29,6 +30,15 @@ _SIGINT = int(signal.SIGINT)
 
 
 _adding = threading.Lock()  # guards the locks of all cells; nothing else is done while it is held
+
+
+def _after_fork() -> None:
+    """Make the lock anew in a forked child: its holder may be a thread of the parent."""
+    global _adding
+    _adding = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Cell:
@@ -222,15 +232,9 @@ class Strand:
             self.pending = False
             return
         with self.guard:
-            task, self.task = self.task, None
+            self.task = None
             self.pending = False
             self.depth = 1
-        if task.interrupted:
-            # At most one exception was ever set, and it may still be on its way.
-            try:
-                _raise_in(self.ident, None)
-            except KeyboardInterrupt:
-                pass
 
     def expose(self) -> None:
         """Leave the runtime for user code of the task; raise an interrupt put off."""
@@ -252,15 +256,21 @@ class Strand:
             return
         with self.guard:
             self.depth = 1
+        # An exception set before that is raised here at the latest, and not after `end`.  To
+        # take it back there is no way: done when none is set, it leaves CPython 3.11 with a
+        # flag that slows every call down, and in which a traced thread loops for ever.
+        _checkpoint()
 
 
-def _raise_in(ident: int, kind: type[BaseException] | None) -> None:
-    """Raise `kind` in another thread at its next bytecode; None takes it back."""
+def _checkpoint() -> None:
+    """Do nothing; on entering a function Python raises what was set from another thread."""
+
+
+def _raise_in(ident: int, kind: type[BaseException]) -> None:
+    """Raise `kind` in another thread, when it next calls or returns from a function or goes round a loop."""
     import ctypes
 
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        ctypes.c_ulong(ident), None if kind is None else ctypes.py_object(kind)
-    )
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(kind))
 
 
 class _Local(threading.local):

@@ -16,6 +16,7 @@ whatever this process is doing:
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import pickle
@@ -360,8 +361,9 @@ class _Worker:
                 link = Link(connection, pid)
                 link.send(codec.frame(int(Kind.HELLO), 0, 0, 0, codec.dumps(Hello(node.pid, here))))
                 return node.add_link(link)
-        if pid in node.graves:
-            raise node.death(pid)
+        node.hearsay(pid)  # it may be gone, and the news of it on its way
+        if pid in node.graves or pid in node.news:
+            raise copy.copy(node.graves.get(pid) or node.news[pid])
         raise ConnectionError(f"process {node.pid} cannot connect to process {pid}: {'; '.join(errors)}")
 
     # ------------------------------------------------------------------ serving and ending

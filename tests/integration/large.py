@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import shmdist as sd
+from shmdist.runtime.node import current_node
 from tests.integration.helpers import until
 
 
@@ -18,13 +19,16 @@ def kill_in_transfer(fresh, direction, nbytes):
     [pid] = fresh()
     ospid = sd.remotecall_fetch(os.getpid, pid)
     sd.remotecall_fetch(len, pid, np.ones(1))  # it has imported numpy
+    array = np.ones(nbytes, "B")
     caught = []
     killed = []
+
+    big = np.ones(nbytes, "B")  # now: making it takes longer than telling of a death
 
     def transfer():
         try:
             if direction == "receiving":
-                sd.remotecall_fetch(len, pid, np.ones(nbytes, "B"))
+                sd.remotecall_fetch(len, pid, big)
             else:
                 sd.remotecall_fetch(lambda n: __import__("numpy").ones(n, "B"), pid, nbytes)
         except BaseException as error:
@@ -33,11 +37,13 @@ def kill_in_transfer(fresh, direction, nbytes):
             caught.append((None, time.monotonic()))
 
     thread = threading.Thread(target=transfer)
-    thread.start()
     if direction == "receiving":
-        # The worker stands still with the beginning of the message, so that the writer is blocked.
+        # The worker stands still, so that the writer has got as far as the socket's buffer, and is blocked.
         os.kill(ospid, signal.SIGSTOP)
+        thread.start()
+        until(current_node().links[pid]._write.locked, 10)
     else:
+        thread.start()
         until(lambda: _incoming(pid) or caught, 10)
     os.kill(ospid, signal.SIGKILL)
     killed.append(time.monotonic())
@@ -52,7 +58,5 @@ def kill_in_transfer(fresh, direction, nbytes):
 
 
 def _incoming(pid):
-    from shmdist.runtime.node import current_node
-
     link = current_node().links.get(pid)
     return link is None or link._incoming is not None
