@@ -10,6 +10,7 @@ import pytest
 import shmdist as sd
 
 # A turn is 200 calls, and their median counts: the first ones find the caches full of the other's data.
+# pytest-benchmark's own table shows whole turns; the table after it, single calls.
 measure = functools.partial(conftest.seconds, calls=200)
 
 

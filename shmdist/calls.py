@@ -106,9 +106,11 @@ def remotecall_fetch(f: Callable[..., _T], where: Any, /, *args: Any, **kwargs: 
     """
     node = current_node()
     if type(where) is not int or where == node.pid:
-        return _fetch_slowly(node, f, where, args, kwargs)  # type: ignore[no-any-return]
+        value: _T = _fetch_slowly(node, f, where, args, kwargs)
+        return value
     _check(f, "remotecall_fetch")
-    return _ask(node, f, where, WANT_VALUE, codec.dumps_call(f, args, kwargs))  # type: ignore[no-any-return]
+    value = _ask(node, f, where, WANT_VALUE, codec.dumps_call(f, args, kwargs))
+    return value
 
 
 def _ask(node: Node, f: Any, pid: int, flags: int, payload: codec.Payload) -> Any:

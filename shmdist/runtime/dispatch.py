@@ -181,6 +181,8 @@ class Dispatcher:
             frame.link.calls_read += 1
             self._inbox.append(task)
         elif kind == _OP:
+            # It can be withdrawn from now on, though it is run later.
+            self._node.waiting[frame.link.pid, frame.call_id] = lambda: True
             self._inbox.append(frame)
         else:
             self._node.control(frame)

@@ -343,6 +343,9 @@ class Node(Ownership):
 
     def operate(self, frame: Frame) -> None:
         """Run an operation on a reference that lives here."""
+        if self.waiting.pop((frame.link.pid, frame.call_id), None) is None:
+            self.give_back(list(codec.references(frame)))  # withdrawn meanwhile
+            return
         operation = Operation(self, frame.link, frame.call_id)
         try:
             name, rrid, argument = codec.loads(frame, self.give_back)

@@ -100,10 +100,12 @@ class Tasks:
         task.strand = strand
         try:
             try:
-                strand.expose()
+                # Not exposed yet: reading may import modules, and an import that is interrupted
+                # leaves locks behind on which other calls would wait for ever.
                 function, args, kwargs = self._read(task)
                 if task.ticket >= 0:
                     self._pass_gate(task)
+                strand.expose()
                 value = function(*args, **kwargs)
                 if frame.flags & WANT_VALUE:
                     payload = _dump_value(value, function)
@@ -152,6 +154,7 @@ class Tasks:
             if frame.flags & HAS_REFS or frame.buffers:
                 call = codec.loads(frame, node.give_back)
             else:
+                codec.prepare(frame.body)
                 call = pickle.loads(frame.body)
         except Exception as error:
             hint = codec.unreadable(error, "the call's function or arguments").args[0]

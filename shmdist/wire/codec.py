@@ -34,13 +34,12 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from shmdist.errors import SerializationError, reduce_exception
+from shmdist.wire.arrays import INLINE, reduce_array
 from shmdist.wire.messages import HAS_REFS, HEADER, Frame
 
 if TYPE_CHECKING:
     from shmdist.wire.link import Part
 
-#: Buffers from this size on, in bytes, leave the pickle stream.
-INLINE = 1 << 13
 #: Frames up to this size, in bytes, are joined into one piece before they are written.
 _JOIN = 1 << 14
 
@@ -124,50 +123,9 @@ def _reduce_rare(obj: Any, kind: type) -> Any:
     ndarray = getattr(numpy, "ndarray", None)
     if ndarray is not None and issubclass(kind, ndarray):
         if kind is ndarray:
-            reducers[ndarray] = _reduce_array
-        return _reduce_array(obj, None)
+            reducers[ndarray] = reduce_array
+        return reduce_array(obj, None)
     return NotImplemented
-
-
-def _reduce_array(array: Any, _pickler: Any) -> Any:
-    """Let arrays arrive writable, and large strided ones in one copy."""
-    if array.dtype.hasobject:
-        return NotImplemented
-    flags = array.flags
-    if flags.writeable and (flags.forc or array.nbytes < INLINE):
-        return NotImplemented
-    kind = type(array)
-    if flags.forc and kind.__module__ == "numpy" and kind.__name__ == "ndarray" and array.nbytes >= INLINE:
-        return _writable_face(array).__reduce_ex__(5)
-    if not flags.forc and kind.__name__ != "ndarray":
-        return NotImplemented  # a subclass knows how to pickle itself, at the price of a copy
-    return array.copy("A").__reduce_ex__(5)
-
-
-class _Face:
-    """Offers the bytes of an array under the array interface, as if they were writable."""
-
-    def __init__(self, array: Any) -> None:
-        self.array = array  # keeps the memory alive
-        address = array.__array_interface__["data"][0]
-        # Bytes, for the interface cannot tell of every dtype.
-        self.__array_interface__ = {
-            "version": 3,
-            "shape": (array.nbytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-        }
-
-
-def _writable_face(array: Any) -> Any:
-    """Return a writable view of a read-only contiguous array; nobody writes to it.
-
-    The pickle stream marks read-only buffers, and its reader would give a read-only
-    array back, though the memory that it received is its own.
-    """
-    numpy = sys.modules["numpy"]
-    order = "C" if array.flags.c_contiguous else "F"
-    return numpy.ndarray(array.shape, array.dtype, numpy.asarray(_Face(array)), 0, None, order)
 
 
 _cloud_class: Any = None
@@ -417,6 +375,24 @@ def note_made(key: Any) -> None:
         _loading.made[key] += 1
 
 
+_numpy_ready = False
+
+
+def prepare(body: bytes | bytearray) -> None:
+    """Import numpy before a body is read that names it.
+
+    Two threads that come to different parts of numpy first, each through a pickle, can see
+    it half imported. Importing the whole first makes one wait for the other.
+    """
+    global _numpy_ready
+    if not _numpy_ready and b"numpy" in body:
+        try:
+            import numpy  # noqa: F401 - for its being there
+        except ImportError:
+            return  # the body's own error will say so
+        _numpy_ready = True
+
+
 def loads(frame: Frame, give_back: Callable[[list[Any]], None]) -> Any:
     """Read the body of `frame`.
 
@@ -433,6 +409,7 @@ def loads(frame: Frame, give_back: Callable[[list[Any]], None]) -> Any:
     Exception
         Whatever reading the body raises: it runs the code of the objects' classes.
     """
+    prepare(frame.body)
     if not frame.flags & HAS_REFS:
         if frame.buffers:
             return pickle.loads(frame.body, buffers=frame.buffers)

@@ -19,7 +19,6 @@ def kill_in_transfer(fresh, direction, nbytes):
     [pid] = fresh()
     ospid = sd.remotecall_fetch(os.getpid, pid)
     sd.remotecall_fetch(len, pid, np.ones(1))  # it has imported numpy
-    array = np.ones(nbytes, "B")
     caught = []
     killed = []
 
