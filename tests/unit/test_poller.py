@@ -194,11 +194,11 @@ class TestKick:
 
 class TestOutputs:
     def test_apart_from_links(self, poller: Poller, pipe: Pipe, make_pipe: Callable[[], Pipe]) -> None:
-        assert not poller.has_outputs
+        before = poller.has_outputs
         output, silent = make_pipe(), make_pipe()
         poller.add_output(output.fd)
         poller.add_output(silent.fd)
-        assert poller.has_outputs
+        assert (before, poller.has_outputs) == (False, True)
         assert poller.outputs() == []
         output.write()
         [(fd, _)] = [(fd, event) for fd, event in poller.poll(LONG) if fd != poller._kick_fd]
