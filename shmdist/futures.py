@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import pickle
+import threading
 import time
 from collections.abc import Callable, Generator
 from typing import Any
@@ -27,9 +28,10 @@ from shmdist.runtime.reftable import RRID, AlreadySet, State
 from shmdist.runtime.replies import Reply
 from shmdist.runtime.strand import Strand, current
 from shmdist.wire import codec
-from shmdist.wire.messages import IS_ERROR, NOT_RUN, Kind
+from shmdist.wire.link import LinkClosed
+from shmdist.wire.messages import IS_ERROR, IS_NEW, NOT_RUN, Kind
 
-_CALL, _OP = int(Kind.CALL), int(Kind.OP)
+_REFS = int(Kind.REFS)
 _FACE = frozenset({"_condition", "_state", "_waiters", "_done_callbacks", "_result", "_exception"})
 _Base = concurrent.futures.Future
 
@@ -38,6 +40,9 @@ class Cancelled(ShmdistError, concurrent.futures.CancelledError):
     """A call was withdrawn before it began."""
 
     __module__ = "shmdist"
+
+
+_asking = threading.Lock()  # guards the `_asked` of all futures
 
 
 class LocalTask:
@@ -89,6 +94,7 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
     __module__ = "shmdist"
     _outcome: tuple[bool, Any] | None = None  # (True, value) or (False, error), once it is here
     _reply: Reply | None = None  # of the call that computes it, when this process made it
+    _asked = 0  # threads that ask the owner for the value, under `_asking`
     _local: LocalTask | None = None  # the call that computes it, when it runs here
     _what = "a remote call"
 
@@ -100,11 +106,14 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
             node.create(rrid, "future", node.pid)
         else:
             node.link_to(owner)
-            payload = codec.dumps(("new", tuple(rrid), None))
+            # Not an operation, which would be run later than words on counts that follow it.
+            payload = codec.dumps(tuple(rrid))
             strand = current()
             strand.enter()
             try:
-                node.request(owner, _OP, 0, payload)
+                node.send(node.links[owner], codec.frame(_REFS, IS_NEW, 0, owner, payload), None)
+            except (LinkClosed, KeyError):
+                raise node.death(owner) from None
             finally:
                 strand.leave()
         self._set_up(rrid, owner)
@@ -135,8 +144,12 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
 
     def _settle(self, succeeded: bool, value: Any) -> None:
         """Keep the outcome, and let the owner forget it."""
-        self._outcome = (succeeded, value)
-        self._release()
+        if self._outcome is None:  # else another thread was first
+            self._outcome = (succeeded, value)
+        with _asking:
+            idle = not self._asked
+        if idle:  # the last to ask gives the count back: the owner must not forget what is asked for
+            self._release()
 
     def _open_reply(self, reply: Reply) -> None:
         """Take what the word of the call's end brought; the value may still be with the owner."""
@@ -189,13 +202,23 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
             if self._where == node.pid:
                 self._fetch_here(node, left)
             else:
-                try:
-                    self._settle(True, ask(self._where, "fetch", self._rrid, timeout=left))
-                except ShmdistError as error:
-                    self._settle(False, error)
+                self._fetch_there(left)
         if node.has_output:
             node.print_output()
         return self._give()
+
+    def _fetch_there(self, timeout: float | None) -> None:
+        """Ask the owner for the value."""
+        with _asking:
+            self._asked += 1
+        try:
+            outcome = True, ask(self._where, "fetch", self._rrid, timeout=timeout)
+        except ShmdistError as error:
+            outcome = False, error
+        finally:
+            with _asking:
+                self._asked -= 1
+        self._settle(*outcome)
 
     def _await_end(self, node: Node, timeout: float | None) -> None:
         """Wait for the end of the call that this process began, if it did."""

@@ -107,11 +107,6 @@ def _waiting(name: str) -> Callable[[Node, Operation, RRID, Any], None]:
     return lambda node, operation, rrid, argument: _serve(node, operation, rrid, name, argument)
 
 
-def _new(node: Node, operation: Operation, rrid: RRID, argument: Any) -> None:
-    node.create(rrid, "future", operation.link.pid)
-    operation.resolve(None)
-
-
 def _isready(node: Node, operation: Operation, rrid: RRID, argument: Any) -> None:
     with node.lock:
         entry = node.refs.lookup(rrid)
@@ -140,4 +135,4 @@ def _untake(node: Node, operation: Operation, rrid: RRID, argument: Any) -> None
 
 Node.operations.update({name: _waiting(name) for name in ("fetch", "wait", "take", "put")})
 Node.operations.update({name: _at_once(name) for name in ("isopen", "close", "len")})
-Node.operations.update({"new": _new, "isready": _isready, "untake": _untake})
+Node.operations.update({"isready": _isready, "untake": _untake})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -39,9 +40,12 @@ def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float 
         if reply is not None:
             if name == "take":
                 node.unclaimed_takes[reply.call_id] = (owner, rrid)
+            if not node.cancel(reply) and name == "take":
+                while not reply.done:
+                    time.sleep(0)  # it comes at the very moment of giving up
                 if reply.frame is not None:
-                    node.unclaimed(reply.frame)  # it came at the very moment of giving up
-            node.cancel(reply)
+                    node.unclaimed(reply.frame)
+                node.unclaimed_takes.pop(reply.call_id, None)
         raise
     return node.open(reply, f"{name} of a reference")
 

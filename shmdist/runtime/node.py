@@ -48,7 +48,7 @@ from shmdist.runtime.strand import Cell, current
 from shmdist.runtime.task import Functions, Tasks
 from shmdist.wire import codec
 from shmdist.wire.link import Link, LinkClosed, SendInterrupted
-from shmdist.wire.messages import BROKEN, HAS_REFS, IS_ERROR, NO_LANE, NOT_RUN, Frame, Kind, PeerInfo
+from shmdist.wire.messages import BROKEN, HAS_REFS, IS_ERROR, IS_NEW, NO_LANE, NOT_RUN, Frame, Kind, PeerInfo
 
 if TYPE_CHECKING:
     from shmdist.wire.link import Part
@@ -296,13 +296,20 @@ class Node(Ownership):
         """Wait for a reply; False when the time was up."""
         return reply.done or self.dispatcher.wait(reply, timeout)
 
-    def cancel(self, reply: Reply) -> None:
-        """Give up a request: nobody waits for its answer, and the worker is told."""
+    def cancel(self, reply: Reply) -> bool:
+        """Give up a request: nobody waits for its answer, and the worker is told.
+
+        Returns
+        -------
+        bool
+            False when the answer is here, or being handed over this very moment.
+        """
         if self.pending.pop(reply.call_id, None) is None:
-            return
+            return False
         link = self.links.get(reply.pid)
         if link is not None:
             self.post(link, _CANCEL, 0, reply.call_id)
+        return True
 
     def open(self, reply: Reply, what: str) -> Any:
         """Return the value of a reply that is done, or raise its error."""
@@ -362,6 +369,8 @@ class Node(Ownership):
                 payload = codec.Payload()
                 payload.parts.append(frame.body)
                 self.post(link, _REFS, 0, frame.call_id, payload)
+        elif kind == _REFS and frame.flags & IS_NEW:
+            self.create(RRID(*pickle.loads(frame.body)), "future", frame.link.pid)
         elif kind == _REFS:
             freed = self.change_counts(pickle.loads(frame.body))
             if freed:  # their values' finalizers are users' code, which must not run here

@@ -64,6 +64,8 @@ HAS_REFS = 0x01  # buffer 0 is a pickled tuple of the references inside the body
 WANT_VALUE = 0x10  # the value itself (remotecall_fetch)
 WANT_STORE = 0x20  # keep the value here as a Future; tell when it is there
 BY_ID = 0x40  # the body is (function id, args, kwargs): a function sent before by FUNC
+# Flags of REFS.
+IS_NEW = 0x10  # the body is (whence, id): a Future that the sender has made here
 # Flags of RESULT.
 IS_ERROR = 0x10  # the body is a captured error
 NOT_RUN = 0x20  # cancelled before it began
