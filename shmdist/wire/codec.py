@@ -385,7 +385,7 @@ def prepare(body: bytes | bytearray) -> None:
     it half imported. Importing the whole first makes one wait for the other.
     """
     global _numpy_ready
-    if not _numpy_ready and b"numpy" in body:
+    if not _numpy_ready and (b"numpy._core" in body or b"numpy.core" in body):
         try:
             import numpy  # noqa: F401 - for its being there
         except ImportError:
