@@ -22,4 +22,4 @@ def bench_idle(benchmark, record, workers):
     benchmark.pedantic(time.sleep, (SECONDS,), rounds=1)
     after = [cpu_seconds(ospid) for ospid in ospids]
     busiest = max(end - begin for begin, end in zip(before, after, strict=True))
-    record("the busiest of idle master, 2 workers", 100 * busiest / SECONDS, 100, "one processor", 0.005, unit="%")
+    record("idle: the busiest of 3 processes", 100 * busiest / SECONDS, 100, "one processor", 0.005, unit="%")

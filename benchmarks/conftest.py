@@ -85,6 +85,7 @@ def _text(value, unit):
     return f"{value * 1e6:.3g} us"
 
 
+@pytest.hookimpl(trylast=True)  # after the table of pytest-benchmark
 def pytest_terminal_summary(terminalreporter):
     """Print the table."""
     if not _rows:

@@ -1,0 +1,346 @@
+"""Interrupts of remote calls: raised in the user code they are meant for, or not at all."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from shmdist.runtime.strand import Cell, Strand
+from tests.unit.test_channels import Threads
+from tests.unit.test_strand import ctrl_c, threads
+
+__all__ = ["threads"]  # a fixture
+
+
+class Task:
+    """What strands need of a remote call."""
+
+    interrupted = False
+
+
+def run_task(strand: Strand, task: Any, user: Callable[[], Any]) -> BaseException | None:
+    """Run user code as `runtime.task` does; nothing may escape."""
+    error: BaseException | None = None
+    strand.begin(task)
+    task.strand = strand
+    try:
+        try:
+            strand.expose()
+            user()
+        finally:
+            strand.cover()
+    except BaseException as caught:
+        error = caught
+    strand.end()
+    return error
+
+
+def interrupt(task: Any) -> None:
+    """As `Tasks.interrupt` does."""
+    task.interrupted = True
+    strand = getattr(task, "strand", None)
+    if strand is not None:
+        strand.strike(task)
+
+
+class Striker:
+    """Interrupts a task when the thread that runs it is at a certain line, counted from the beginning."""
+
+    def __init__(self, strand: Strand, moment: int, gap: int) -> None:
+        self.strand, self.moment, self.gap = strand, moment, gap
+        self.task: Any = Task()
+        self.passed = 0
+        self.target: Strand | None = None
+        self.struck = False  # the interrupter is through
+        self.exposed = False  # and found user code running
+
+    def run(self, user: Callable[[], Any]) -> BaseException | None:
+        before = sys.gettrace()
+        sys.settrace(self.trace)
+        try:
+            return run_task(self.strand, self.task, user)
+        finally:
+            sys.settrace(before)
+
+    def trace(self, frame: FrameType, event: str, arg: object) -> Any:
+        if not self.struck:
+            self.passed += 1
+            if self.passed == self.moment:
+                self.task.interrupted = True
+                self.target = getattr(self.task, "strand", None)
+            # While this thread has the guard, the interrupter waits for it.
+            if self.passed >= self.moment + self.gap and not self.strand.guard.locked():
+                self.struck = True
+                if self.target is not None:
+                    self.exposed = self.strand.task is self.task and not self.strand.depth
+                    self.target.strike(self.task)
+        return self.trace
+
+
+class TestCalls:
+    """Interrupts of remote calls, from another thread."""
+
+    @pytest.fixture
+    def strand(self) -> Iterator[Strand]:
+        """A strand of a thread of the runtime; the tests run its task on this thread."""
+        strand = Strand()
+        strand.depth = 1
+        yield strand
+        assert (strand.depth, strand.task, strand.pending) == (1, None, False)
+
+    @staticmethod
+    def from_outside(task: Any) -> None:
+        thread = threading.Thread(target=interrupt, args=(task,))
+        thread.start()
+        thread.join()
+
+    def test_in_user_code(self, strand: Strand) -> None:
+        task = Task()
+        reached = []
+
+        def user() -> None:
+            self.from_outside(task)
+            for _ in range(100):  # at the next bytecode, in an innocent place
+                reached.append(1)
+            reached.append(2)
+
+        assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
+        assert 2 not in reached
+
+    def test_in_the_runtime_it_is_put_off_until_the_door(self, strand: Strand) -> None:
+        task = Task()
+        reached: list[object] = []
+
+        def user() -> None:
+            strand.enter()
+            strand.enter()
+            self.from_outside(task)
+            strand.leave()
+            assert strand.interrupted()
+            reached.append("inside")
+            try:
+                strand.leave()
+            finally:
+                reached.append(strand.depth)
+            reached.append("after")
+
+        assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
+        assert reached == ["inside", 0]
+
+    def test_delivered_by_a_wait(self, strand: Strand) -> None:
+        task = Task()
+
+        def user() -> None:
+            cell, lock = Cell(), threading.Lock()
+            lock.acquire()
+            cell.add(lock)
+            strand.enter()
+            try:
+                strand.cell = cell
+                self.from_outside(task)
+                assert lock.acquire(False)
+                strand.deliver()
+            finally:
+                strand.cell = None
+                strand.leave()
+
+        assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
+
+    def test_before_it_begins(self, strand: Strand) -> None:
+        task = Task()
+        interrupt(task)
+        reached: list[int] = []
+        assert isinstance(run_task(strand, task, lambda: reached.append(1)), KeyboardInterrupt)
+        assert not reached
+
+    def test_after_it_has_ended(self, strand: Strand) -> None:
+        task, other = Task(), Task()
+        assert run_task(strand, task, lambda: None) is None
+        self.from_outside(task)
+        assert run_task(strand, other, lambda: self.from_outside(task)) is None
+
+    def test_between_user_code_and_the_end(self, strand: Strand) -> None:
+        task = Task()
+        strand.begin(task)
+        strand.expose()
+        strand.cover()
+        self.from_outside(task)
+        assert strand.pending is False or strand.depth == 1
+        strand.end()
+        assert run_task(strand, Task(), lambda: None) is None
+
+    def test_user_code_that_swallows_it(self, strand: Strand) -> None:
+        task = Task()
+        caught = []
+
+        def user() -> None:
+            try:
+                self.from_outside(task)
+                for _ in range(100):
+                    pass
+            except KeyboardInterrupt:
+                caught.append(1)
+
+        assert run_task(strand, task, user) is None
+        assert caught
+        assert run_task(strand, Task(), lambda: None) is None
+
+    @pytest.mark.parametrize("gap", [0, 1, 5])
+    def test_at_each_line(self, strand: Strand, gap: int) -> None:
+        """Wherever the thread stands, of the task's code and of the strand's own.
+
+        `gap` lines of this thread pass between the interrupter's two steps.
+        """
+
+        def user() -> None:
+            strand.enter()
+            strand.enter()
+            strand.leave()
+            strand.leave()
+
+        outcomes = set()
+        for moment in itertools.count(1):
+            striker = Striker(strand, moment, gap)
+            error = striker.run(user)
+            assert error is None or isinstance(error, KeyboardInterrupt)
+            assert (strand.depth, strand.pending, strand.task) == (1, False, None), moment
+            for _ in range(10):
+                pass  # what was still on its way would be raised here
+            if striker.exposed:
+                assert error is not None, moment
+            outcomes.add(type(error))
+            if not striker.struck:
+                break  # the moment is after the end
+        assert outcomes == {KeyboardInterrupt, type(None)}
+        assert moment > 40
+
+    def test_at_any_moment(self, threads: Threads) -> None:
+        """Raised in the task it is meant for, or not at all; nothing escapes and no other task is hit."""
+        rounds = 300
+        tasks: list[Any] = [Task() for _ in range(rounds)]
+        begun = [threading.Event() for _ in range(rounds)]
+        over = threading.Event()
+
+        def runner() -> list[bool]:
+            strand = Strand()
+            strand.depth = 1
+            outcomes = []
+            for i, task in enumerate(tasks):
+
+                def user(i: int = i) -> None:
+                    begun[i].set()
+                    for _ in range(200):
+                        strand.enter()
+                        strand.leave()
+
+                error = run_task(strand, task, user)
+                assert error is None or isinstance(error, KeyboardInterrupt)
+                # Here the thread is the runtime's: an exception would end the test.
+                assert (strand.depth, strand.pending, strand.task) == (1, False, None)
+                outcomes.append(error is not None)
+            over.set()
+            return outcomes
+
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            running = threads.start(runner)
+            delay = random.Random(1)
+            for i in range(rounds):
+                if i % 3 == 0:
+                    while not (begun[i].wait(0.01) or over.is_set()):
+                        pass
+                    for _ in range(delay.randrange(3000)):
+                        pass
+                    interrupt(tasks[i])
+            outcomes = running()
+        finally:
+            sys.setswitchinterval(before)
+        assert len(outcomes) == rounds
+        assert not any(hit for i, hit in enumerate(outcomes) if i % 3)
+        assert any(outcomes)
+
+
+class TestSignalledCalls:
+    """Interrupts of calls on a worker's main thread, by a signal that is the process's."""
+
+    @pytest.fixture
+    def strand(self) -> Iterator[Strand]:
+        strand = Strand()
+        strand.depth = 1
+        strand.signalled = True
+        before = signal.signal(signal.SIGINT, strand.on_signal)
+        yield strand
+        signal.signal(signal.SIGINT, before)
+        assert (strand.depth, strand.task, strand.pending) == (1, None, False)
+
+    def test_in_user_code(self, strand: Strand) -> None:
+        task = Task()
+        reached = []
+
+        def user() -> None:
+            interrupt(task)
+            for _ in range(100):
+                pass
+            reached.append(1)
+
+        assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
+        assert not reached
+
+    def test_in_the_runtime_it_is_put_off_until_the_door(self, strand: Strand) -> None:
+        task = Task()
+        reached = []
+
+        def user() -> None:
+            strand.enter()
+            interrupt(task)
+            ctrl_c()
+            reached.append("inside")
+            strand.leave()
+            reached.append("after")
+
+        assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
+        assert reached == ["inside"]
+
+    def test_once_for_a_task(self, strand: Strand) -> None:
+        """Ctrl-C in a terminal reaches the worker as well; what clears up must not be hit again."""
+        task = Task()
+        cleared = []
+
+        def user() -> None:
+            try:
+                interrupt(task)
+                ctrl_c()
+            finally:
+                ctrl_c()
+                strand.enter()
+                ctrl_c()
+                strand.leave()
+                cleared.append(1)
+
+        assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
+        assert cleared
+        other = Task()
+        assert isinstance(run_task(strand, other, lambda: interrupt(other)), KeyboardInterrupt)
+
+    def test_a_signal_for_nobody(self, strand: Strand) -> None:
+        ctrl_c()  # idle
+        task = Task()
+        assert run_task(strand, task, ctrl_c) is None  # running, not interrupted
+        task.interrupted = True
+        ctrl_c()  # ended
+
+    def test_before_it_begins(self, strand: Strand) -> None:
+        task = Task()
+        task.interrupted = True
+        reached: list[int] = []
+        assert isinstance(run_task(strand, task, lambda: reached.append(1)), KeyboardInterrupt)
+        assert not reached
