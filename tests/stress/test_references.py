@@ -1,7 +1,9 @@
 """References passed about a thousand times; nothing is left in any table."""
 
 import gc
+import os
 import random
+import signal
 import threading
 
 import shmdist as sd
