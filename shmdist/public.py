@@ -7,6 +7,7 @@ of this. It loads the rest when something in it is asked for (see ``__init__``).
 import logging
 from types import FunctionType
 
+from shmdist import shared
 from shmdist._version import __version__
 from shmdist.calls import (
     fetchany,
@@ -142,6 +143,7 @@ __all__ = [
     "remoteref_id",
     "rmprocs",
     "set_default_worker_pool",
+    "shared",
     "spawn",
     "spawnat",
     "splitrange",

@@ -41,7 +41,7 @@ from shmdist.runtime.strand import Cell, current
 from shmdist.shipping import Shipped
 from shmdist.wire import codec
 from shmdist.wire.link import LinkClosed
-from shmdist.wire.messages import BY_ID, IS_ERROR, NOT_RUN, WANT_VALUE, Kind
+from shmdist.wire.messages import BY_ID, IS_ERROR, NOT_RUN, WANT_VALUE, Kind, Parts
 
 WINDOW = 2  # batches of a run that a worker has at a time, at least
 _DEEPEST = 32  # and at most, when they are short
@@ -133,6 +133,7 @@ class Run:
         self.stuck = False  # a batch waits behind another, and a worker has nothing to do
         self.largest = 1  # the largest batch so far
         self.cheap = False
+        self.known: Any = None  # finds blocks of arrays that go out many times
         if batch_size is None and total is not None:
             first = list(itertools.islice(elements, 1))
             self.elements = itertools.chain(first, elements)
@@ -316,10 +317,11 @@ class Run:
                 self.calls[call_id] = batch
                 out.append(batch)
                 node.pending[call_id] = Reply(call_id, pid, self._arrived)
-                parts += codec.frame(_CALL, WANT_VALUE | BY_ID, self.lane, call_id, payload)
+                payload.known = self.known
+                parts.join(codec.frame(_CALL, WANT_VALUE | BY_ID, self.lane, call_id, payload, link))
                 together.refs += payload.refs
             if len(parts) > 1 and sum(map(len, parts)) < _JOINED:
-                parts = [b"".join(parts)]
+                parts[:] = [b"".join(parts)]
             node.send(link, parts, together)
         except (LinkClosed, KeyError):
             pass  # its death is on its way, and fails what was sent to it
@@ -331,15 +333,16 @@ class Run:
         if pid in node.graves:
             self._fail_sent(pid, [batch for batch, _ in payloads])
 
-    def _function_for(self, pid: int, together: codec.Payload) -> list[Any]:
+    def _function_for(self, pid: int, together: codec.Payload) -> Parts:
         """Return the frame of the function, to go ahead of the first batch; or see it sent."""
         shipped = self.shipped
         if self.kept or pid in shipped.there or pid not in self.node.links:
             shipped.send_to(pid)
-            return []
+            return Parts()
         shipped.there.add(pid)
         together.refs += shipped.payload.refs
-        return codec.frame(int(Kind.FUNC), 0, 0, shipped.number, shipped.payload)
+        link = self.node.links[pid]
+        return codec.frame(int(Kind.FUNC), 0, 0, shipped.number, shipped.payload, link)
 
     def _fail_sent(self, pid: int, batches: list[_Batch]) -> None:
         """A worker was gone before these were sent: nobody else will fail them."""

@@ -26,6 +26,7 @@ class Shipped:
         self.f = f
         self.number = next(self.node.call_ids)
         self.payload = codec.dumps(f, "the function")
+        self.payload.spread = {}
         self.there: set[int] = set()
         self._lock = threading.Lock()  # guards `there`; held while one thread sends to a worker
 
@@ -39,7 +40,8 @@ class Shipped:
             if pid in self.there:
                 return
             try:
-                node.send(link, codec.frame(int(Kind.FUNC), 0, 0, self.number, self.payload), self.payload)
+                parts = codec.frame(int(Kind.FUNC), 0, 0, self.number, self.payload, link)
+                node.send(link, parts, self.payload)
             except LinkClosed:
                 raise node.death(pid) from None
             self.there.add(pid)

@@ -1,13 +1,38 @@
-"""The one file that touches memfd and mmap."""
+"""The one file that touches memfd and mmap: memory that processes of one host share.
+
+A segment is memory without a name. On Linux it is a memfd; elsewhere a POSIX shared memory
+object whose name is removed the moment it has been made. Other processes get it as a
+descriptor over a link, so that nothing can be left behind, whoever is killed when, and
+``/dev/shm`` may be as small as it likes.
+
+Pages are reserved before they are written. Writing to a page that cannot be had is the end
+of a process (SIGBUS); reserving it is an ``OSError``.
+
+A mapping is never unmapped while anything looks into it: it is an object, which every view
+holds, and ends with the last of them. So there is no ``close`` to call too early.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PAGE = mmap.PAGESIZE
 _SIZE = 4096
 SLOTS = _SIZE // 16
+_REMOVE, _POPULATE_WRITE = 9, 23  # Linux: advice to the system about pages
+_LINUX = sys.platform == "linux"
+
+
+def whole_pages(nbytes: int) -> int:
+    """Return `nbytes` rounded up to whole pages."""
+    return -(-nbytes // PAGE) * PAGE
 
 
 class Page:
@@ -55,3 +80,292 @@ def make_page() -> Any:
         return Page()
     except OSError:
         return None
+
+
+def _unnamed() -> int:
+    """Return the descriptor of new shared memory that has no name."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("shmdist", os.MFD_CLOEXEC)
+    import _posixshmem  # type: ignore[import-not-found]  # the C half of multiprocessing.shared_memory
+    import secrets
+
+    name = f"/shmdist-{secrets.token_hex(8)}"
+    fd: int = _posixshmem.shm_open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, mode=0o600)
+    _posixshmem.shm_unlink(name)
+    return fd
+
+
+class Segment:
+    """Shared memory, mapped into this process.
+
+    Parameters
+    ----------
+    owner, number : int
+        Which process made it, and its number there: what others know it by.
+    size : int
+        Bytes, a multiple of the page size.
+    fd : int
+        Its descriptor, owned by the segment from now on.
+
+    Attributes
+    ----------
+    view : memoryview
+        The memory. Views of views keep the mapping.
+    """
+
+    def __init__(self, owner: int, number: int, size: int, fd: int) -> None:
+        self.owner = owner
+        self.number = number
+        self.size = size
+        self.fd = fd
+        self._array: Any = None
+        self._address = 0
+        try:
+            self._map = mmap.mmap(fd, size)
+        except BaseException:
+            self.close_fd()
+            raise
+        self.view = memoryview(self._map)
+
+    @classmethod
+    def make(cls, owner: int, number: int, size: int) -> Segment:
+        """Make a segment all of whose pages are reserved.
+
+        Raises
+        ------
+        OSError
+            There is not so much memory, or a limit of this process or its group forbids it.
+        """
+        fd = _unnamed()
+        try:
+            os.ftruncate(fd, size)
+            _reserve(fd, 0, size)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(owner, number, size, fd)
+
+    def __repr__(self) -> str:
+        return f"<Segment {self.number} of process {self.owner}, {self.size >> 10} KiB, fd {self.fd}>"
+
+    def __del__(self) -> None:
+        # A mapping that something still looks into stays; it needs no descriptor.
+        with contextlib.suppress(AttributeError, OSError):
+            self.close_fd()
+
+    def close_fd(self) -> None:
+        """Close the descriptor; the mapping ends with its last view."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    @property
+    def array(self) -> Any:
+        """The memory as a numpy array of bytes."""
+        if self._array is None:
+            import numpy
+
+            self._array = numpy.frombuffer(self._map, "B")
+        return self._array
+
+    @property
+    def address(self) -> int:
+        """Where the mapping begins in this process."""
+        if not self._address:
+            import ctypes
+
+            self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        return self._address
+
+    def write(self, offset: int, source: Any) -> None:
+        """Copy contiguous bytes into the segment; other threads run meanwhile when they are many."""
+        nbytes = len(source)
+        numpy = sys.modules.get("numpy")
+        if numpy is None or nbytes < 1 << 16 or not hasattr(numpy, "copyto"):
+            self.view[offset : offset + nbytes] = source
+        else:
+            numpy.copyto(self.array[offset : offset + nbytes], numpy.frombuffer(source, "B"))
+
+    def reserve(self, offset: int, size: int) -> None:
+        """Reserve pages that were given back.
+
+        Raises
+        ------
+        OSError
+            There is not so much memory.
+        """
+        _reserve(self.fd, offset, size)
+
+    def touch(self, offset: int, size: int) -> None:
+        """Have reserved pages mapped now, so that the first copy need not do it page by page."""
+        self._advise(offset, size, _POPULATE_WRITE)  # an old kernel refuses: then the first copy does it
+
+    def give_back(self, offset: int, size: int) -> None:
+        """Give pages back to the system; they must be reserved before they are used again."""
+        self._advise(offset, size, _REMOVE)
+
+    def _advise(self, offset: int, size: int, advice: int) -> None:
+        """Advise the system. Not by the module mmap, which keeps the interpreter to itself meanwhile."""
+        if _LINUX:
+            _libc().madvise(self.address + offset, size, advice)
+
+    def private(self, offset: int, nbytes: int) -> PrivateView:
+        """Map a part such that what is written there stays this mapping's own.
+
+        Raises
+        ------
+        OSError
+            There is no room for the mapping.
+        """
+        return PrivateView(self, offset, nbytes)
+
+    def keep_own_copy(self, offset: int, nbytes: int) -> None:
+        """Put a private mapping in the place of a part of this one; in a forked child."""
+        start = offset // PAGE * PAGE
+        size = whole_pages(offset + nbytes - start)
+        _map_at(self.address + start, size, self.fd, start)
+
+
+def _reserve(fd: int, offset: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, offset, size)
+
+
+class PrivateView:
+    """A mapping of a part of a segment that keeps what is written there to itself.
+
+    The C library is called directly where it can be: the module ``mmap`` keeps a descriptor
+    open for each mapping, and there may be thousands of these.
+    """
+
+    def __init__(self, segment: Segment, offset: int, nbytes: int) -> None:
+        start = offset // PAGE * PAGE
+        self._size = whole_pages(offset + nbytes - start)
+        self._base = 0
+        self._kept: Any = None
+        if _LINUX:
+            self._base = _map_at(0, self._size, segment.fd, start)
+            self.address = self._base + offset - start
+        else:
+            import numpy
+
+            self._kept = mmap.mmap(
+                segment.fd,
+                self._size,
+                flags=mmap.MAP_PRIVATE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                offset=start,
+            )
+            array = numpy.frombuffer(self._kept, "B")
+            self.address = array.__array_interface__["data"][0] + offset - start
+
+    def unmap(self) -> None:
+        """Take the mapping down; nothing may look into it any more."""
+        base, self._base = self._base, 0
+        self._kept = None
+        if base:
+            _libc().munmap(base, self._size)
+
+
+_library: Any = None
+
+
+def _libc() -> Any:
+    """Return the C library's mapping functions."""
+    global _library
+    if _library is None:
+        import ctypes
+
+        library = ctypes.CDLL(None, use_errno=True)
+        library.mmap.restype = ctypes.c_void_p
+        library.mmap.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_int64,
+        ]
+        library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        _library = library
+    return _library
+
+
+_MAP_FIXED = 0x10
+_FAILED = (1 << (8 * (8 if sys.maxsize > 2**32 else 4))) - 1
+
+
+def _map_at(address: int, size: int, fd: int, offset: int) -> int:
+    """Map a part of a file privately; at `address`, over what is there, unless it is 0."""
+    import ctypes
+
+    flags = mmap.MAP_PRIVATE | (_MAP_FIXED if address else 0)
+    found = _libc().mmap(address or None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
+    if found is None or found == _FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return int(found)
+
+
+def available_memory() -> int:
+    """Return how many bytes could be had now: the system's, or less where a cgroup says so."""
+    left = 1 << 62
+    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                left = int(line.split()[1]) << 10
+                break
+    for limit, used in _group_limits():
+        left = min(left, max(0, limit - used))
+    return left
+
+
+def total_memory() -> int:
+    """Return the bytes of memory that this process may count on: the host's, or its cgroup's."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([total, *(limit for limit, _ in _group_limits())])
+
+
+def _group_limits() -> Iterator[tuple[int, int]]:
+    """Yield limit and use, in bytes, of each cgroup above this process that has a limit."""
+    try:
+        with open("/proc/self/cgroup") as file:
+            entries = [line.strip().split(":", 2) for line in file]
+    except OSError:
+        return
+    for _, controllers, path in entries:
+        if not controllers:
+            root, names = "/sys/fs/cgroup", ("memory.max", "memory.current", "memory.stat", "inactive_file ")
+        elif "memory" in controllers.split(","):
+            root = "/sys/fs/cgroup/memory"
+            names = (
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "memory.stat",
+                "total_inactive_file ",
+            )
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts) + 1):
+            folder = os.path.join(root, *parts[:depth])
+            with contextlib.suppress(OSError, ValueError):
+                limit = _number(folder, names[0])
+                if limit < 1 << 60:
+                    yield limit, _number(folder, names[1]) - _reclaimable(folder, names[2], names[3])
+
+
+def _number(folder: str, name: str) -> int:
+    with open(os.path.join(folder, name)) as file:
+        text = file.read().strip()
+    return 1 << 62 if text == "max" else int(text)
+
+
+def _reclaimable(folder: str, name: str, key: str) -> int:
+    """Return the bytes of cached files in a cgroup that the system would drop first."""
+    with open(os.path.join(folder, name)) as file:
+        for line in file:
+            if line.startswith(key):
+                return int(line.split()[1])
+    return 0

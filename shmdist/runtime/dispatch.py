@@ -105,6 +105,8 @@ class Dispatcher:
 
     def add(self, link: Link) -> None:
         """Read `link` from now on."""
+        if link.is_local:
+            link.sharing = self._node.sharing
         self._links[link.fd] = link
         self.threads.ensure_standby()
         self.poller.add(link.fd)
@@ -482,6 +484,7 @@ class Dispatcher:
 
     def close(self) -> None:
         """End the threads, and close the links and the poller."""
+        self._node.sharing.keeper.close()
         self.stop_serving()
         ended = self.threads.join(1.0)
         for link in list(self._links.values()):

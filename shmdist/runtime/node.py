@@ -7,7 +7,7 @@ Locks, in the order in which they may be taken (a later one while an earlier is 
 1. ``Dispatcher._baton``: the right to read; not a lock that anybody waits for.
 2. ``Node.lock``: members, links, reference table.  No user code, pickling, or sending
    while it is held: decide under it, act after it.
-3. ``Dispatcher._roles``, ``Link.gate``, ``Strand.guard``: short and leaf-like.
+3. ``Dispatcher._roles``, ``Link.gate``, ``Strand.guard``, ``Sharing.lock``: short and leaf-like.
 4. ``Link._write``: held while a frame is written; taken with none of the above held.
 
 How a process is lost
@@ -30,7 +30,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from shmdist._log import Log
 from shmdist.errors import (
@@ -44,14 +44,23 @@ from shmdist.runtime.output import Outputs
 from shmdist.runtime.ownership import Ownership
 from shmdist.runtime.reftable import RRID, RefTable
 from shmdist.runtime.replies import Operation, Reply, pack_error, unpack_error
+from shmdist.runtime.sharing import Sharing
 from shmdist.runtime.strand import Cell, current
 from shmdist.runtime.task import Functions, Tasks
 from shmdist.wire import codec
 from shmdist.wire.link import Link, LinkClosed, SendInterrupted
-from shmdist.wire.messages import BROKEN, HAS_REFS, IS_ERROR, IS_NEW, NO_LANE, NOT_RUN, Frame, Kind, PeerInfo
-
-if TYPE_CHECKING:
-    from shmdist.wire.link import Part
+from shmdist.wire.messages import (
+    BROKEN,
+    HAS_REFS,
+    IS_ERROR,
+    IS_NEW,
+    NO_LANE,
+    NOT_RUN,
+    Frame,
+    Kind,
+    Parts,
+    PeerInfo,
+)
 
 _CALL, _RESULT, _CANCEL, _REFS, _OP = (
     int(Kind.CALL),
@@ -60,6 +69,8 @@ _CALL, _RESULT, _CANCEL, _REFS, _OP = (
     int(Kind.REFS),
     int(Kind.OP),
 )
+_LEASES = int(Kind.LEASES)
+_COUNTS = (_REFS, _LEASES)
 _NEWS = 0.3  # seconds that process 1 may take to tell how another one ended
 _log = Log("node")
 
@@ -116,6 +127,7 @@ class Node(Ownership):
         #: Files that a forked child must not keep open, lest this process seem alive.
         self.inherited: list[Any] = []
         self.dispatcher = Dispatcher(self)
+        self.sharing = Sharing(self)
 
     def __repr__(self) -> str:
         return (
@@ -201,6 +213,7 @@ class Node(Ownership):
             if key[0] == pid and self.waiting.pop(key, None) is not None:
                 withdraw()
         self.functions.forget(pid)
+        self.sharing.lost(pid)
         self.drop(freed)
         for hook in list(self.lost_hooks):
             try:
@@ -220,6 +233,8 @@ class Node(Ownership):
         lane: int = NO_LANE,
         callback: Callable[[Reply], None] | None = None,
         call_id: int | None = None,
+        reply: Reply | None = None,
+        fd: int = -1,
     ) -> Reply:
         """Send a frame that will be answered; the caller is inside the runtime.
 
@@ -231,12 +246,13 @@ class Node(Ownership):
             While the frame waited to be written; it is withdrawn.
         """
         link = self.links.get(pid) or self.link_to(pid)
-        if call_id is None:
-            call_id = next(self.call_ids)
-        reply = Reply(call_id, pid, callback)
+        if reply is None:
+            reply = Reply(next(self.call_ids) if call_id is None else call_id, pid, callback)
+        call_id = reply.call_id
+        parts = codec.frame(kind, flags, lane, call_id, payload, link)
         self.pending[call_id] = reply
         try:
-            self.send(link, codec.frame(kind, flags, lane, call_id, payload), payload)
+            self.send(link, parts, payload, fd)
         except LinkClosed:
             # Its death is on its way to us, and says how it went.
             if pid in self.graves and self.pending.pop(call_id, None) is not None:
@@ -249,13 +265,16 @@ class Node(Ownership):
                 self.fail(reply, self.death(pid))
         return reply
 
-    def send(self, link: Link, parts: list[Part], payload: codec.Payload | None) -> None:
+    def send(self, link: Link, parts: Parts, payload: codec.Payload | None, fd: int = -1) -> None:
         """Write a frame; the references in it are counted for the receiver first."""
         if payload is not None and payload.refs:
             self.count(payload.refs, link.pid, +1)
         strand = current()
+        sharing = self.sharing
+        if sharing.has_dues():
+            self._pay(link)
         try:
-            link.send(parts, strand.interrupted)
+            link.send(parts, strand.interrupted, fd)
         except SendInterrupted as stopped:
             if stopped.begun:
                 self.dispatcher.start(lambda: (link.flush(block=True), None)[1])
@@ -263,18 +282,46 @@ class Node(Ownership):
                 return
             if payload is not None and payload.refs:
                 self.count(payload.refs, link.pid, -1)
-            strand.deliver()
-            self.send(link, parts, payload)  # the program's own handler lets it go on
+            try:
+                strand.deliver()
+            except BaseException:
+                sharing.take_back(parts, link.pid)
+                raise
+            self.send(link, parts, payload, fd)  # the program's own handler lets it go on
+        if parts.wanted:
+            sharing.keeper.want(parts.wanted, link.pid)
+
+    def _pay(self, link: Link) -> None:
+        """Give blocks back to the process at the end of `link`, ahead of what goes there now."""
+        dues = self.sharing.dues(link)
+        if dues:
+            link.post(dues)
+
+    def wait_inside(self, reply: Cell) -> None:
+        """Wait for what a peer's runtime answers by itself; no interrupt ends it.
+
+        Another thread reads meanwhile: this one may be in the middle of anything.
+        """
+        lock = threading.Lock()
+        lock.acquire()
+        reply.add(lock)
+        while not reply.done:
+            lock.acquire(timeout=0.05)  # it may have been done before it saw the lock
+        reply.remove(lock)
 
     def answer(self, link: Link, call_id: int, flags: int, payload: codec.Payload | None) -> bool:
         """Answer a request; False when the other side is gone."""
-        parts = codec.frame(_RESULT, flags, 0, call_id, payload)
+        parts = codec.frame(_RESULT, flags, 0, call_id, payload, link)
         try:
             if payload is not None and payload.refs:
                 self.count(payload.refs, link.pid, +1)
+            if self.sharing.has_dues():
+                self._pay(link)
             link.send(parts)
         except LinkClosed:
             return False
+        if parts.wanted:
+            self.sharing.keeper.want(parts.wanted, link.pid)
         return True
 
     def post(
@@ -363,12 +410,16 @@ class Node(Ownership):
     def control(self, frame: Frame) -> None:
         """Handle a frame that is neither call, operation nor answer; must not block."""
         kind = frame.kind
-        if kind == _REFS and frame.call_id != self.pid:
+        if kind in _COUNTS and frame.call_id != self.pid:
             link = self.links.get(frame.call_id)  # for another process, which the sender cannot reach
             if link is not None:
                 payload = codec.Payload()
                 payload.parts.append(frame.body)
-                self.post(link, _REFS, 0, frame.call_id, payload)
+                self.post(link, kind, 0, frame.call_id, payload)
+        elif kind == _LEASES:
+            self.sharing.on_leases(frame)
+        elif kind == Kind.SEGMENT:
+            self.sharing.on_segment(frame)
         elif kind == _REFS and frame.flags & IS_NEW:
             self.create(RRID(*pickle.loads(frame.body)), "future", frame.link.pid)
         elif kind == _REFS:
@@ -476,6 +527,7 @@ def _after_fork() -> None:
     node, _current = _current, None
     if node is not None:
         node.closed = True
+        node.sharing.after_fork_in_child()
         node.dispatcher.abandon()
         node.outputs.abandon()
         for file in node.inherited:
@@ -483,4 +535,14 @@ def _after_fork() -> None:
                 file.close()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+def _before_fork() -> None:
+    if _current is not None:
+        _current.sharing.before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    if _current is not None:
+        _current.sharing.after_fork_in_parent()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)

@@ -94,6 +94,9 @@ class Tasks:
             return
         frame = task.frame
         payload: codec.Payload | None = None
+        function: Any
+        args: Any
+        kwargs: Any
         value: Any = None
         error: BaseException | None = None
         strand.begin(task)
@@ -116,6 +119,11 @@ class Tasks:
         strand.end()
         if task.ticket >= 0:
             self._pass_gate(task)
+        # From here on nothing of the call's arguments may be held: their memory goes back
+        # with the answer, or is itself the answer.
+        function = args = kwargs = None
+        if not frame.flags & WANT_STORE:
+            value = None
         if self.running.pop(key, None) is None:
             return  # somebody answered for it
         try:
@@ -135,6 +143,8 @@ class Tasks:
         elif error is not None:
             self._answer_error(task, error)
         elif payload is not None:
+            if payload.buffers:
+                self._node.sharing.mark_moving(payload, task.link.pid)
             self._node.answer(task.link, frame.call_id, 0, payload)
 
     def _last_resort(self, task: Task, failure: BaseException) -> None:

@@ -1,27 +1,165 @@
-"""How numpy arrays are pickled, where numpy's own way would be a trap."""
+"""How numpy arrays are pickled, where numpy's own way would be a trap or a copy too many.
+
+An array that is not contiguous, and a view of a shared array, are not turned into bytes while
+they are pickled. A *source* takes the place of their bytes among the payload's buffers, and
+the frame's maker decides: it writes a strided array straight into its final block, and sends
+of a shared one only where it lies (or its bytes, to who cannot see it).
+"""
 
 from __future__ import annotations
 
+import pickle
 import sys
+from collections.abc import Callable
 from typing import Any
 
 #: Buffers from this size on, in bytes, leave the pickle stream.
 INLINE = 1 << 13
 
+#: Finds the lease of the shared array in which an array lies, given its first and last
+#: address; None as long as this process has no shared arrays.
+find_shared: Callable[[int, int], Any] | None = None
 
-def reduce_array(array: Any, _pickler: Any) -> Any:
-    """Let arrays arrive writable, and large strided ones in one copy."""
+
+class Strided:
+    """An array that is not contiguous, in the place of its bytes in C order.
+
+    Attributes
+    ----------
+    array : ndarray
+        Any shape and strides.
+    nbytes : int
+        Of its elements.
+    """
+
+    __slots__ = ("array", "nbytes")
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+        self.nbytes: int = array.nbytes
+
+    def __len__(self) -> int:
+        return self.nbytes
+
+    def bytes(self) -> Any:
+        """Return the elements as contiguous bytes: a copy."""
+        return memoryview(self.array.copy("C").reshape(-1).view("B"))
+
+    def write_to(self, target: Any) -> None:
+        """Copy the elements into an array of as many bytes."""
+        numpy = sys.modules["numpy"]
+        array = self.array
+        numpy.copyto(numpy.ndarray(array.shape, array.dtype, target), array)
+
+
+class SharedView(Strided):
+    """A view of a shared array, in the place of its bytes.
+
+    Attributes
+    ----------
+    lease : Lease
+        Of the whole shared array.
+    """
+
+    __slots__ = ("lease",)
+
+    def __init__(self, array: Any, lease: Any) -> None:
+        super().__init__(array)
+        self.lease = lease
+
+
+def contiguous(source: Any) -> Any:
+    """Return the bytes of a buffer, or of what is in the place of one."""
+    return source.bytes() if isinstance(source, Strided) else source
+
+
+def reduce_array(array: Any, pickler: Any) -> Any:
+    """Let arrays arrive writable and in one copy, and shared ones without any."""
     if array.dtype.hasobject:
         return NotImplemented
-    flags = array.flags
-    if flags.writeable and (flags.forc or array.nbytes < INLINE):
-        return NotImplemented
     kind = type(array)
-    if flags.forc and kind.__module__ == "numpy" and kind.__name__ == "ndarray" and array.nbytes >= INLINE:
-        return _writable_face(array).__reduce_ex__(5)
-    if not flags.forc and kind.__name__ != "ndarray":
-        return NotImplemented  # a subclass knows how to pickle itself, at the price of a copy
-    return array.copy("A").__reduce_ex__(5)
+    payload = getattr(pickler, "payload", None)
+    plain = kind.__module__ == "numpy" and kind.__name__ == "ndarray"
+    if not plain and not _reduces_like_ndarray(kind):
+        return NotImplemented  # a subclass knows how to pickle itself, at the price of copies
+    if find_shared is not None and payload is not None and array.size:
+        reduced = _reduce_shared(array, None if plain else kind, payload)
+        if reduced is not None:
+            return reduced
+    flags = array.flags
+    if array.nbytes < INLINE or payload is None:
+        if flags.writeable or not plain:
+            return NotImplemented
+        return array.copy("A").__reduce_ex__(5)
+    if plain and flags.forc:
+        return NotImplemented if flags.writeable else _writable_face(array).__reduce_ex__(5)
+    order = "F" if flags.f_contiguous and not flags.c_contiguous else "C"
+    if not flags.forc:
+        payload.sources.append(Strided(array))
+        buffer = pickle.PickleBuffer(_STAND_IN)
+    else:
+        bare = array.view(sys.modules["numpy"].ndarray)
+        buffer = pickle.PickleBuffer(bare if flags.writeable else _writable_face(bare))
+    return _rebuild, (buffer, array.dtype, array.shape, order, None if plain else kind)
+
+
+_STAND_IN = bytearray(1)  # the buffer that the pickler sees of a source; it is never sent
+
+
+def extent(array: Any) -> tuple[int, int]:
+    """Return the addresses of an array's first byte, and of the one after its last."""
+    low = high = array.__array_interface__["data"][0]
+    if not array.size:
+        return low, low
+    for length, stride in zip(array.shape, array.strides, strict=True):
+        if stride < 0:
+            low += (length - 1) * stride
+        else:
+            high += (length - 1) * stride
+    return low, high + array.itemsize
+
+
+def _reduces_like_ndarray(kind: Any) -> bool:
+    """Tell whether a subclass of ndarray is pickled as its elements and its type, and no more."""
+    ndarray = sys.modules["numpy"].ndarray
+    known: bool = (
+        kind.__reduce__ is ndarray.__reduce__
+        and kind.__reduce_ex__ is ndarray.__reduce_ex__
+        and kind.__setstate__ is ndarray.__setstate__
+    )
+    return known
+
+
+def _rebuild(buffer: Any, dtype: Any, shape: Any, order: Any, kind: Any) -> Any:
+    """Make an array over a buffer that holds its elements; the buffer is its memory."""
+    import numpy
+
+    array = numpy.ndarray(shape, dtype, buffer, 0, None, order)
+    return array if kind is None else array.view(kind)
+
+
+def _reduce_shared(array: Any, kind: Any, payload: Any) -> Any:
+    """Reduce a view of a shared array to where it lies; None when it is no such view."""
+    assert find_shared is not None
+    lease = find_shared(*extent(array))
+    if lease is None:
+        return None
+    payload.sources.append(SharedView(array, lease))
+    place = (array.__array_interface__["data"][0] - lease.start, array.strides, array.flags.writeable)
+    return _rebuild_shared, (pickle.PickleBuffer(_STAND_IN), array.dtype, array.shape, place, kind)
+
+
+def _rebuild_shared(buffer: Any, dtype: Any, shape: Any, place: Any, kind: Any) -> Any:
+    """Make a view of a shared array; or an array of its own, when only the elements came."""
+    import numpy
+
+    offset, strides, writeable = place
+    if hasattr(getattr(buffer, "base", None), "lease"):
+        array = numpy.ndarray(shape, dtype, buffer, offset, strides)
+        array.flags.writeable = writeable
+    else:
+        array = numpy.ndarray(shape, dtype, buffer)
+    return array if kind is None else array.view(kind)
 
 
 class _Face:
@@ -48,3 +186,23 @@ def _writable_face(array: Any) -> Any:
     numpy = sys.modules["numpy"]
     order = "C" if array.flags.c_contiguous else "F"
     return numpy.ndarray(array.shape, array.dtype, numpy.asarray(_Face(array)), 0, None, order)
+
+
+def reduce_masked(array: Any, pickler: Any) -> Any:
+    """Let the data and the mask of a masked array leave the pickle stream."""
+    if array.nbytes < INLINE or getattr(pickler, "payload", None) is None:
+        return NotImplemented
+    numpy = sys.modules["numpy"]
+    mask = array.mask
+    if mask is not numpy.ma.nomask:
+        mask = mask.view(numpy.ndarray)
+    data = array.data.view(numpy.ndarray)
+    return _rebuild_masked, (data, None if mask is numpy.ma.nomask else mask, array._fill_value)
+
+
+def _rebuild_masked(data: Any, mask: Any, fill_value: Any) -> Any:
+    import numpy
+
+    array: Any = numpy.ma.MaskedArray(data, numpy.ma.nomask if mask is None else mask, copy=False)
+    array._fill_value = fill_value
+    return array

@@ -8,9 +8,10 @@ lambdas, closures).  The plain one is tried first; meeting such an object it sto
 the other starts over.  Both stop before the first byte is on its way, so an object that
 cannot be sent costs nothing but its error.
 
-Buffers of `INLINE` bytes and more leave the pickle stream and are written to the socket
-from where they lie.  Shared memory will hook in at :func:`_keep_out`: what decides there
-between the stream and a block is told the buffer and can answer with a token.
+Buffers of `INLINE` bytes and more leave the pickle stream.  What becomes of them is decided
+when a frame is made of the payload (:func:`frame`), for a payload may go to several receivers:
+large ones go through a block of shared memory to a process of this host, all others are
+written to the socket from where they lie.  So does a large body.
 
 References
 ----------
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import sys
 import threading
 from collections import Counter
@@ -34,14 +36,16 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from shmdist.errors import SerializationError, reduce_exception
-from shmdist.wire.arrays import INLINE, reduce_array
-from shmdist.wire.messages import HAS_REFS, HEADER, Frame
+from shmdist.memory.holds import Hold
+from shmdist.wire.arrays import INLINE, contiguous, reduce_array, reduce_masked
+from shmdist.wire.messages import BODY_LAST, HAS_REFS, HEADER, IN_BLOCK, Frame, Parts, Token
 
 if TYPE_CHECKING:
-    from shmdist.wire.link import Part
+    from shmdist.wire.link import Link
 
 #: Frames up to this size, in bytes, are joined into one piece before they are written.
 _JOIN = 1 << 14
+_LARGE = 1 << 16  # bytes of a body from which on a block is worth asking for
 
 #: Types with a reducer of ours: type -> callable(object, pickler) -> reduce value.
 #: ``refs`` enters its types here.
@@ -51,18 +55,35 @@ _MAIN = frozenset({"__main__", "__mp_main__"})
 
 
 class Payload:
-    """A pickled object: the body's parts, the buffers beside it, the references in it."""
+    """A pickled object: the body's parts, the buffers beside it, the references in it.
 
-    __slots__ = ("buffers", "parts", "refs", "write")
+    Attributes
+    ----------
+    buffers : list
+        Contiguous bytes where they lie, and sources (``wire.arrays``) in the place of such.
+    spread : dict or None
+        A dict when the payload goes to several receivers: then a buffer is copied into a
+        block once, whose hold is kept here by the buffer's number.
+    known : object or None
+        Finds a block that has the bytes of a buffer already (``runtime.sharing.Repeated``).
+    """
+
+    __slots__ = ("buffers", "known", "parts", "refs", "sources", "spread", "write")
 
     def __init__(self) -> None:
         self.parts: list[Any] = []
         self.write = self.parts.append  # what the pickler calls
         self.buffers: list[Any] = []
         self.refs: list[Any] = []
+        self.sources: list[Any] = []  # on their way to `buffers`
+        self.spread: dict[int, Any] | None = None
+        self.known: Any = None
 
     def keep_out(self, buffer: pickle.PickleBuffer) -> bool:
         """Take a buffer out of the stream when it is large; true leaves it there."""
+        if self.sources:
+            self.buffers.append(self.sources.pop())
+            return False
         raw = buffer.raw()
         if raw.nbytes < INLINE:
             return True
@@ -95,7 +116,7 @@ class _Pickler(pickle.Pickler):
             return reducer(obj, self)
         if kind in _FUNCTIONS:
             return NotImplemented
-        return _reduce_rare(obj, kind)
+        return _reduce_rare(obj, kind, self)
 
 
 def _environ() -> Any:
@@ -110,7 +131,7 @@ reducers[type(os.environ)] = lambda environ, _pickler: (
 )
 
 
-def _reduce_rare(obj: Any, kind: type) -> Any:
+def _reduce_rare(obj: Any, kind: type, pickler: Any) -> Any:
     """Reduce what needs a word of ours but has no entry in `reducers`."""
     # The type itself is asked, for a proxy may give itself out for something else.
     if issubclass(kind, type):
@@ -124,7 +145,9 @@ def _reduce_rare(obj: Any, kind: type) -> Any:
     if ndarray is not None and issubclass(kind, ndarray):
         if kind is ndarray:
             reducers[ndarray] = reduce_array
-        return reduce_array(obj, None)
+        elif kind.__name__ == "MaskedArray" and kind.__module__.startswith("numpy."):
+            return reduce_masked(obj, pickler)
+        return reduce_array(obj, pickler)
     return NotImplemented
 
 
@@ -154,7 +177,7 @@ def _cloud_pickler() -> Any:
                         return _with_receivers_globals(obj, super().reducer_override(obj))
                     if isinstance(obj, type):
                         return super().reducer_override(obj)
-                    value = _reduce_rare(obj, kind)
+                    value = _reduce_rare(obj, kind, self)
                     if value is NotImplemented:
                         return super().reducer_override(obj)
                     return value
@@ -336,28 +359,53 @@ def _can_pickle(obj: Any) -> BaseException | None:
     return None
 
 
-def frame(kind: int, flags: int, lane: int, call_id: int, payload: Payload | None) -> list[Part]:
-    """Return the parts of a frame, ready to be written in order."""
+def frame(
+    kind: int, flags: int, lane: int, call_id: int, payload: Payload | None, link: Link | None = None
+) -> Parts:
+    """Return the parts of a frame, ready to be written in order.
+
+    Parameters
+    ----------
+    kind, flags, lane, call_id : int
+        As in the header.
+    payload : Payload or None
+        The body, and what is beside it.
+    link : Link, optional
+        By which it will go: then large buffers may go through blocks. Who does not write the
+        frame must take back what was granted for it (``Sharing.take_back``).
+    """
     if payload is None:
-        return [HEADER.pack(kind, flags, 0, lane, 0, call_id, 0)]
+        return Parts([HEADER.pack(kind, flags, 0, lane, 0, call_id, 0)])
     parts = payload.parts
     buffers = payload.buffers
-    if not buffers and not payload.refs:
-        if len(parts) == 1:
-            body = parts[0]
-            size = len(body)
-            header = HEADER.pack(kind, flags, 0, lane, 0, call_id, size)
-            return [header + body] if size <= _JOIN else [header, body]
-        size = sum(map(len, parts))
-        header = HEADER.pack(kind, flags, 0, lane, 0, call_id, size)
-        return [header, *parts]
+    size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
+    done = Parts()
+    if buffers or size >= _LARGE:
+        if link is not None and link.sharing is not None:
+            buffers, in_block = link.sharing.place(payload, size, link.pid, done)
+            if in_block:
+                flags |= BODY_LAST
+                parts, size = [], 0
+        elif buffers:
+            buffers = [contiguous(buffer) for buffer in buffers]
     if payload.refs:
         flags |= HAS_REFS
         buffers = [pickle.dumps(tuple(payload.refs), 5), *buffers]
-    sizes = [len(buffer) for buffer in buffers]
-    header = HEADER.pack(kind, flags, 0, lane, len(sizes), call_id, sum(map(len, parts)))
-    table = b"".join(size.to_bytes(8, "little") for size in sizes)
-    return [header, table, *parts, *buffers]
+    header = HEADER.pack(kind, flags, 0, lane, len(buffers), call_id, size)
+    if not buffers:
+        if len(parts) == 1 and size <= _JOIN:
+            done.append(header + parts[0])
+        else:
+            done.append(header)
+            done += parts
+        return done
+    table = b"".join(
+        [(len(part) | (IN_BLOCK * (type(part) is Token))).to_bytes(8, "little") for part in buffers]
+    )
+    done.append(header + table)
+    done += parts
+    done += buffers
+    return done
 
 
 class _Loading(threading.local):
@@ -376,21 +424,33 @@ def note_made(key: Any) -> None:
 
 
 _numpy_ready = False
+_NUMPY = re.compile(rb"numpy\._?core|shmdist\.wire\.arrays")
 
 
-def prepare(body: bytes | bytearray) -> None:
+def prepare(body: bytes | bytearray | memoryview) -> None:
     """Import numpy before a body is read that names it.
 
     Two threads that come to different parts of numpy first, each through a pickle, can see
     it half imported. Importing the whole first makes one wait for the other.
     """
     global _numpy_ready
-    if not _numpy_ready and (b"numpy._core" in body or b"numpy.core" in body):
+    if not _numpy_ready and _NUMPY.search(body):
         try:
             import numpy  # noqa: F401 - for its being there
         except ImportError:
             return  # the body's own error will say so
         _numpy_ready = True
+
+
+def _open_buffers(frame: Frame) -> tuple[Any, list[Any], Hold | None]:
+    """Return the body of a frame, its buffers, and the hold that the body lies in, if it does."""
+    buffers = frame.buffers[1:] if frame.flags & HAS_REFS else frame.buffers
+    body, last = frame.body, None
+    if frame.flags & BODY_LAST:
+        last, buffers = buffers[-1], buffers[:-1]
+        body = last if not isinstance(last, Hold) else last.lease.view()
+    prepare(body)
+    return body, [part.array() if type(part) is Hold else part for part in buffers], last
 
 
 def loads(frame: Frame, give_back: Callable[[list[Any]], None]) -> Any:
@@ -409,15 +469,18 @@ def loads(frame: Frame, give_back: Callable[[list[Any]], None]) -> Any:
     Exception
         Whatever reading the body raises: it runs the code of the objects' classes.
     """
-    prepare(frame.body)
     if not frame.flags & HAS_REFS:
         if frame.buffers:
-            return pickle.loads(frame.body, buffers=frame.buffers)
+            # The hold of the body lives until the body is read.
+            body, buffers, _hold = _open_buffers(frame)
+            return pickle.loads(body, buffers=buffers)
+        prepare(frame.body)
         return pickle.loads(frame.body)
     refs = references(frame)
     outer, _loading.made = _loading.made, Counter()
     try:
-        return pickle.loads(frame.body, buffers=frame.buffers[1:])
+        body, buffers, _hold = _open_buffers(frame)
+        return pickle.loads(body, buffers=buffers)
     finally:
         made, _loading.made = _loading.made, outer
         lost = []

@@ -24,6 +24,14 @@ stays behind:
   first byte the rest is copied to the head of the outbox, for a half-written frame
   would be the end of the link.
 
+Descriptors.  A frame may carry one descriptor, over AF_UNIX.  It is attached to the frame's
+first bytes, so it is here before the frame is whole, and they come in the order of their
+frames.  Links over AF_UNIX are therefore read with ``recvmsg``.
+
+Blocks.  A buffer of a frame may be a token in the place of bytes (``messages``).  It becomes a
+hold the moment the frame is whole, on the reading thread: whatever happens to the frame from
+then on, the hold gives the block back when it is dropped.
+
 End.  A read of no bytes, a reset, a frame that makes no sense (lengths that no memory can
 have), a write that fails in the middle of a frame, or :meth:`close` end the link for both
 directions; frames that were complete by then are still delivered.
@@ -32,6 +40,7 @@ directions; frames that were complete by then are still delivered.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import struct
@@ -41,18 +50,30 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from shmdist.wire.messages import BROKEN, HAS_REFS, HEADER, Frame
+from shmdist.wire.incoming import Incoming
+from shmdist.wire.messages import HEADER, Frame, Parts
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
+    from typing import Protocol
+
+    class Sharing(Protocol):
+        """What a link asks of ``runtime.sharing``."""
+
+        def adopt(self, token: bytes, sender: int) -> Any:
+            """Return the hold of a block."""
+
+        def place(self, payload: Any, size: int, pid: int, done: Parts) -> tuple[list[Any], bool]:
+            """Return what stands for a payload's buffers, and whether its body is the last of them."""
+
 
 _BUFFER = 1 << 18  # bytes read at once
 _DIRECT = 1 << 15  # bodies above this are received straight into their own memory
 _TURN = 1 << 23  # bytes of one link read before the others get their turn
 _IOV_MAX = 1024  # parts a system call takes
-_NUMPY_FROM = 1 << 16  # bytes from which numpy's uncleared memory is worth asking for
 _HEADER_SIZE = HEADER.size
-_SCRATCH = memoryview(bytearray(1 << 16))  # where bytes go that nobody will see
+_ANCILLARY = socket.CMSG_SPACE(16 * 4) if hasattr(socket, "CMSG_SPACE") else 0
+_CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 Part = bytes | bytearray | memoryview
 
@@ -75,100 +96,6 @@ class SendInterrupted(Exception):
         self.begun = begun
 
 
-def allocate(nbytes: int) -> Any:
-    """Return fresh writable memory of `nbytes` bytes, not cleared where that is cheaper."""
-    if nbytes >= _NUMPY_FROM:
-        numpy = sys.modules.get("numpy")
-        empty = getattr(numpy, "empty", None)  # numpy may be half imported by another thread
-        if empty is not None:
-            return memoryview(empty(nbytes, "B"))
-    return bytearray(nbytes)
-
-
-class _Incoming:
-    """A frame of which the rest is still to come: header, and memory being filled.
-
-    Memory that cannot be had for a section makes the frame a broken one: its bytes are
-    read past, what came of it is let go, and who waits for it is told.  Of a broken frame
-    only the references are kept, so that they can be given back.
-    """
-
-    __slots__ = ("broken", "frame", "offset", "refs", "sections", "table", "target", "todo")
-
-    def __init__(self, header: tuple[int, ...]) -> None:
-        kind, flags, _, lane, nbuf, call_id, body_len = header
-        self.frame = Frame(kind, flags, lane, call_id, b"", [])
-        self.broken = False
-        self.sections: list[Any] = []  # body and buffers, as far as they are begun
-        self.refs = 1 if flags & HAS_REFS else -1  # index of the section that holds the references
-        self.todo = deque([body_len])  # sizes of the sections after the current one
-        self.offset = 0
-        self.table = bool(nbuf)  # the current section is the table of lengths
-        self.target: Any = memoryview(bytearray(nbuf * 8)) if nbuf else self._next()
-
-    def _next(self) -> Any:
-        """Make room for the next section."""
-        size = self.todo.popleft()
-        self.offset = 0
-        index = len(self.sections)
-        memory: Any = None
-        if not self.broken or index == self.refs:
-            try:
-                memory = allocate(size)
-            except (MemoryError, ValueError, OverflowError):
-                self.broken = True
-                self.sections = [part if at == self.refs else None for at, part in enumerate(self.sections)]
-        self.sections.append(memory)
-        return _Hole(size) if memory is None else memoryview(memory)
-
-    def advance(self, count: int) -> bool:
-        """Note that `count` bytes came; True when the frame is complete.
-
-        Raises
-        ------
-        OSError
-            The table of lengths makes no sense.
-        """
-        self.offset += count
-        while self.offset == len(self.target):
-            if self.table:
-                self.table = False
-                self.todo.extend(struct.unpack(f"<{len(self.target) // 8}Q", self.target))
-                if max(self.todo) > sys.maxsize:
-                    raise OSError("a buffer of a frame is longer than any memory")
-            if not self.todo:
-                return True
-            self.target = self._next()
-        return False
-
-    def finish(self) -> Frame:
-        """Return the complete frame."""
-        frame = self.frame
-        if not self.broken:
-            frame.body = self.sections[0]
-            frame.buffers = self.sections[1:]
-            return frame
-        frame.flags |= BROKEN
-        if 0 < self.refs < len(self.sections) and self.sections[self.refs] is not None:
-            frame.buffers = [self.sections[self.refs]]
-        else:
-            frame.flags &= ~HAS_REFS
-        return frame
-
-
-class _Hole:
-    """Stands for memory that could not be had: as long as it, and forgets all."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, part: slice) -> memoryview:
-        return _SCRATCH[: self._size - part.start]
-
-
 class Link:
     """A connection to one process of the cluster.
 
@@ -187,13 +114,18 @@ class Link:
         self.fd = connection.fileno()
         self._sock = socket.socket(fileno=self.fd)
         self._sock.setblocking(False)
-        if self._sock.family != getattr(socket, "AF_UNIX", None):
+        self.is_local = self._sock.family == getattr(socket, "AF_UNIX", None)
+        if not self.is_local:
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        #: What places buffers in shared memory, when this link may use it; set by who adds it.
+        self.sharing: Sharing | None = None
         # -- reading: the baton's holder only
         self._buffer = bytearray(_BUFFER)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
-        self._incoming: _Incoming | None = None
+        self._incoming: Incoming | None = None
+        self._fds: deque[int] = deque()  # descriptors that have come, not yet taken
+        self._receive = self._receive_with_fds if self.is_local else self._sock.recv_into
         # -- starting calls in order: tickets given by the reader, and passed by the calls' threads
         self.calls_read = 0
         self.calls_started = 0
@@ -210,7 +142,7 @@ class Link:
 
     # ------------------------------------------------------------------ writing
 
-    def send(self, parts: list[Part], interrupted: Callable[[], bool] = lambda: False) -> None:
+    def send(self, parts: list[Part], interrupted: Callable[[], bool] = lambda: False, fd: int = -1) -> None:
         """Write one or more whole frames, and wait until the system has taken them.
 
         Parameters
@@ -219,6 +151,8 @@ class Link:
             Header, body and buffers, each C-contiguous bytes.
         interrupted : callable
             Looked at while waiting; true gives up.
+        fd : int
+            A descriptor to send along; it stays the caller's.
 
         Raises
         ------
@@ -237,19 +171,21 @@ class Link:
         try:
             if self._outbox:
                 self._drain(block=True, interrupted=interrupted)
-            self._write_parts(parts, interrupted)
+            self._write_parts(parts, interrupted, fd)
         finally:
             write.release()
             if self._outbox:
                 self.flush(block=False)
 
-    def _write_parts(self, parts: list[Part], interrupted: Callable[[], bool]) -> None:
+    def _write_parts(self, parts: list[Part], interrupted: Callable[[], bool], fd: int) -> None:
         """Write `parts`; `_write` is held."""
         if self.closed:
             raise LinkClosed("the link is closed")
         first = parts[0]
         try:
-            if len(parts) == 1:
+            if fd >= 0:
+                sent = self._send_first(first, fd)
+            elif len(parts) == 1:
                 sent = self._sock.send(first)
                 if sent == len(first):
                     return
@@ -271,7 +207,10 @@ class Link:
                     raise SendInterrupted(begun=True)
                 # No memory to keep the rest: a frame that has begun must end all the same.
             try:
-                sent = self._sock.sendmsg(rest[:_IOV_MAX])
+                if fd >= 0 and not started:
+                    sent = self._send_first(first, fd)
+                else:
+                    sent = self._sock.sendmsg(rest[:_IOV_MAX])
             except BlockingIOError:
                 continue
             except OSError as error:
@@ -281,6 +220,10 @@ class Link:
             if sent:
                 started = True
                 rest = _skip(rest, sent)
+
+    def _send_first(self, first: Part, fd: int) -> int:
+        """Write the beginning of a frame with a descriptor."""
+        return self._sock.sendmsg([first], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))])
 
     def _keep(self, rest: list[Part]) -> bool:
         """Put the rest of a frame at the head of the outbox; `_write` is held."""
@@ -366,7 +309,7 @@ class Link:
         Only the baton's holder may call this.  Never blocks.
         """
         budget = _TURN
-        receive = self._sock.recv_into
+        receive = self._receive
         try:
             while budget > 0:
                 incoming = self._incoming
@@ -378,7 +321,7 @@ class Link:
                     budget -= count
                     if incoming.advance(count):
                         self._incoming = None
-                        self._deliver(incoming.finish(), frames)
+                        self._deliver(incoming.finish(self._adopt), frames)
                     elif count < len(room):
                         return True
                     continue
@@ -415,7 +358,7 @@ class Link:
                     break  # the rest of a small frame: wait for it here
             if body_len > sys.maxsize:
                 raise OSError("the body of a frame is longer than any memory")
-            incoming = _Incoming(header)
+            incoming = Incoming(header)
             start = body
             complete = incoming.advance(0) if not len(incoming.target) else False
             while not complete and start < end:
@@ -425,7 +368,7 @@ class Link:
                 start += count
                 complete = incoming.advance(count)
             if complete:
-                self._deliver(incoming.finish(), frames)
+                self._deliver(incoming.finish(self._adopt), frames)
             else:
                 self._incoming = incoming
         if start == end:
@@ -436,6 +379,27 @@ class Link:
             self._view[:left] = bytes(self._view[start:end])
             start, end = 0, left
         self._start, self._end = start, end
+
+    def _receive_with_fds(self, room: Any) -> int:
+        """Receive bytes, and the descriptors that are with them."""
+        count, ancillary, _, _ = self._sock.recvmsg_into((room,), _ANCILLARY, _CLOEXEC)
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                self._fds.extend(struct.unpack(f"{len(data) // 4}i", data[: len(data) // 4 * 4]))
+        return count
+
+    def take_fd(self) -> int:
+        """Return the descriptor of the frame that is being handled, -1 when it was lost on the way."""
+        return self._fds.popleft() if self._fds else -1
+
+    def give_fd_back(self, fd: int) -> None:
+        """Put a descriptor back that belongs to a later frame."""
+        self._fds.appendleft(fd)
+
+    def _adopt(self, token: Any) -> Any:
+        if self.sharing is None:
+            raise LookupError("a token came by a link that shares no memory")
+        return self.sharing.adopt(token, self.pid)
 
     def _deliver(self, frame: Frame, frames: list[Frame]) -> None:
         frame.link = self
@@ -470,6 +434,8 @@ class Link:
                 self._sock.detach()
             with contextlib.suppress(OSError):
                 self.connection.close()
+            while self._fds:
+                os.close(self._fds.popleft())
         with self.gate:
             self.gate.notify_all()
 

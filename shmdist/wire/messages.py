@@ -5,9 +5,11 @@ lengths, then the body, then the out-of-band buffers one after the other::
 
     kind u8 | flags u8 | spare u16 | lane u32 | nbuf u32 | call_id u64 | body u64
 
-All numbers are little-endian.  What the receiver needs to route the frame and to
-answer it stands in the header, apart from the pickled body: a body that cannot be
-read costs that one call and never the link.
+All numbers are little-endian.  A length with `IN_BLOCK` set is that of a *token*: the
+bytes of that buffer lie in a block of shared memory, and the token says where.
+
+What the receiver needs to route the frame and to answer it stands in the header, apart
+from the pickled body: a body that cannot be read costs that one call and never the link.
 
 ======== ======================== ============================================ =========
 kind     body                     meaning                                      answer
@@ -25,6 +27,9 @@ PEERS    tuple of PeerInfo        further members                              n
 LOST     (pid, text)              a member is gone                             none
 STOP     none                     interrupt every call that runs here          none
 EXIT     none                     leave the cluster and end                    none
+SEGMENT  (owner, number, size)    map this memory, whose descriptor is with    RESULT
+                                  the frame; of size 0: forget it              none
+LEASES   ((serial, pid, n)..)     counts of blocks of ``call_id`` change       none
 ======== ======================== ============================================ =========
 
 A frame is a plain mutable record and not a frozen dataclass: one is made for every
@@ -34,10 +39,14 @@ message that arrives, and a frozen one costs five times as much to make.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any, NamedTuple
 
 HEADER = struct.Struct("<BBHIIQQ")
+#: A block: its number and its owner, segment and offset, bytes, and how it may be used (``memory.holds``).
+TOKEN = struct.Struct("<QIIQQB")
+IN_BLOCK = 1 << 63  # in the table of lengths
 
 
 class Kind(IntEnum):
@@ -56,10 +65,13 @@ class Kind(IntEnum):
     LOST = 11
     STOP = 12
     EXIT = 13
+    SEGMENT = 14
+    LEASES = 15
 
 
 # Flags of any frame.
 HAS_REFS = 0x01  # buffer 0 is a pickled tuple of the references inside the body
+BODY_LAST = 0x02  # the body is the last buffer, for it lies in a block
 # Flags of CALL: what the caller wants back.
 WANT_VALUE = 0x10  # the value itself (remotecall_fetch)
 WANT_STORE = 0x20  # keep the value here as a Future; tell when it is there
@@ -86,7 +98,7 @@ class Frame:
     body : bytes or bytearray
         The pickled body, not yet read.
     buffers : list
-        Writable buffers that belong to this frame alone.
+        Writable buffers that belong to this frame alone, and holds of blocks.
     link
         The link it came by; set by the reader.
     """
@@ -111,6 +123,37 @@ class Frame:
             f"<Frame {name} id={self.call_id} flags={self.flags:#04x} lane={self.lane} "
             f"body={len(self.body)} buffers={len(self.buffers)}>"
         )
+
+
+class Token(bytes):
+    """A packed token: stands for a buffer among a frame's buffers."""
+
+    __slots__ = ()
+
+
+class Parts(list[Any]):
+    """The parts of frames ready to be written, and what was granted for them.
+
+    Attributes
+    ----------
+    grants : list
+        Counts of blocks given to the receiver: to be taken back when nothing is written.
+    wanted : list of int
+        Bytes of each buffer that would have gone through a block, had there been one.
+    """
+
+    __slots__ = ("grants", "wanted")
+
+    def __init__(self, parts: Iterable[Any] = ()) -> None:
+        super().__init__(parts)
+        self.grants: list[Any] = []
+        self.wanted: list[int] = []
+
+    def join(self, more: Parts) -> None:
+        """Append the parts of another frame to the same receiver."""
+        self.extend(more)
+        self.grants += more.grants
+        self.wanted += more.wanted
 
 
 class PeerInfo(NamedTuple):

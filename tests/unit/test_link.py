@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shmdist.wire import incoming
 from shmdist.wire import link as module
 from shmdist.wire.link import Link, LinkClosed, Part
 from shmdist.wire.messages import BROKEN, HAS_REFS, Frame
@@ -282,7 +283,8 @@ def test_any_cutting_gives_the_same_frames(
         b"".join(encode(*parts, flags=flags, call_id=i)) for i, (flags, parts) in enumerate(messages)
     )
     places = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
-    with mock.patch.multiple(module, _BUFFER=256, _DIRECT=64, allocate=allocate):
+    small = mock.patch.multiple(module, _BUFFER=256, _DIRECT=64)
+    with small, mock.patch.multiple(incoming, allocate=allocate):
         a, b = socket.socketpair()
         link = Link(Connection(b.detach()), 1)
         received: list[Frame] = []
@@ -317,7 +319,7 @@ class TestNoMemory:
                     raise error
                 return bytearray(nbytes)
 
-            monkeypatch.setattr(module, "allocate", allocate)
+            monkeypatch.setattr(incoming, "allocate", allocate)
 
         return lack
 

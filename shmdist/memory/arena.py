@@ -1,0 +1,327 @@
+"""Whose the memory is: blocks of segments, who holds them, which are free. Accounting alone.
+
+Nothing here touches memory. A caller takes the lock that guards its arena, asks, and acts on
+the answer.
+
+Life of a block
+---------------
+The segments of an arena are cut into extents that lie side by side::
+
+    COLD  --warm-->  BUSY  --done-->  WARM  --take-->  LENT  --last count gone-->  WARM
+      ^                                 |
+      +---- done ---- BUSY <----cool----+
+
+- WARM: free, its pages are there and mapped. Only these are taken.
+- COLD: free, its pages were given back to the system.
+- BUSY: free, and its pages are being fetched or given back, outside the lock.
+- LENT: a *block*. It has a serial number, never used again, and a count for each process
+  that may look into it.
+
+Who counts up, who down
+-----------------------
+The process whose arena it is keeps all counts of a block (it *owns* the block).
+
+- Taking a block gives its taker one count. Lending it to a process gives that one a count;
+  so does word from a holder who passes it on, which he sends before the block itself.
+- A process gives its count back with one message when its last view is gone.
+- The message of a count given back may overtake the one that gave it, when they come from
+  two processes. So counts may be negative for a while. A block is free when no count is
+  positive: whoever passes on has a count of his own, told in order, until his word is here.
+- A process that is lost has its counts dropped, and is never counted again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Container
+from enum import Enum
+
+
+class State(Enum):
+    """State of an extent; see the module's docstring."""
+
+    COLD = "cold"
+    BUSY = "busy"
+    WARM = "warm"
+    LENT = "lent"
+
+
+#: Which state may follow which.
+_NEXT = {
+    State.COLD: {State.BUSY},
+    State.BUSY: {State.WARM, State.COLD},
+    State.WARM: {State.LENT, State.BUSY},
+    State.LENT: {State.WARM},
+}
+
+
+class Extent:
+    """A part of a segment.
+
+    Attributes
+    ----------
+    segment, offset, size : int
+        Where it lies; bytes.
+    state : State
+        See the module's docstring.
+    serial : int
+        Of a lent one: its number.
+    counts : dict of int to int
+        Of a lent one: count by process; no zeros.
+    """
+
+    __slots__ = ("counts", "offset", "segment", "serial", "size", "state")
+
+    def __init__(self, segment: int, offset: int, size: int, state: State) -> None:
+        self.segment = segment
+        self.offset = offset
+        self.size = size
+        self.state = state
+        self.serial = 0
+        self.counts: dict[int, int] = {}
+
+    def __repr__(self) -> str:
+        held = f" {self.serial} {self.counts}" if self.state is State.LENT else ""
+        return f"<Extent {self.segment}:{self.offset:#x}+{self.size:#x} {self.state.value}{held}>"
+
+    def move(self, state: State) -> None:
+        """Change the state.
+
+        Raises
+        ------
+        RuntimeError
+            It cannot follow the present one.
+        """
+        if state not in _NEXT[self.state]:
+            raise RuntimeError(f"{self!r} cannot become {state.value}")
+        self.state = state
+
+
+class Arena:
+    """The segments of one process, and what is lent of them.
+
+    Parameters
+    ----------
+    grain : int
+        Blocks begin at multiples of this and have multiples of it as size; bytes.
+    """
+
+    def __init__(self, grain: int) -> None:
+        self.grain = grain
+        self.total = 0  # bytes in all segments
+        self.lent = 0  # bytes in lent blocks
+        self.cold = 0  # bytes in cold extents
+        self.blocks: dict[int, Extent] = {}  # lent ones, by serial number
+        self.gone: set[int] = set()  # processes that are lost
+        self._serial = 0
+        self._sizes: dict[int, int] = {}  # of segments
+        self._starts: dict[tuple[int, int], Extent] = {}  # by segment and offset
+        self._ends: dict[tuple[int, int], Extent] = {}  # by segment and the offset after it
+        self._free: dict[State, list[tuple[int, int, int]]] = {State.WARM: [], State.COLD: []}
+
+    def __repr__(self) -> str:
+        return (
+            f"<Arena {len(self._sizes)} segments, {self.total >> 10} KiB, lent {self.lent >> 10} KiB "
+            f"in {len(self.blocks)} blocks, cold {self.cold >> 10} KiB>"
+        )
+
+    # ------------------------------------------------------------------ extents
+
+    def _enter(self, extent: Extent) -> None:
+        self._starts[extent.segment, extent.offset] = extent
+        self._ends[extent.segment, extent.offset + extent.size] = extent
+        if extent.state in self._free:
+            insort(self._free[extent.state], (extent.size, extent.segment, extent.offset))
+        if extent.state is State.COLD:
+            self.cold += extent.size
+
+    def _remove(self, extent: Extent) -> None:
+        del self._starts[extent.segment, extent.offset]
+        del self._ends[extent.segment, extent.offset + extent.size]
+        if extent.state in self._free:
+            free = self._free[extent.state]
+            del free[bisect_left(free, (extent.size, extent.segment, extent.offset))]
+        if extent.state is State.COLD:
+            self.cold -= extent.size
+
+    def _settle(self, extent: Extent, state: State) -> None:
+        """Make an extent, which is in no table of free ones, free, and join it with its neighbours."""
+        self._remove(extent)
+        extent.move(state)
+        before = self._ends.get((extent.segment, extent.offset))
+        if before is not None and before.state is state:
+            self._remove(before)
+            extent.offset, extent.size = before.offset, before.size + extent.size
+        after = self._starts.get((extent.segment, extent.offset + extent.size))
+        if after is not None and after.state is state:
+            self._remove(after)
+            extent.size += after.size
+        self._enter(extent)
+
+    def _cut(self, extent: Extent, size: int, state: State) -> Extent:
+        """Take the first `size` bytes of a free extent, in a new state."""
+        self._remove(extent)
+        if extent.size > size:
+            rest = Extent(extent.segment, extent.offset + size, extent.size - size, extent.state)
+            extent.size = size
+            self._enter(rest)
+        extent.move(state)
+        self._enter(extent)
+        return extent
+
+    def _find(self, state: State, size: int, among: Container[int] | None) -> Extent | None:
+        """Return the smallest free extent of at least `size` bytes, in the segments `among`."""
+        free = self._free[state]
+        for index in range(bisect_left(free, (size, -1, -1)), len(free)):
+            _, segment, offset = free[index]
+            if among is None or segment in among:
+                return self._starts[segment, offset]
+        return None
+
+    def _round(self, nbytes: int) -> int:
+        return max(1, -(-nbytes // self.grain)) * self.grain
+
+    # ------------------------------------------------------------------ growing and shrinking
+
+    def add_segment(self, segment: int, size: int) -> None:
+        """Enter a new segment, all of it warm."""
+        if segment in self._sizes:
+            raise RuntimeError(f"segment {segment} is in the arena already")
+        self._sizes[segment] = size
+        self.total += size
+        self._enter(Extent(segment, 0, size, State.WARM))
+
+    def drop_segment(self, segment: int) -> bool:
+        """Forget a segment; False, and nothing is changed, when a part of it is not cold and free."""
+        extent = self._starts.get((segment, 0))
+        if extent is None or extent.size != self._sizes[segment] or extent.state is not State.COLD:
+            return False
+        self._remove(extent)
+        self.total -= self._sizes.pop(segment)
+        return True
+
+    def begin_warming(self, nbytes: int) -> Extent | None:
+        """Return a cold extent of at least `nbytes`, which is BUSY until :meth:`end` is told."""
+        size = self._round(nbytes)
+        extent = self._find(State.COLD, size, None)
+        return None if extent is None else self._cut(extent, size, State.BUSY)
+
+    def begin_cooling(self) -> list[Extent]:
+        """Return all warm extents, which are BUSY until :meth:`end` is told."""
+        extents = [self._starts[segment, offset] for _, segment, offset in self._free[State.WARM]]
+        return [self._cut(extent, extent.size, State.BUSY) for extent in extents]
+
+    def end(self, extent: Extent, state: State) -> None:
+        """A BUSY extent has become warm or cold."""
+        self._settle(extent, state)
+
+    def has_warm(self, nbytes: int) -> bool:
+        """Tell whether a block of `nbytes` could be taken now."""
+        return self._find(State.WARM, self._round(nbytes), None) is not None
+
+    def segments(self) -> list[int]:
+        """Return the segments."""
+        return list(self._sizes)
+
+    # ------------------------------------------------------------------ blocks
+
+    def take(self, nbytes: int, pid: int, among: Container[int] | None = None) -> Extent | None:
+        """Take a block of at least `nbytes`, with one count for `pid`.
+
+        Parameters
+        ----------
+        nbytes : int
+            Bytes.
+        pid : int
+            Who holds it from now on.
+        among : container of int, optional
+            The segments it may lie in.
+
+        Returns
+        -------
+        Extent or None
+            None when there is no warm one.
+        """
+        size = self._round(nbytes)
+        extent = self._find(State.WARM, size, among)
+        if extent is None:
+            return None
+        self._cut(extent, size, State.LENT)
+        self._serial += 1
+        extent.serial = self._serial
+        extent.counts = {pid: 1}
+        self.blocks[extent.serial] = extent
+        self.lent += size
+        return extent
+
+    def change(self, serial: int, pid: int, delta: int) -> bool:
+        """Change the count of `pid` for a block; True when the block is free by that.
+
+        Unknown blocks and lost processes are none of our business any more: nothing is changed.
+        """
+        block = self.blocks.get(serial)
+        if block is None or pid in self.gone:
+            return False
+        count = block.counts.get(pid, 0) + delta
+        if count:
+            block.counts[pid] = count
+        else:
+            block.counts.pop(pid, None)
+        return self._free_if_unheld(block)
+
+    def lend(self, serial: int, pid: int) -> bool:
+        """Give `pid` a count; False when it is lost, and nothing is changed."""
+        if pid in self.gone:
+            return False
+        self.change(serial, pid, +1)
+        return True
+
+    def lose(self, pid: int) -> bool:
+        """Drop all counts of a lost process; True when a block is free by that."""
+        self.gone.add(pid)
+        freed = False
+        for block in list(self.blocks.values()):
+            if block.counts.pop(pid, None) is not None:
+                freed = self._free_if_unheld(block) or freed
+        return freed
+
+    def _free_if_unheld(self, block: Extent) -> bool:
+        if any(count > 0 for count in block.counts.values()):
+            return False
+        del self.blocks[block.serial]
+        self.lent -= block.size
+        block.counts = {}
+        self._settle(block, State.WARM)
+        return True
+
+    # ------------------------------------------------------------------ proof
+
+    def _check(self) -> None:
+        """Assert what must hold between any two calls."""
+        position: dict[int, int] = dict.fromkeys(self._sizes, 0)
+        former: dict[int, Extent] = {}
+        lent = cold = 0
+        for (segment, offset), extent in sorted(self._starts.items()):
+            assert (segment, offset) == (extent.segment, extent.offset), extent
+            assert offset == position[segment], f"a gap or an overlap before {extent}"
+            assert extent.size > 0 and extent.size % self.grain == 0, extent
+            assert self._ends[segment, offset + extent.size] is extent, extent
+            position[segment] = offset + extent.size
+            last = former.get(segment)
+            if last is not None and last.state is extent.state:
+                assert extent.state in (State.LENT, State.BUSY), f"{last} and {extent} should be one"
+            former[segment] = extent
+            if extent.state is State.LENT:
+                assert self.blocks[extent.serial] is extent, extent
+                assert any(count > 0 for count in extent.counts.values()), f"nobody holds {extent}"
+                assert all(extent.counts.values()), f"a count of zero is kept in {extent}"
+                assert not self.gone & extent.counts.keys(), f"a lost process holds {extent}"
+                lent += extent.size
+            cold += extent.size if extent.state is State.COLD else 0
+        assert position == self._sizes and self.total == sum(self._sizes.values())
+        assert len(self._ends) == len(self._starts)
+        assert lent == self.lent and cold == self.cold
+        assert len(self.blocks) == sum(e.state is State.LENT for e in self._starts.values())
+        for state, free in self._free.items():
+            found = [(e.size, e.segment, e.offset) for e in self._starts.values() if e.state is state]
+            assert free == sorted(found)

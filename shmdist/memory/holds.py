@@ -1,0 +1,245 @@
+"""What this process holds of blocks, its own and others': the holder's side of the arena.
+
+A *lease* is one count that this process has for a block; a *hold* is the object that stands
+for it. Every array made over the block has the hold as its base, however many views, reshapes
+and buffers lie between, so the hold ends with the last of them. Its finalizer, which may run
+in any thread, inside any lock, appends the lease to a queue and returns. Whoever next has the
+lock takes the queue apart (:meth:`Holds.drain`): only then is a mapping taken down, and the
+count given back.
+
+Three kinds of lease
+--------------------
+- ``OWN``: the block is this process's alone, to read and write. A value that arrived.
+- ``PRIVATE``: others read the same block. This process sees it through a mapping of its own,
+  which keeps to itself what is written.
+- ``SHARED``: an array that was made to be shared: all see what anybody writes.
+
+A value that goes home
+----------------------
+The result of a call may be an argument of it, or a view of one. Its block belongs to the
+caller, and need not be copied when nothing else here looks into it any more. That is known
+only when the call's arguments are gone. So the lease is *moving* from when the result was
+pickled: a hold that ends meanwhile gives nothing back, it only leaves the lease ``dead``; and
+a dead one is free to go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+from weakref import WeakValueDictionary
+
+from shmdist.memory.segment import PrivateView, Segment
+
+OWN, PRIVATE, SHARED = 0, 1, 2
+
+
+class Lease:
+    """One count of a block; see the module's docstring.
+
+    Attributes
+    ----------
+    segment : Segment
+        Where the block lies; kept mapped by this.
+    serial : int
+        The block's number with its owner.
+    offset, nbytes : int
+        The part of the segment that this lease is about; bytes.
+    mode : int
+        OWN, PRIVATE or SHARED.
+    start : int
+        Address in this process, once an array was made over it.
+    moving, dead : bool
+        See the module's docstring.
+    pins : int
+        Forked children that still see it: until they are gone it is not given back.
+    """
+
+    __slots__ = (
+        "dead",
+        "mode",
+        "moving",
+        "nbytes",
+        "offset",
+        "pins",
+        "private",
+        "segment",
+        "serial",
+        "start",
+    )
+
+    def __init__(self, segment: Segment, serial: int, offset: int, nbytes: int, mode: int) -> None:
+        self.segment = segment
+        self.serial = serial
+        self.offset = offset
+        self.nbytes = nbytes
+        self.mode = mode
+        self.start = 0
+        self.private: PrivateView | None = None
+        self.moving = self.dead = False
+        self.pins = 0
+
+    def __repr__(self) -> str:
+        mode = ("own", "private", "shared")[self.mode]
+        state = " moving" * self.moving + " dead" * self.dead + f" pinned {self.pins}" * bool(self.pins)
+        return (
+            f"<Lease {mode} block {self.serial} of process {self.segment.owner}, {self.nbytes} bytes{state}>"
+        )
+
+    def view(self) -> memoryview:
+        """Return the bytes, unaware of what a private mapping has changed."""
+        return self.segment.view[self.offset : self.offset + self.nbytes]
+
+
+class Hold:
+    """Stands for a lease; the base of every array over it."""
+
+    __slots__ = ("__weakref__", "_holds", "lease")
+
+    def __init__(self, holds: Holds, lease: Lease) -> None:
+        self._holds = holds
+        self.lease = lease
+
+    def __repr__(self) -> str:
+        return f"<Hold {self.lease!r}>"
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # made by halves
+            self._holds.ended.append(self.lease)
+            if self._holds.idle:
+                self._holds.wake()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a hold of shared memory belongs to its process")
+
+    def __len__(self) -> int:
+        return self.lease.nbytes
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        """How numpy sees it: as bytes that may be written."""
+        lease = self.lease
+        return {"version": 3, "shape": (lease.nbytes,), "typestr": "|u1", "data": (lease.start, False)}
+
+    def array(self) -> Any:
+        """Return the memory as a numpy array of bytes, whose base is this.
+
+        Where the system refuses a private mapping, it is a copy.
+        """
+        import numpy
+
+        lease = self.lease
+        if not lease.start:
+            if lease.mode == PRIVATE:
+                try:
+                    lease.private = lease.segment.private(lease.offset, lease.nbytes)
+                except OSError:
+                    return numpy.frombuffer(bytearray(lease.view()), "B")
+                lease.start = lease.private.address
+            else:
+                lease.start = lease.segment.address + lease.offset
+            self._holds.enter(lease)
+        return numpy.asarray(self)
+
+
+class Holds:
+    """The leases of one process, and the segments they lie in.
+
+    Parameters
+    ----------
+    lock : lock
+        Guards all but `ended`; the arena's as well. Nothing that can take long, and no user's
+        code, runs while it is held.
+    wake : callable
+        Called by finalizers when :attr:`idle`: sees to it that :meth:`drain` is called soon.
+    """
+
+    def __init__(self, lock: Any, wake: Callable[[], None]) -> None:
+        self._lock = lock
+        self.wake = wake
+        self.idle = True  # nobody is going to look at `ended` by himself
+        self.segments: dict[tuple[int, int], Segment] = {}  # by owner and number
+        #: Segments whose owner is gone: they live as long as the leases in them.
+        self.orphans: WeakValueDictionary[tuple[int, int], Segment] = WeakValueDictionary()
+        self.ended: deque[Lease] = deque()  # leases whose holds are gone; finalizers append
+        self._starts: list[tuple[int, int]] = []  # address and id of the leases with arrays, sorted
+        self._by_id: dict[int, Lease] = {}
+        self.shared = 0  # how many of them are SHARED
+        self.dead: list[Lease] = []  # ended, but pinned by a forked child
+
+    def __repr__(self) -> str:
+        return f"<Holds {len(self._by_id)} leases in {len(self.segments)} segments, {len(self.ended)} ended>"
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def segment(self, owner: int, number: int) -> Segment:
+        """Return a segment.
+
+        Raises
+        ------
+        LookupError
+            It is not mapped here.
+        """
+        segment = self.segments.get((owner, number))
+        return self.orphans[owner, number] if segment is None else segment
+
+    def leases(self) -> list[Lease]:
+        """Return the leases with arrays."""
+        return list(self._by_id.values())
+
+    def enter(self, lease: Lease) -> None:
+        """Let a lease be found by address from now on."""
+        with self._lock:
+            insort(self._starts, (lease.start, id(lease)))
+            self._by_id[id(lease)] = lease
+            self.shared += lease.mode == SHARED
+
+    def find(self, address: int, nbytes: int) -> Lease | None:
+        """Return the lease in whose memory all of `nbytes` bytes at `address` lie.
+
+        Several leases of one block have the same part of it, so any will do.
+        """
+        with self._lock:
+            index = bisect_right(self._starts, (address, sys.maxsize)) - 1
+            if index < 0:
+                return None
+            lease = self._by_id[self._starts[index][1]]
+        return lease if address + nbytes <= lease.start + lease.nbytes else None
+
+    def drain(self) -> list[Lease]:
+        """Take the ended leases apart; returns those whose counts are to be given back.
+
+        The lock is held.
+        """
+        over: list[Lease] = []
+        while self.ended:
+            lease = self.ended.popleft()
+            lease.dead = True
+            if self._by_id.pop(id(lease), None) is not None:
+                index = bisect_left(self._starts, (lease.start, id(lease)))
+                del self._starts[index]
+                self.shared -= lease.mode == SHARED
+            if lease.private is not None:
+                lease.private.unmap()
+                lease.private = None
+            if lease.pins:
+                self.dead.append(lease)
+            elif not lease.moving:
+                over.append(lease)
+        return over
+
+    def _check(self) -> None:
+        """Assert what must hold whenever the lock is free."""
+        assert self._starts == sorted((lease.start, id(lease)) for lease in self._by_id.values())
+        assert self.shared == sum(lease.mode == SHARED for lease in self._by_id.values())
+        spans = sorted(
+            {(lease.start, lease.start + lease.nbytes) for lease in self._by_id.values() if lease.nbytes}
+        )
+        for (_, end), (start, _) in pairwise(spans):
+            assert end <= start, "two leases overlap"
