@@ -25,6 +25,7 @@ is a copy, and flags that depend on size or road would be a trap.
 
 from __future__ import annotations
 
+import marshal
 import os
 import pickle
 import re
@@ -32,7 +33,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 from shmdist.errors import SerializationError, reduce_exception
@@ -173,6 +174,8 @@ def _cloud_pickler() -> Any:
                     reducer = reducers.get(kind)
                     if reducer is not None:
                         return reducer(obj, self)
+                    if kind is CodeType:
+                        return _reduce_code(obj)
                     if kind is FunctionType:
                         return _with_receivers_globals(obj, super().reducer_override(obj))
                     if isinstance(obj, type):
@@ -184,6 +187,19 @@ def _cloud_pickler() -> Any:
 
             _cloud_class = CloudPickler
     return _cloud_class
+
+
+def _reduce_code(code: CodeType) -> Any:
+    """Reduce the code of a function that goes by value.
+
+    cloudpickle puts another file name in from 3.1.3 on, and then a traceback made where the code
+    runs shows neither file nor line. Python's own way of storing code keeps both, for the
+    functions inside it as well; both sides run the same Python, as cloudpickle needs it too.
+    """
+    try:
+        return marshal.loads, (marshal.dumps(code),)
+    except ValueError:  # somebody put a constant in that no compiler makes
+        return NotImplemented
 
 
 def _with_receivers_globals(function: Any, reduced: Any) -> Any:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.integration.helpers import ROOT
+from tests.integration.helpers import ROOT, Script
 
 pexpect = pytest.importorskip("pexpect")
 
@@ -154,3 +154,34 @@ print("all there", flush=True)
     )
     assert child.expect(["all there", pexpect.EOF]) == 0, child.before
     child.close(force=True)
+
+
+def test_where_it_is_ignored_it_stays_ignored():
+    """As in a program behind `&` in a script; workers can be interrupted all the same."""
+    code = HEAD + """
+import signal
+assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+pids = sd.workers()
+started = sd.RemoteChannel(lambda: sd.Channel(9))
+blocked = sd.remotecall(meet_and_wait, 2, started, gate := sd.RemoteChannel())
+started.take()
+# From another thread: it comes while this one is in the runtime, and while it is in the program's code.
+sender = threading.Thread(target=lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(100)])
+sender.start()
+for _ in range(200): assert sd.remotecall_fetch(abs, 3, -3) == 3
+sender.join()
+os.kill(os.getpid(), signal.SIGINT)
+gate.put("unharmed")
+assert blocked.fetch(timeout=5) == "unharmed"
+for function in (loop_for_ever, sleep_long):
+    futures = [sd.remotecall(tell_and_run, pid, started, function) for pid in pids]
+    for _ in futures: started.take(timeout=5)
+    sd.interrupt()
+    for future in futures:
+        error = future.exception(timeout=2)
+        assert type(error.captured.ex) is KeyboardInterrupt, error
+    assert [sd.remotecall_fetch(abs, pid, -pid) for pid in pids] == pids
+assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+"""
+    shell = "trap '' INT; exec \"$0\" -c \"$1\""
+    Script(command=["sh", "-c", shell, sys.executable, code]).end().clean()

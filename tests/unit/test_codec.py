@@ -13,6 +13,7 @@ import os
 import pickle
 import sys
 import threading
+import traceback
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -217,6 +218,37 @@ class TestFunctions:
         assert ship(lambda x: x * 2)(4) == 8
         [again] = ship([functools.partial(add, 1)])
         assert again() == 6
+
+    def test_file_and_lines_come_along(self) -> None:
+        """A traceback made where a function arrived shows the line that failed."""
+
+        def outer(fail: bool) -> Any:
+            class Inner:
+                def method(self) -> Any:
+                    return [(lambda: {}["needle"])() for _ in range(1)]
+
+            def deep() -> Iterator[Any]:
+                yield Inner().method()
+
+            return next(deep()) if fail else Inner
+
+        expected = ["outer", "deep", "method", "<lambda>"]
+        for run in (functools.partial(ship(outer), True), functools.partial(ship(outer(False)).method, None)):
+            with pytest.raises(KeyError) as caught:
+                run()
+            frames = [each for each in traceback.extract_tb(caught.value.__traceback__) if each.name in expected]
+            assert [each.name for each in frames] == expected[-len(frames) :]
+            assert {each.filename for each in frames} == {__file__}
+            assert "needle" in (frames[-1].line or "") and "needle" in (frames[-2].line or "")
+
+    def test_code_that_no_compiler_makes(self) -> None:
+        def template() -> Any:
+            return "placeholder"
+
+        code = template.__code__
+        constants = tuple(Odd(1, 2) if each == "placeholder" else each for each in code.co_consts)
+        patched = types.FunctionType(code.replace(co_consts=constants), {})
+        assert type(ship(patched)()) is Odd
 
     def test_of_main_by_value(self, main: Any) -> None:
         main.run("""
