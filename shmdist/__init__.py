@@ -13,6 +13,7 @@ Top-level modules are what a user sees; folders are mechanism::
       membership                     process 1's side of the cluster
     tasks  pools  maps  loops      async_, sync; WorkerPool...; pmap; @distributed
       poolstate  shipping            a pool where it lives; a function sent once to each worker
+      repeats                        arrays that go out many times in one map
       batches  runs                  elements in one call; the calls of a map, under way
 
 A call goes ``calls`` -> ``runtime.node`` -> ``wire.codec`` -> ``wire.link``, and on the other

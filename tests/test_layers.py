@@ -29,7 +29,7 @@ FLOORS = (
     ("membership",),
     ("cluster", "shared"),
     ("tasks", "evaluation"),
-    ("shipping", "poolstate"),
+    ("shipping", "poolstate", "repeats"),
     ("pools",),
     ("batches",),
     ("runs",),

@@ -123,13 +123,7 @@ class Dispatcher:
         self._watched.pop(fd, None)
 
     def _poll(self, timeout: float) -> bool:
-        """Read what has come, waiting at most `timeout` seconds; the baton is held.
-
-        Returns
-        -------
-        bool
-            True when something came.
-        """
+        """Read what has come, waiting at most `timeout` seconds; False if nothing. The baton is held."""
         events = self._wait(timeout)
         if not events:
             return False

@@ -84,6 +84,11 @@ class Keeper:
                 self.trouble(str(error))
         return self._limit
 
+    @property
+    def descriptors(self) -> int:
+        """How many descriptors the keeper has open."""
+        return 0 if self._kick is None else 1
+
     # ------------------------------------------------------------------ asked by others
 
     def used(self) -> None:
@@ -245,7 +250,7 @@ class Keeper:
         _touch(segment, 0, size)
         with sharing.lock:
             sharing.add_segment(segment)
-        sharing.offer(pid, segment)
+        sharing.offers.offer(pid, segment)
 
     def make_segment(self, nbytes: int) -> Segment:
         """Make a segment.
@@ -277,7 +282,7 @@ class Keeper:
                 sharing.arena.end(extent, State.COLD)
             dropped = [number for number in sharing.arena.segments() if sharing.arena.drop_segment(number)]
         if dropped:
-            sharing.forget_segments(dropped)
+            sharing.offers.forget_segments(dropped)
 
 
 _FOR_EVER = float("inf")

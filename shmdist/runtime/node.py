@@ -39,6 +39,7 @@ from shmdist.errors import (
     RemoteException,
     ShmdistError,
 )
+from shmdist.runtime import served
 from shmdist.runtime.dispatch import Dispatcher
 from shmdist.runtime.output import Outputs
 from shmdist.runtime.ownership import Ownership
@@ -53,7 +54,6 @@ from shmdist.wire.messages import (
     BROKEN,
     HAS_REFS,
     IS_ERROR,
-    IS_NEW,
     NO_LANE,
     NOT_RUN,
     Frame,
@@ -395,77 +395,9 @@ class Node(Ownership):
 
     # ------------------------------------------------------------------ being asked
 
-    def operate(self, frame: Frame) -> None:
-        """Run an operation on a reference that lives here."""
-        if self.waiting.pop((frame.link.pid, frame.call_id), None) is None:
-            self.give_back(list(codec.references(frame)))  # withdrawn meanwhile
-            return
-        operation = Operation(self, frame.link, frame.call_id)
-        try:
-            name, rrid, argument = codec.loads(frame, self.give_back)
-            self.operations[name](self, operation, RRID(*rrid), argument)
-        except Exception as error:
-            operation.fail(error)
-
-    def control(self, frame: Frame) -> None:
-        """Handle a frame that is neither call, operation nor answer; must not block."""
-        kind = frame.kind
-        if kind in _COUNTS and frame.call_id != self.pid:
-            link = self.links.get(frame.call_id)  # for another process, which the sender cannot reach
-            if link is not None:
-                payload = codec.Payload()
-                payload.parts.append(frame.body)
-                self.post(link, kind, 0, frame.call_id, payload)
-        elif kind == _LEASES:
-            self.sharing.on_leases(frame)
-        elif kind == Kind.SEGMENT:
-            self.sharing.on_segment(frame)
-        elif kind == _REFS and frame.flags & IS_NEW:
-            self.create(RRID(*pickle.loads(frame.body)), "future", frame.link.pid)
-        elif kind == _REFS:
-            freed = self.change_counts(pickle.loads(frame.body))
-            if freed:  # their values' finalizers are users' code, which must not run here
-                self.dispatcher.start(lambda: self.drop(freed))
-        elif kind == _CANCEL:
-            key = (frame.link.pid, frame.call_id)
-            if frame.flags & NOT_RUN:
-                self.tasks.withdraw(key)
-                return
-            withdraw = self.waiting.pop(key, None)
-            if withdraw is None:
-                self.tasks.cancel(key)
-            elif withdraw():
-                self.post(frame.link, _RESULT, NOT_RUN, frame.call_id)
-            # else it is being answered this very moment
-        elif kind == Kind.FUNC:
-            self.functions.put(frame)
-        elif kind == Kind.DROP:
-            self.functions.drop(frame.link.pid, frame.call_id)
-        elif kind == Kind.STOP:
-            self.tasks.interrupt_all()
-        else:
-            handler = self.controls.get(kind)
-            if handler is None:
-                _log.warning("process %d sent %r, which has no meaning here", frame.link.pid, frame)
-            else:
-                handler(frame)
-
-    def unclaimed(self, frame: Frame) -> None:
-        """Handle an answer that nobody waits for any more; on the reading thread."""
-        refs = codec.references(frame)
-        back = self.unclaimed_takes.pop(frame.call_id, None)
-        if back is not None and not frame.flags & (IS_ERROR | NOT_RUN | BROKEN):
-            # A take that was given up while its item was on the way: the item goes back, unread.
-            owner, rrid = back
-            self.dispatcher.start(lambda: self._return_item(owner, rrid, frame))
-            return
-        if refs:
-            self.give_back(refs)
-
-    def _return_item(self, owner: int, rrid: RRID, frame: Frame) -> None:
-        value = codec.loads(frame, self.give_back)
-        payload = codec.dumps(("untake", tuple(rrid), value))
-        self.request(owner, _OP, 0, payload)
+    operate = served.operate
+    control = served.control
+    unclaimed = served.unclaimed
 
     # ------------------------------------------------------------------ output
 
@@ -527,7 +459,7 @@ def _after_fork() -> None:
     node, _current = _current, None
     if node is not None:
         node.closed = True
-        node.sharing.after_fork_in_child()
+        node.sharing.forks.after_in_child()
         node.dispatcher.abandon()
         node.outputs.abandon()
         for file in node.inherited:
@@ -537,12 +469,12 @@ def _after_fork() -> None:
 
 def _before_fork() -> None:
     if _current is not None:
-        _current.sharing.before_fork()
+        _current.sharing.forks.before()
 
 
 def _after_fork_in_parent() -> None:
     if _current is not None:
-        _current.sharing.after_fork_in_parent()
+        _current.sharing.forks.after_in_parent()
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)

@@ -32,19 +32,11 @@ Death, at each step
   what they are, for the mapping is the receiver's own.
 - A holder dies who passed an array on: what he told the owner before was written before.
 - A descriptor on its way is the system's, and closed with the link.
-
-Forks
------
-A forked child sees the blocks of its parent, but the cluster does not know it. Its values must
-not change when the parent gives them back: they are pinned until the child has ended or has
-become another program, which the end of a pipe tells. And what the child writes must stay its
-own: it maps them privately, in their place.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import pickle
 import threading
 from typing import TYPE_CHECKING, Any
@@ -53,8 +45,9 @@ from shmdist._log import Log
 from shmdist.memory.arena import Arena
 from shmdist.memory.holds import OWN, PRIVATE, SHARED, Hold, Holds, Lease
 from shmdist.memory.segment import PAGE, Segment
+from shmdist.runtime.forks import Forks
 from shmdist.runtime.keeper import Keeper
-from shmdist.runtime.replies import Reply
+from shmdist.runtime.offers import Offers
 from shmdist.wire import arrays, codec
 from shmdist.wire.arrays import SharedView, Strided, contiguous
 from shmdist.wire.link import Link
@@ -70,17 +63,6 @@ _log = Log("sharing")
 
 #: A change of a count: the block's number, the process, by how much.
 Change = tuple[int, int, int]
-
-
-class _Peer:
-    """What this process knows of another one that shares memory with it."""
-
-    __slots__ = ("accepted", "offered", "refused")
-
-    def __init__(self) -> None:
-        self.accepted: dict[int, set[int]] = {}  # numbers of segments that it has mapped, by owner
-        self.offered: dict[tuple[int, int], Any] = {}  # replies not yet here, by owner and number
-        self.refused: dict[tuple[int, int], str] = {}  # and why
 
 
 class Moving:
@@ -113,10 +95,10 @@ class Sharing:
         self.keeper = Keeper(self)
         self.holds = Holds(self.lock, self.keeper.wake)
         self.arena = Arena(PAGE)
-        self.peers: dict[int, _Peer] = {}
+        self.offers = Offers(self)
+        self.forks = Forks(self)
         self.owed: dict[int, list[Change]] = {}  # counts to give back, by owner
         self.numbers = itertools.count(1)  # of segments
-        self._pins: list[tuple[int, int, list[Lease]]] = []  # of forks: pipe's ends, what is pinned
 
     def __repr__(self) -> str:
         return f"<Sharing {self.arena!r}, {self.holds!r}, owed {sum(map(len, self.owed.values()))}>"
@@ -136,9 +118,9 @@ class Sharing:
     def settle(self) -> None:
         """Give back what ended holds had; the lock is held."""
         for lease in self.holds.drain():
-            self._release(lease)
+            self.release(lease)
 
-    def _release(self, lease: Lease) -> None:
+    def release(self, lease: Lease) -> None:
         """Give a count back: now when the block is this process's, else with the next dues."""
         owner = lease.segment.owner
         if owner == self.pid:
@@ -236,7 +218,7 @@ class Sharing:
         if kind is SharedView:
             token = self._pass_on(source.lease, source.lease, SHARED, pid, done)
             if token is None:
-                why = self._why_refused(pid, source.lease.segment)
+                why = self.offers.why_refused(pid, source.lease.segment)
                 raise MemoryError(f"process {pid} cannot be given the shared array: {why}")
             return token
         if kind is Moving:
@@ -277,7 +259,7 @@ class Sharing:
         segment = self.holds.segments[self.pid, block.segment]
         serial, written = block.serial, False
         try:
-            if self._introduce(segment, pid):
+            if self.offers.introduce(segment, pid):
                 _write(segment, block.offset, pieces)
                 written = True
         finally:
@@ -313,7 +295,7 @@ class Sharing:
         segment = lease.segment
         owner = segment.owner
         if owner != pid:
-            if not self._introduce(segment, pid):
+            if not self.offers.introduce(segment, pid):
                 return None
             if owner == self.pid:
                 with self.lock:
@@ -342,7 +324,7 @@ class Sharing:
         for index, buffer in enumerate(payload.buffers):
             if type(buffer) is not memoryview or len(buffer) < LINE:
                 continue
-            address = _address(buffer)
+            address = address_of(buffer)
             lease = self.holds.find(address, len(buffer))
             if lease is None or lease.mode != OWN or lease.segment.owner != pid or lease.moving:
                 continue
@@ -367,7 +349,7 @@ class Sharing:
             self.settle()
             lease.moving = False
             if lease.dead and not lease.pins:
-                self._release(lease)
+                self.release(lease)
         return result
 
     # ------------------------------------------------------------------ coming in
@@ -391,136 +373,12 @@ class Sharing:
             arrays.find_shared = self.find_shared
         return Hold(self.holds, Lease(segment, serial, offset, nbytes, mode))
 
-    # ------------------------------------------------------------------ segments
+    # ------------------------------------------------------------------ shared arrays
 
     def add_segment(self, segment: Segment) -> None:
         """Enter a new segment of this process; the lock is held."""
         self.holds.segments[self.pid, segment.number] = segment
         self.arena.add_segment(segment.number, segment.size)
-
-    def offer(self, pid: int, segment: Segment) -> Any:
-        """Send a process the descriptor of a segment, once; its answer is noted when it comes.
-
-        Returns
-        -------
-        Reply or None
-            What the answer is waited for with; None when it is here.
-        """
-        node = self._node
-        key = (segment.owner, segment.number)
-        with self.lock:
-            peer = self.peers.setdefault(pid, _Peer())
-            if segment.number in peer.accepted.get(segment.owner, ()) or key in peer.refused:
-                return None
-            reply = peer.offered.get(key)
-            if reply is not None:
-                return reply
-            reply = Reply(next(node.call_ids), pid, lambda reply: self._answered(pid, key, reply))
-            peer.offered[key] = reply
-        link = node.links.get(pid)
-        if link is None or not link.is_local:
-            with self.lock:
-                peer.refused[key] = "it is not on this host"
-                peer.offered.pop(key, None)
-            return None
-        payload = codec.dumps((*key, segment.size, os.fstat(segment.fd).st_ino))
-        try:
-            node.request(pid, _SEGMENT, 0, payload, reply=reply, fd=segment.fd)
-        except BaseException:
-            with self.lock:
-                peer.offered.pop(key, None)
-            node.dispatcher.complete(reply)
-            raise
-        return reply
-
-    def _answered(self, pid: int, key: tuple[int, int], reply: Any) -> None:
-        """Note the answer to an offer; on the reading thread."""
-        trouble: Any = "it is gone"
-        if reply.frame is not None:
-            trouble = pickle.loads(reply.frame.body)
-        with self.lock:
-            peer = self.peers.get(pid)
-            if peer is None:
-                return
-            peer.offered.pop(key, None)
-            if trouble is None:
-                peer.accepted.setdefault(key[0], set()).add(key[1])
-            else:
-                peer.refused[key] = trouble
-        if trouble is not None:
-            self.keeper.trouble(f"process {pid} cannot map shared memory ({trouble})")
-
-    def _introduce(self, segment: Segment, pid: int) -> bool:
-        """See to it that a process has mapped a segment; False when it cannot. Waits for its answer."""
-        peer = self.peers.get(pid)
-        if peer is not None and segment.number in peer.accepted.get(segment.owner, ()):
-            if segment.owner not in self._node.graves:
-                return True
-            peer.accepted[segment.owner].discard(segment.number)
-        reply = self.offer(pid, segment)
-        if reply is not None:
-            self._node.wait_inside(reply)
-        peer = self.peers.get(pid)
-        return peer is not None and segment.number in peer.accepted.get(segment.owner, ())
-
-    def _why_refused(self, pid: int, segment: Segment) -> str:
-        peer = self.peers.get(pid)
-        return "it is gone" if peer is None else peer.refused.get((segment.owner, segment.number), "")
-
-    def on_segment(self, frame: Frame) -> None:
-        """Map a segment that is offered, or forget one; on the reading thread."""
-        owner, number, size, inode = pickle.loads(frame.body)
-        link: Link = frame.link
-        if not size:
-            with self.lock:
-                self.holds.segments.pop((owner, number), None)
-            return
-        trouble = None
-        fd = link.take_fd()
-        try:
-            if fd >= 0 and os.fstat(fd).st_ino != inode:
-                link.give_fd_back(fd)  # it is the next frame's: ours was lost
-                fd = -1
-            if fd < 0:
-                trouble = "its descriptor was lost: too many open files?"
-            elif (owner, number) in self.holds.segments:
-                os.close(fd)
-            else:
-                self._enter(Segment(owner, number, size, fd))
-        except Exception as error:
-            trouble = f"{type(error).__name__}: {error}"
-        payload = codec.Payload()
-        payload.parts.append(pickle.dumps(trouble, 5))
-        self._node.post(link, _RESULT, 0, frame.call_id, payload)
-
-    def _enter(self, segment: Segment) -> None:
-        """Keep another process's segment."""
-        key = (segment.owner, segment.number)
-        with self.lock:
-            if segment.owner not in self._node.graves:
-                self.holds.segments[key] = segment
-                return
-            # Nobody will say when it may go: it stays for the token that follows, and then
-            # as long as arrays need it. It is offered anew each time.
-            self.holds.orphans[key] = segment
-        self.keeper.keep_for_now(segment)
-
-    def forget_segments(self, numbers: list[int]) -> None:
-        """Let go of segments of which nothing is lent, here and everywhere."""
-        with self.lock:
-            told = []
-            for number in numbers:
-                self.holds.segments.pop((self.pid, number), None)
-                for pid, peer in self.peers.items():
-                    if number in peer.accepted.get(self.pid, ()):
-                        peer.accepted[self.pid].discard(number)
-                        told.append((pid, number))
-        for pid, number in told:
-            link = self._node.links.get(pid)
-            if link is not None:
-                self._node.post(link, _SEGMENT, 0, 0, codec.dumps((self.pid, number, 0, 0)))
-
-    # ------------------------------------------------------------------ shared arrays
 
     def make_shared(self, nbytes: int) -> tuple[Hold, bool]:
         """Return the hold of a new block for a shared array, and whether the block is known to be zero.
@@ -552,7 +410,7 @@ class Sharing:
         lease = self.holds.find(low, high - low)
         return lease if lease is not None and lease.mode == SHARED else None
 
-    # ------------------------------------------------------------------ death and forks
+    # ------------------------------------------------------------------ death
 
     def lost(self, pid: int) -> None:
         """A process is gone: its counts are dropped, and its memory is not ours to keep."""
@@ -560,57 +418,7 @@ class Sharing:
             self.settle()
             self.arena.lose(pid)
             self.owed.pop(pid, None)
-            self.peers.pop(pid, None)
-            for peer in self.peers.values():
-                peer.accepted.pop(pid, None)  # who passes its arrays on must offer them anew
-            for key in [key for key in self.holds.segments if key[0] == pid]:
-                self.holds.orphans[key] = self.holds.segments.pop(key)
-
-    def before_fork(self) -> None:
-        """Pin the values that a child is going to see."""
-        self.lock.acquire()  # so that the child finds the tables whole
-        self.settle()
-        leases = [lease for lease in self.holds.leases() if lease.mode != SHARED]
-        if leases:
-            reads, writes = os.pipe()
-            for lease in leases:
-                lease.pins += 1
-            self._pins.append((reads, writes, leases))
-        else:
-            self._pins.append((-1, -1, []))
-
-    def after_fork_in_parent(self) -> None:
-        """Unpin them when the child is gone."""
-        reads, writes, leases = self._pins.pop()
-        self.lock.release()
-        if reads < 0:
-            return
-        os.close(writes)
-
-        def unpin() -> None:
-            os.close(reads)
-            with self.lock:
-                self.settle()
-                for lease in leases:
-                    lease.pins -= 1
-                    if lease in self.holds.dead and not lease.pins:
-                        self.holds.dead.remove(lease)
-                        if not lease.moving:
-                            self._release(lease)
-            self.pay()
-
-        self._node.dispatcher.watch(reads, unpin)
-
-    def after_fork_in_child(self) -> None:
-        """Let what the child writes to its values stay its own; the pipe's end stays open with it."""
-        reads, _, leases = self._pins.pop()
-        if reads >= 0:
-            os.close(reads)
-        for lease in leases:
-            if lease.mode == OWN:
-                lease.segment.keep_own_copy(lease.offset, lease.nbytes)
-        self.holds.idle = False  # nobody to wake
-        arrays.find_shared = None  # to a cluster of the child they are arrays like any other
+            self.offers.lost(pid)
 
     def state(self) -> dict[str, Any]:
         """Return what is lent and held; for people and tests."""
@@ -622,47 +430,9 @@ class Sharing:
                 "lent": {block.serial: dict(block.counts) for block in self.arena.blocks.values()},
                 "held": [repr(lease) for lease in self.holds.leases()],
                 "owed": {owner: list(changes) for owner, changes in self.owed.items() if changes},
+                # A segment's own, and the one that the module mmap keeps.
+                "descriptors": 2 * len(self.holds.segments) + self.keeper.descriptors,
             }
-
-
-class Repeated:
-    """Arrays that a map sends many times, or many overlapping views of: copied once.
-
-    Parameters
-    ----------
-    sharing : Sharing
-        Of this process.
-    bases : list of ndarray
-        Contiguous arrays, which nobody writes to as long as the map runs.
-    """
-
-    def __init__(self, sharing: Sharing, bases: list[Any]) -> None:
-        self._sharing = sharing
-        self._spans = sorted(
-            (base.__array_interface__["data"][0], base.nbytes, index) for index, base in enumerate(bases)
-        )
-        self._bases = bases
-        self._copies: dict[int, Hold | None] = {}
-        self._lock = threading.Lock()  # guards `_copies`: a base is copied once
-
-    def find(self, source: Any) -> tuple[Lease, Lease] | None:
-        """Return the lease of the copy in which a buffer's bytes lie, and one of just these bytes."""
-        if isinstance(source, Strided):
-            return None
-        address = _address(source)
-        for start, nbytes, index in self._spans:
-            if start <= address and address + len(source) <= start + nbytes:
-                with self._lock:
-                    if index not in self._copies:
-                        raw = memoryview(self._bases[index].reshape(-1, order="A").view("B"))
-                        self._copies[index] = self._sharing.copy_for_many(raw)
-                hold = self._copies[index]
-                if hold is None:
-                    return None
-                lease = hold.lease
-                offset = lease.offset + address - start
-                return lease, Lease(lease.segment, lease.serial, offset, len(source), PRIVATE)
-        return None
 
 
 def _leases_frame(owner: int, changes: list[Change]) -> Parts:
@@ -671,7 +441,7 @@ def _leases_frame(owner: int, changes: list[Change]) -> Parts:
     return codec.frame(_LEASES, 0, 0, owner, payload)
 
 
-def _address(buffer: Any) -> int:
+def address_of(buffer: Any) -> int:
     """Return where a buffer lies."""
     import numpy
 

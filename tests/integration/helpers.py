@@ -58,7 +58,12 @@ def settled_state():
         entries = {tuple(rrid): repr(entry) for rrid, entry in list(node.refs.entries.items())}
         links = sum(len(links) for links in node.all_links.values())
     running = [task for task in list(node.tasks.running.values()) if task.strand is not _my_strand()]
+    node.sharing.pay()
+    shared = node.sharing.state()
     return {
+        "blocks lent": shared["lent"],
+        "blocks held": shared["held"],
+        "blocks owed": shared["owed"],
         "references": entries,
         "pending": sorted(node.pending),
         "waiting": sorted(node.waiting),
@@ -67,7 +72,7 @@ def settled_state():
         "running": [repr(task) for task in running],
         "queued": sorted(node.tasks.queued),
         "lanes": len(node.dispatcher._lanes),
-        "descriptors": len(os.listdir("/proc/self/fd")) - links,
+        "descriptors": len(os.listdir("/proc/self/fd")) - links - shared["descriptors"],
     }
 
 

@@ -1,0 +1,89 @@
+"""Arrays that go out many times in one map: found before it begins, and copied once."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+from shmdist.memory.holds import PRIVATE, Hold, Lease
+from shmdist.runtime.node import current_node
+from shmdist.runtime.sharing import LINE, address_of
+from shmdist.wire import arrays
+from shmdist.wire.arrays import Strided, extent
+
+
+class Repeated:
+    """Arrays that a map sends many times, or many overlapping views of: copied once.
+
+    Parameters
+    ----------
+    bases : list of ndarray
+        Contiguous arrays, which nobody writes to as long as the map runs.
+    """
+
+    def __init__(self, bases: list[Any]) -> None:
+        self._sharing = current_node().sharing
+        self._spans = sorted(
+            (base.__array_interface__["data"][0], base.nbytes, index) for index, base in enumerate(bases)
+        )
+        self._bases = bases
+        self._copies: dict[int, Hold | None] = {}
+        self._lock = threading.Lock()  # guards `_copies`: a base is copied once
+
+    def find(self, source: Any) -> tuple[Lease, Lease] | None:
+        """Return the lease of the copy in which a buffer's bytes lie, and one of just these bytes."""
+        if isinstance(source, Strided):
+            return None
+        address = address_of(source)
+        for start, nbytes, index in self._spans:
+            if start <= address and address + len(source) <= start + nbytes:
+                with self._lock:
+                    if index not in self._copies:
+                        raw = memoryview(self._bases[index].reshape(-1, order="A").view("B"))
+                        self._copies[index] = self._sharing.copy_for_many(raw)
+                hold = self._copies[index]
+                if hold is None:
+                    return None
+                lease = hold.lease
+                offset = lease.offset + address - start
+                return lease, Lease(lease.segment, lease.serial, offset, len(source), PRIVATE)
+        return None
+
+
+def find_repeated(iterables: tuple[Any, ...]) -> Repeated | None:
+    """Return what is sent of some array more than once when each element of `iterables` goes out.
+
+    Only lists and tuples of arrays are looked through: what a generator yields may be one
+    array that it writes to in between.
+    """
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not hasattr(numpy, "ndarray"):
+        return None
+    bases: dict[int, Any] = {}
+    sent: dict[int, int] = {}
+    for iterable in iterables:
+        if type(iterable) not in (list, tuple) or not iterable or type(iterable[0]) is not numpy.ndarray:
+            continue
+        for element in iterable:
+            if type(element) is numpy.ndarray and element.nbytes >= LINE:
+                base = _base(element, numpy.ndarray)
+                bases[id(base)] = base
+                sent[id(base)] = sent.get(id(base), 0) + element.nbytes
+    repeated = [
+        base for key, base in bases.items() if sent[key] > base.nbytes and base.flags.forc and _is_plain(base)
+    ]
+    return Repeated(repeated) if repeated else None
+
+
+def _base(array: Any, ndarray: type) -> Any:
+    """Return the array that has the memory of a view."""
+    while type(array.base) is ndarray:
+        array = array.base
+    return array
+
+
+def _is_plain(base: Any) -> bool:
+    """Tell whether an array's bytes may be copied as they are, and are not shared ones."""
+    find = arrays.find_shared
+    return not base.dtype.hasobject and (find is None or find(*extent(base)) is None)

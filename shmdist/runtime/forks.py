@@ -1,0 +1,75 @@
+"""What a fork of the user's program does to arrays in blocks: no harm.
+
+A forked child sees the blocks of its parent, but the cluster does not know it. Its values must
+not change when the parent gives them back: they are pinned until the child has ended or has
+become another program, which the end of a pipe tells. And what the child writes must stay its
+own: it maps them privately, in their place.
+
+What the parent writes into a value after the fork, where the child has not written itself, the
+child may see. Shared arrays stay shared.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from shmdist.memory.holds import OWN, SHARED, Lease
+from shmdist.wire import arrays
+
+if TYPE_CHECKING:
+    from shmdist.runtime.sharing import Sharing
+
+
+class Forks:
+    """What is done before and after each fork of a process."""
+
+    def __init__(self, sharing: Sharing) -> None:
+        self._sharing = sharing
+        self._pins: list[tuple[int, int, list[Lease]]] = []  # of forks under way: pipe's ends, what is pinned
+
+    def before(self) -> None:
+        """Pin the values that a child is going to see."""
+        self._sharing.lock.acquire()  # so that the child finds the tables whole
+        self._sharing.settle()
+        leases = [lease for lease in self._sharing.holds.leases() if lease.mode != SHARED]
+        if leases:
+            reads, writes = os.pipe()
+            for lease in leases:
+                lease.pins += 1
+            self._pins.append((reads, writes, leases))
+        else:
+            self._pins.append((-1, -1, []))
+
+    def after_in_parent(self) -> None:
+        """Unpin them when the child is gone."""
+        reads, writes, leases = self._pins.pop()
+        self._sharing.lock.release()
+        if reads < 0:
+            return
+        os.close(writes)
+
+        def unpin() -> None:
+            os.close(reads)
+            with self._sharing.lock:
+                self._sharing.settle()
+                for lease in leases:
+                    lease.pins -= 1
+                    if lease in self._sharing.holds.dead and not lease.pins:
+                        self._sharing.holds.dead.remove(lease)
+                        if not lease.moving:
+                            self._sharing.release(lease)
+            self._sharing.pay()
+
+        self._sharing.node.dispatcher.watch(reads, unpin)
+
+    def after_in_child(self) -> None:
+        """Let what the child writes to its values stay its own; the pipe's end stays open with it."""
+        reads, _, leases = self._pins.pop()
+        if reads >= 0:
+            os.close(reads)
+        for lease in leases:
+            if lease.mode == OWN:
+                lease.segment.keep_own_copy(lease.offset, lease.nbytes)
+        self._sharing.holds.idle = False  # nobody to wake
+        arrays.find_shared = None  # to a cluster of the child they are arrays like any other
