@@ -307,9 +307,10 @@ class Run:
             return
         strand = current()
         strand.enter()
+        parts, sending = Parts(), False
         try:
             together = codec.Payload()
-            parts = self._function_for(pid, together)
+            parts.join(self._function_for(pid, together))
             link = node.links[pid]
             for batch, payload in payloads:
                 batch.sent = time.monotonic()
@@ -322,6 +323,7 @@ class Run:
                 together.refs += payload.refs
             if len(parts) > 1 and sum(map(len, parts)) < _JOINED:
                 parts[:] = [b"".join(parts)]
+            sending = True
             node.send(link, parts, together)
         except (LinkClosed, KeyError):
             pass  # its death is on its way, and fails what was sent to it
@@ -329,6 +331,8 @@ class Run:
             if pid not in node.graves:
                 raise
         finally:
+            if not sending:  # a later frame of them could not be made
+                node.sharing.take_back(parts, pid)
             strand.leave()
         if pid in node.graves:
             self._fail_sent(pid, [batch for batch, _ in payloads])

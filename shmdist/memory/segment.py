@@ -150,8 +150,10 @@ class Segment:
 
     def __del__(self) -> None:
         # A mapping that something still looks into stays; it needs no descriptor.
-        with contextlib.suppress(AttributeError, OSError):
+        try:
             self.close_fd()
+        except Exception:
+            pass  # made by halves, or the program is at its end and its modules are gone
 
     def close_fd(self) -> None:
         """Close the descriptor; the mapping ends with its last view."""

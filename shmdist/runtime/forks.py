@@ -33,13 +33,15 @@ class Forks:
         self._sharing.lock.acquire()  # so that the child finds the tables whole
         self._sharing.settle()
         leases = [lease for lease in self._sharing.holds.leases() if lease.mode != SHARED]
+        reads = writes = -1
         if leases:
-            reads, writes = os.pipe()
             for lease in leases:
                 lease.pins += 1
-            self._pins.append((reads, writes, leases))
-        else:
-            self._pins.append((-1, -1, []))
+            try:
+                reads, writes = os.pipe()
+            except OSError:
+                pass  # nobody will tell of the child's end: they stay pinned, which is safe
+        self._pins.append((reads, writes, leases))
 
     def after_in_parent(self) -> None:
         """Unpin them when the child is gone."""
@@ -68,8 +70,9 @@ class Forks:
         reads, _, leases = self._pins.pop()
         if reads >= 0:
             os.close(reads)
+        self._sharing.holds.idle = False  # nobody to wake
+        arrays.find_shared = None  # to a cluster of the child they are arrays like any other
+        self._sharing.lock.release()
         for lease in leases:
             if lease.mode == OWN:
                 lease.segment.keep_own_copy(lease.offset, lease.nbytes)
-        self._sharing.holds.idle = False  # nobody to wake
-        arrays.find_shared = None  # to a cluster of the child they are arrays like any other

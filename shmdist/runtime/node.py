@@ -122,6 +122,7 @@ class Node(Ownership):
         #: Told when process 1 is gone; a worker ends then.
         self.master_gone: Callable[[], None] = lambda: None
         self.is_worker = False
+        self.forking = False  # a fork is under way; guarded by the lock of `sharing`
         self.exiting = False  # the program is at its end, and so are its workers
         self.closed = False
         #: Files that a forked child must not keep open, lest this process seem alive.
@@ -294,23 +295,36 @@ class Node(Ownership):
     def _pay(self, link: Link) -> None:
         """Give blocks back to the process at the end of `link`, ahead of what goes there now."""
         dues = self.sharing.dues(link)
-        if dues:
-            link.post(dues)
+        if dues and not link.post(dues):
+            self.dispatcher.start(lambda: (link.flush(block=True), None)[1])
 
     def wait_inside(self, reply: Cell) -> None:
-        """Wait for what a peer's runtime answers by itself; no interrupt ends it.
+        """Wait for what a peer's runtime answers by itself.
 
         Another thread reads meanwhile: this one may be in the middle of anything.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            The peer may stand still, and nobody waits for it longer than he likes.
         """
+        strand = current()
         lock = threading.Lock()
         lock.acquire()
         reply.add(lock)
-        while not reply.done:
-            lock.acquire(timeout=0.05)  # it may have been done before it saw the lock
-        reply.remove(lock)
+        try:
+            while not reply.done:
+                lock.acquire(timeout=0.05)  # it may have been done before it saw the lock
+                if strand.pending and not reply.done:
+                    strand.deliver()
+        finally:
+            reply.remove(lock)
 
     def answer(self, link: Link, call_id: int, flags: int, payload: codec.Payload | None) -> bool:
         """Answer a request; False when the other side is gone."""
+        if payload is not None and payload.buffers:
+            # Counts of blocks are told by this link; what goes by another one they could overtake.
+            link = self.links.get(link.pid, link)
         parts = codec.frame(_RESULT, flags, 0, call_id, payload, link)
         try:
             if payload is not None and payload.refs:
@@ -459,22 +473,28 @@ def _after_fork() -> None:
     node, _current = _current, None
     if node is not None:
         node.closed = True
-        node.sharing.forks.after_in_child()
         node.dispatcher.abandon()
         node.outputs.abandon()
         for file in node.inherited:
             with contextlib.suppress(OSError):
                 file.close()
+        if node.forking:
+            node.sharing.forks.after_in_child()
 
 
 def _before_fork() -> None:
-    if _current is not None:
-        _current.sharing.forks.before()
+    node = _current
+    if node is not None:
+        node.sharing.forks.before()
+        node.forking = True
 
 
 def _after_fork_in_parent() -> None:
-    if _current is not None:
-        _current.sharing.forks.after_in_parent()
+    # Another thread may have made the node since the fork began.
+    node = _current
+    if node is not None and node.forking:
+        node.forking = False
+        node.sharing.forks.after_in_parent()
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)

@@ -235,6 +235,9 @@ class Tasks:
             codec_refs = codec.references(task.frame)
             if codec_refs:
                 self._node.give_back(list(codec_refs))
+            # The task may lie in its lane for long yet; what it would have worked on, goes back.
+            task.frame.body, task.frame.buffers = b"", []
+            task.frame.flags &= ~HAS_REFS
             if task.frame.flags & WANT_STORE:
                 self._node.store(key, None, capture(KeyboardInterrupt("cancelled before it began")))
             self._node.post(task.link, _RESULT, NOT_RUN, task.frame.call_id)
