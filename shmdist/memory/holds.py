@@ -137,10 +137,10 @@ class Hold:
         if not lease.start:
             if lease.mode == PRIVATE:
                 try:
-                    lease.private = lease.segment.private(lease.offset, lease.nbytes)
+                    private = lease.private = lease.segment.private(lease.offset, lease.nbytes)
                 except OSError:
                     return numpy.frombuffer(bytearray(lease.view()), "B")
-                lease.start = lease.private.address
+                lease.start = private.address + lease.offset - private.start
             else:
                 lease.start = lease.segment.address + lease.offset
             self._holds.enter(lease)
@@ -226,7 +226,7 @@ class Holds:
                 del self._starts[index]
                 self.shared -= lease.mode == SHARED
             if lease.private is not None:
-                lease.private.unmap()
+                lease.segment.rest(lease.private)
                 lease.private = None
             if lease.pins:
                 self.dead.append(lease)

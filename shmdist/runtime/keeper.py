@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from shmdist._log import Log
 from shmdist.memory.arena import State
-from shmdist.memory.segment import Segment, available_memory, total_memory, whole_pages
+from shmdist.memory.segment import Segment, total_memory, whole_pages
 from shmdist.wire.poller import Kick
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ _TICK = 0.02  # seconds between looks while there is traffic
 _LIVELY = 1.0  # seconds after the last use during which there is traffic
 _SMALLEST = 8 << 20  # bytes of a segment, at least
 _LARGEST = 256 << 20  # and at most, but for a single larger block
-_SPARE = 16  # the system keeps at least one part in so many of its memory
 _STEP = 16 << 20  # bytes touched at a time
 _BACK_OFF = 1.0  # seconds in which growing is not tried again after it failed
 _log = Log("keeper")
@@ -101,6 +100,8 @@ class Keeper:
         """See to it that next time there are blocks of these sizes for a process."""
         limit = self.limit
         self._tell()
+        if not limit:
+            return  # it was asked for, so nobody need be told
         if time.monotonic() < self._retry_at:
             return
         for nbytes in sizes:
@@ -207,7 +208,7 @@ class Keeper:
                 self._provide(nbytes, pid)
             except (OSError, MemoryError) as error:
                 self._retry_at = time.monotonic() + _BACK_OFF
-                self.trouble(f"{nbytes} bytes of shared memory could not be had: {error}")
+                self.trouble(str(error))
         sharing.pay()
         with sharing.lock:
             over = sharing.arena.total - sharing.arena.cold > max(self.limit, sharing.arena.lent)
@@ -244,10 +245,11 @@ class Keeper:
         if total + size > self.limit:
             self.trouble(_over(total + size, self.limit))
             return
-        if not _spare(size):
-            size = whole_pages(nbytes)
-        segment = self.make_segment(size)
-        _touch(segment, 0, size)
+        try:
+            segment = self.make_segment(size)
+        except MemoryError:
+            segment = self.make_segment(nbytes)
+        _touch(segment, 0, segment.size)
         with sharing.lock:
             sharing.add_segment(segment)
         sharing.offers.offer(pid, segment)
@@ -261,18 +263,16 @@ class Keeper:
             There is not so much memory to spare.
         """
         size = whole_pages(max(nbytes, 1))
-        if not _spare(size):
-            raise MemoryError(
-                f"{size} bytes of shared memory are more than the {available_memory()} that may be had now"
-            )
         try:
             return Segment.make(self._sharing.pid, next(self._sharing.numbers), size)
         except OSError as error:
-            raise MemoryError(f"{size} bytes of shared memory: {error}") from error
+            raise MemoryError(f"{size} bytes of shared memory cannot be had: {error}") from error
 
     def _cool(self) -> None:
         """Give everything back that nobody uses."""
         sharing = self._sharing
+        for segment in list(sharing.holds.segments.values()):
+            segment.drop_spares()
         with sharing.lock:
             extents = sharing.arena.begin_cooling()
         for extent in extents:
@@ -286,12 +286,6 @@ class Keeper:
 
 
 _FOR_EVER = float("inf")
-
-
-def _spare(nbytes: int) -> bool:
-    """Tell whether the system has so much memory, and keeps some."""
-    available = available_memory()
-    return nbytes < available - min(available // _SPARE, 1 << 30)
 
 
 def _touch(segment: Segment, offset: int, size: int) -> None:

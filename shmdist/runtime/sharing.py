@@ -260,7 +260,7 @@ class Sharing:
         serial, written = block.serial, False
         try:
             if self.offers.introduce(segment, pid):
-                _write(segment, block.offset, pieces)
+                _write(segment, block.offset, pieces, self._node.dispatcher.start)
                 written = True
         finally:
             with self.lock:
@@ -287,7 +287,7 @@ class Sharing:
             return None
         segment = self.holds.segments[self.pid, block.segment]
         hold = Hold(self.holds, Lease(segment, block.serial, block.offset, len(source), PRIVATE))
-        _write(segment, block.offset, [source])
+        _write(segment, block.offset, [source], self._node.dispatcher.start)
         return hold
 
     def _pass_on(self, lease: Lease, part: Lease, mode: int, pid: int, done: Parts) -> Token | None:
@@ -449,11 +449,11 @@ def address_of(buffer: Any) -> int:
     return address
 
 
-def _write(segment: Segment, offset: int, pieces: list[Any]) -> None:
+def _write(segment: Segment, offset: int, pieces: list[Any], start: Any) -> None:
     """Write pieces one after the other."""
     for piece in pieces:
         if isinstance(piece, Strided):
             piece.write_to(segment.array[offset : offset + piece.nbytes])
         else:
-            segment.write(offset, piece)
+            segment.write(offset, piece, start)
         offset += len(piece)
