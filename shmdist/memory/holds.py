@@ -141,8 +141,8 @@ class Hold:
             strand.enter()  # an interrupt must not come between the mapping and the tables
             try:
                 if lease.mode == PRIVATE:
-                    lease.private = lease.segment.private(lease.offset, lease.nbytes)
-                    lease.start = lease.private.address
+                    private = lease.private = lease.segment.private(lease.offset, lease.nbytes)
+                    lease.start = private.address + lease.offset - private.start
                 else:
                     lease.start = lease.segment.address + lease.offset
                 self._holds.enter(lease)
@@ -245,7 +245,7 @@ class Holds:
                 del self._starts[index]
                 self.shared -= lease.mode == SHARED
             if lease.private is not None:
-                lease.private.unmap()
+                lease.segment.rest(lease.private)
                 lease.private = None
             if lease.pins:
                 self.dead.append(lease)

@@ -6,7 +6,8 @@ descriptor over a link, so that nothing can be left behind, whoever is killed wh
 ``/dev/shm`` may be as small as it likes.
 
 Pages are reserved before they are written. Writing to a page that cannot be had is the end
-of a process (SIGBUS); reserving it is an ``OSError``.
+of a process (SIGBUS); reserving it is an ``OSError``. And before that, the system is asked what
+it has: a memfd has no limit, and the system would rather kill some process than refuse one page.
 
 A mapping is never unmapped while anything looks into it: it is an object, which every view
 holds, and ends with the last of them. So there is no ``close`` to call too early.
@@ -15,19 +16,28 @@ holds, and ends with the last of them. So there is no ``close`` to call too earl
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import mmap
 import os
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 PAGE = mmap.PAGESIZE
 _SIZE = 4096
 SLOTS = _SIZE // 16
-_REMOVE, _POPULATE_WRITE = 9, 23  # Linux: advice to the system about pages
+_DONTNEED, _REMOVE, _POPULATE_WRITE = 4, 9, 23  # Linux: advice to the system about pages
 _LINUX = sys.platform == "linux"
+_WORTH_KEEPING = 1 << 20  # bytes of a private mapping from which on it is kept for reuse
+_SPARES = 8  # private mappings of a segment that are kept for reuse
+_TOGETHER = 16 << 20  # bytes from which on two threads copy
+_PIECE = 4 << 20  # bytes that one of them copies at a time
+_SPARE = 16  # the system keeps one part in so many of the memory it has
+_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def whole_pages(nbytes: int) -> int:
@@ -120,6 +130,7 @@ class Segment:
         self.fd = fd
         self._array: Any = None
         self._address = 0
+        self._spares: dict[tuple[int, int], PrivateView] = {}
         try:
             self._map = mmap.mmap(fd, size)
         except BaseException:
@@ -138,6 +149,7 @@ class Segment:
         """
         fd = _unnamed()
         try:
+            _ask_for(size)
             os.ftruncate(fd, size)
             _reserve(fd, 0, size)
         except BaseException:
@@ -179,14 +191,22 @@ class Segment:
             self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         return self._address
 
-    def write(self, offset: int, source: Any) -> None:
-        """Copy contiguous bytes into the segment; other threads run meanwhile when they are many."""
+    def write(self, offset: int, source: Any, start: Callable[[Callable[[], None]], None]) -> None:
+        """Copy contiguous bytes into the segment; other threads run meanwhile when they are many.
+
+        `start` runs a job on another thread: of very many bytes it may copy a part.
+        """
         nbytes = len(source)
         numpy = sys.modules.get("numpy")
         if numpy is None or nbytes < 1 << 16 or not hasattr(numpy, "copyto"):
             self.view[offset : offset + nbytes] = source
+            return
+        target = self.array[offset : offset + nbytes]
+        bytes_ = numpy.frombuffer(source, "B")
+        if nbytes < _TOGETHER or _CPUS < 2:
+            numpy.copyto(target, bytes_)
         else:
-            numpy.copyto(self.array[offset : offset + nbytes], numpy.frombuffer(source, "B"))
+            _copy_together(target, bytes_, start)
 
     def reserve(self, offset: int, size: int) -> None:
         """Reserve pages that were given back.
@@ -196,6 +216,7 @@ class Segment:
         OSError
             There is not so much memory.
         """
+        _ask_for(size)
         _reserve(self.fd, offset, size)
 
     def touch(self, offset: int, size: int) -> None:
@@ -219,13 +240,42 @@ class Segment:
         OSError
             There is no room for the mapping.
         """
-        return PrivateView(self, offset, nbytes)
+        start = offset // PAGE * PAGE
+        size = whole_pages(offset + nbytes - start)
+        with contextlib.suppress(KeyError):
+            spare = self._spares.pop((start, size))
+            spare.clean()
+            return spare
+        return PrivateView(self.fd, start, size)
+
+    def rest(self, view: PrivateView) -> None:
+        """Take a private mapping back that nothing looks into any more.
+
+        A large one is kept: mapping its pages once more would take longer than a copy of them.
+        """
+        if view.size >= _WORTH_KEEPING and len(self._spares) < _SPARES:
+            self._spares.setdefault((view.start, view.size), view)
+
+    def has_spares(self) -> bool:
+        """Tell whether private mappings are kept for reuse."""
+        return bool(self._spares)
+
+    def drop_spares(self) -> None:
+        """Take down the private mappings that are not in use."""
+        self._spares.clear()
 
     def keep_own_copy(self, offset: int, nbytes: int) -> None:
         """Put a private mapping in the place of a part of this one; in a forked child."""
         start = offset // PAGE * PAGE
         size = whole_pages(offset + nbytes - start)
         _map_at(self.address + start, size, self.fd, start)
+
+
+def _ask_for(size: int) -> None:
+    """Raise the error that says that there is not so much memory, and some to spare."""
+    available = available_memory()
+    if size > available - min(available // _SPARE, 1 << 30):
+        raise OSError(errno.ENOMEM, f"{size} bytes are asked for, and {available} are there")
 
 
 def _reserve(fd: int, offset: int, size: int) -> None:
@@ -236,37 +286,104 @@ def _reserve(fd: int, offset: int, size: int) -> None:
 class PrivateView:
     """A mapping of a part of a segment that keeps what is written there to itself.
 
+    Pages that were not written show what is in the segment, also what is written there later.
     The C library is called directly where it can be: the module ``mmap`` keeps a descriptor
     open for each mapping, and there may be thousands of these.
+
+    Parameters
+    ----------
+    fd : int
+        The segment's.
+    start, size : int
+        The part; bytes, multiples of the page size.
     """
 
-    def __init__(self, segment: Segment, offset: int, nbytes: int) -> None:
-        start = offset // PAGE * PAGE
-        self._size = whole_pages(offset + nbytes - start)
+    def __init__(self, fd: int, start: int, size: int) -> None:
+        self.start = start
+        self.size = size
         self._base = 0
         self._kept: Any = None
         if _LINUX:
-            self._base = _map_at(0, self._size, segment.fd, start)
-            self.address = self._base + offset - start
+            self._base = _map_at(0, size, fd, start)
+            self.address = self._base
         else:
             import numpy
 
-            self._kept = mmap.mmap(
-                segment.fd,
-                self._size,
-                flags=mmap.MAP_PRIVATE,
-                prot=mmap.PROT_READ | mmap.PROT_WRITE,
-                offset=start,
-            )
-            array = numpy.frombuffer(self._kept, "B")
-            self.address = array.__array_interface__["data"][0] + offset - start
+            access = mmap.PROT_READ | mmap.PROT_WRITE
+            self._kept = mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=access, offset=start)
+            self.address = numpy.frombuffer(self._kept, "B").__array_interface__["data"][0]
 
-    def unmap(self) -> None:
-        """Take the mapping down; nothing may look into it any more."""
-        base, self._base = self._base, 0
-        self._kept = None
-        if base:
-            _libc().munmap(base, self._size)
+    def __del__(self) -> None:
+        try:
+            if self._base:
+                _libc().munmap(self._base, self.size)
+        except Exception:
+            pass  # made by halves, or the program is at its end and its modules are gone
+
+    def clean(self) -> None:
+        """Forget what was written here, so that the segment's own bytes are seen again."""
+        try:
+            runs = _written(self._base, self.size)
+        except OSError:
+            runs = [(0, self.size)]
+        for start, size in runs:
+            _libc().madvise(self._base + start, size, _DONTNEED)
+
+
+def _written(address: int, size: int) -> list[tuple[int, int]]:
+    """Return offset and size of the parts of a private mapping that were written.
+
+    The system tells of each page whether it is the file's (bit 61) or was made for this mapping.
+    """
+    import numpy
+
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        pages = numpy.frombuffer(os.pread(fd, size // PAGE * 8, address // PAGE * 8), "u8") >> 61
+    finally:
+        os.close(fd)
+    if len(pages) < size // PAGE:
+        raise OSError("the page map is shorter than the mapping")
+    # Bits 62 and 63 of the entry: the page is swapped out, is in memory.
+    own = numpy.flatnonzero((pages > 1) & (pages & 1 == 0))
+    if not len(own):
+        return []
+    breaks = numpy.flatnonzero(numpy.diff(own) > 1)
+    firsts = own[numpy.concatenate(([0], breaks + 1))]
+    lasts = own[numpy.concatenate((breaks, [len(own) - 1]))]
+    return [
+        (int(first) * PAGE, int(last - first + 1) * PAGE) for first, last in zip(firsts, lasts, strict=True)
+    ]
+
+
+def _copy_together(target: Any, source: Any, start: Callable[[Callable[[], None]], None]) -> None:
+    """Copy an array of bytes, with the help of another thread if one comes in time."""
+    import numpy
+
+    pieces = -(-len(source) // _PIECE)
+    numbers = itertools.count()  # of pieces; next() is one atomic step
+    helping: list[bool] = []
+    helped = threading.Lock()
+    helped.acquire()
+
+    def work() -> None:
+        while (number := next(numbers)) < pieces:
+            part = slice(number * _PIECE, (number + 1) * _PIECE)
+            numpy.copyto(target[part], source[part])
+
+    def help_out() -> None:
+        helping.append(True)
+        try:
+            work()
+        finally:
+            helped.release()
+
+    with contextlib.suppress(RuntimeError):  # no thread can be had: then alone
+        start(help_out)
+    work()
+    # A helper that comes only now finds no piece left.
+    if helping:
+        helped.acquire()
 
 
 _library: Any = None

@@ -30,21 +30,26 @@ class Forks:
 
     def before(self) -> None:
         """Pin the values that a child is going to see."""
-        self._sharing.lock.acquire()  # so that the child finds the tables whole
-        self._sharing.settle()
-        leases = [lease for lease in self._sharing.holds.leases() if lease.mode != SHARED]
-        reads = writes = -1
-        if leases:
+        sharing = self._sharing
+        sharing.lock.acquire()  # so that the child finds the tables whole
+        leases: list[Lease] = []
+        ends = (-1, -1)
+        try:
+            sharing.settle()
+            leases = [lease for lease in sharing.holds.leases() if lease.mode != SHARED]
             for lease in leases:
                 lease.pins += 1
-            try:
-                reads, writes = os.pipe()
-            except OSError:
-                pass  # nobody will tell of the child's end: they stay pinned, which is safe
-        self._pins.append((reads, writes, leases))
+            if leases:
+                ends = os.pipe()  # without it they stay pinned: better that than values that change
+        except OSError:
+            pass
+        finally:
+            self._pins.append((*ends, leases))
 
     def after_in_parent(self) -> None:
         """Unpin them when the child is gone."""
+        if not self._pins:
+            return  # this process was in no cluster when the fork began
         reads, writes, leases = self._pins.pop()
         self._sharing.lock.release()
         if reads < 0:
@@ -67,12 +72,14 @@ class Forks:
 
     def after_in_child(self) -> None:
         """Let what the child writes to its values stay its own; the pipe's end stays open with it."""
+        if not self._pins:
+            return
         reads, _, leases = self._pins.pop()
+        self._sharing.lock.release()
         if reads >= 0:
             os.close(reads)
         self._sharing.holds.idle = False  # nobody to wake
         arrays.find_shared = None  # to a cluster of the child they are arrays like any other
-        self._sharing.lock.release()
         for lease in leases:
             if lease.mode == OWN:
                 lease.segment.keep_own_copy(lease.offset, lease.nbytes)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from shmdist._log import Log
 from shmdist.memory.arena import State
-from shmdist.memory.segment import Segment, available_memory, total_memory, whole_pages
+from shmdist.memory.segment import Segment, total_memory, whole_pages
 from shmdist.wire.poller import Kick
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ _TICK = 0.02  # seconds between looks while there is traffic
 _LIVELY = 1.0  # seconds after the last use during which there is traffic
 _SMALLEST = 8 << 20  # bytes of a segment, at least
 _LARGEST = 256 << 20  # and at most, but for a single larger block
-_SPARE = 16  # the system keeps at least one part in so many of its memory
 _STEP = 16 << 20  # bytes touched at a time
 _BACK_OFF = 1.0  # seconds in which growing is not tried again after it failed
 _KEPT = 1.0  # seconds for which the memory of a process that is gone is kept for tokens on their way
@@ -104,6 +103,8 @@ class Keeper:
         """See to it that next time there are blocks of these sizes for a process."""
         limit = self.limit
         self._tell()
+        if not limit:
+            return  # it was asked for, so nobody need be told
         if time.monotonic() < self._retry_at:
             return
         for nbytes in sizes:
@@ -203,7 +204,8 @@ class Keeper:
         sharing = self._sharing
         with sharing.lock:
             free = sharing.arena.total - sharing.arena.lent - sharing.arena.cold
-        if free > 0 or sharing.owed:
+            spares = any(segment.has_spares() for segment in sharing.holds.segments.values())
+        if free > 0 or spares or sharing.owed:
             return max(_TICK, IDLE - quiet)
         return _FOR_EVER
 
@@ -214,9 +216,9 @@ class Keeper:
             nbytes, pid = self._wants.popleft()
             try:
                 self._provide(nbytes, pid)
-            except (OSError, MemoryError) as error:
+            except MemoryError as error:
                 self._retry_at = time.monotonic() + _BACK_OFF
-                self.trouble("memory", f"{nbytes} bytes of shared memory could not be had: {error}")
+                self.trouble("memory", str(error))
             except Exception as error:  # the process for which it is has gone meanwhile, say
                 _log.info("no block for process %d: %s", pid, error)
         sharing.pay()
@@ -246,10 +248,11 @@ class Keeper:
         size = max(size, min(max(there, _SMALLEST), _LARGEST))
         if there + size > self.limit:
             size = whole_pages(nbytes)
-        if not _spare(size):
-            size = whole_pages(nbytes)
-        segment = self.make_segment(size)
-        _touch(segment, 0, size)
+        try:
+            segment = self.make_segment(size)
+        except MemoryError:
+            segment = self.make_segment(nbytes)
+        _touch(segment, 0, segment.size)
         with sharing.lock:
             sharing.add_segment(segment)
         sharing.offers.offer(pid, segment)
@@ -259,7 +262,7 @@ class Keeper:
 
         Raises
         ------
-        OSError, MemoryError
+        MemoryError
             There is not so much memory to spare.
         """
         sharing = self._sharing
@@ -270,11 +273,12 @@ class Keeper:
         segment = sharing.holds.segments[sharing.pid, extent.segment]
         state = State.COLD
         try:
-            _check_spare(extent.size)
             segment.reserve(extent.offset, extent.size)
             if touch:
                 _touch(segment, extent.offset, extent.size)
             state = State.WARM
+        except OSError as error:
+            raise _refused(extent.size, error) from error
         finally:
             with sharing.lock:
                 sharing.arena.end(extent, state)
@@ -305,16 +309,16 @@ class Keeper:
             There is not so much memory to spare.
         """
         size = whole_pages(max(nbytes, 1))
-        _check_spare(size)
         try:
             return Segment.make(self._sharing.pid, next(self._sharing.numbers), size)
         except OSError as error:
-            advice = _ADVICE.get(error.errno or 0, _MORE)
-            raise MemoryError(f"{size} bytes of shared memory: {error.strerror}; {advice}") from error
+            raise _refused(size, error) from error
 
     def _cool(self) -> None:
         """Give everything back that nobody uses."""
         sharing = self._sharing
+        for segment in list(sharing.holds.segments.values()):
+            segment.drop_spares()
         with sharing.lock:
             extents = sharing.arena.begin_cooling()
         for extent in extents:
@@ -330,18 +334,9 @@ class Keeper:
 _FOR_EVER = float("inf")
 
 
-def _spare(nbytes: int) -> bool:
-    """Tell whether the system has so much memory, and keeps some."""
-    available = available_memory()
-    return nbytes < available - min(available // _SPARE, 1 << 30)
-
-
-def _check_spare(nbytes: int) -> None:
-    if not _spare(nbytes):
-        raise MemoryError(
-            f"{nbytes} bytes of shared memory are more than may be had of the {available_memory()} "
-            f"that are available now; {_MORE}"
-        )
+def _refused(nbytes: int, error: OSError) -> MemoryError:
+    advice = _ADVICE.get(error.errno or 0, _MORE)
+    return MemoryError(f"{nbytes} bytes of shared memory cannot be had: {error.strerror}; {advice}")
 
 
 _MORE = "free memory, or give the machine or the container more (docker: --memory, --shm-size)"

@@ -122,7 +122,6 @@ class Node(Ownership):
         #: Told when process 1 is gone; a worker ends then.
         self.master_gone: Callable[[], None] = lambda: None
         self.is_worker = False
-        self.forking = False  # a fork is under way; guarded by the lock of `sharing`
         self.exiting = False  # the program is at its end, and so are its workers
         self.closed = False
         #: Files that a forked child must not keep open, lest this process seem alive.
@@ -478,23 +477,17 @@ def _after_fork() -> None:
         for file in node.inherited:
             with contextlib.suppress(OSError):
                 file.close()
-        if node.forking:
-            node.sharing.forks.after_in_child()
+        node.sharing.forks.after_in_child()
 
 
 def _before_fork() -> None:
-    node = _current
-    if node is not None:
-        node.sharing.forks.before()
-        node.forking = True
+    if _current is not None:
+        _current.sharing.forks.before()
 
 
 def _after_fork_in_parent() -> None:
-    # Another thread may have made the node since the fork began.
-    node = _current
-    if node is not None and node.forking:
-        node.forking = False
-        node.sharing.forks.after_in_parent()
+    if _current is not None:
+        _current.sharing.forks.after_in_parent()
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)

@@ -261,7 +261,7 @@ class Sharing:
         serial, written = block.serial, False
         try:
             if self.offers.introduce(segment, pid):
-                _write(segment, block.offset, pieces)
+                _write(segment, block.offset, pieces, self._node.dispatcher.start)
                 written = True
         finally:
             with self.lock:
@@ -288,7 +288,7 @@ class Sharing:
             return None
         segment = self.holds.segments[self.pid, block.segment]
         hold = Hold(self.holds, Lease(segment, block.serial, block.offset, len(source), PRIVATE))
-        _write(segment, block.offset, [source])
+        _write(segment, block.offset, [source], self._node.dispatcher.start)
         return hold
 
     def _pass_on(self, lease: Lease, part: Lease, mode: int, pid: int, done: Parts) -> Token | None:
@@ -370,7 +370,9 @@ class Sharing:
                 self.arena.change(serial, self.pid, +1)
                 if mode == OWN:
                     self.arena.change(serial, sender, -1)
-        if mode == SHARED and arrays.find_shared is None:
+        if mode == PRIVATE:
+            self.keeper.used()  # what is written there is this process's memory, until it is let go
+        elif mode == SHARED and arrays.find_shared is None:
             arrays.find_shared = self.find_shared
         return Hold(self.holds, Lease(segment, serial, offset, nbytes, mode))
 
@@ -457,11 +459,11 @@ def address_of(buffer: Any) -> int:
     return address
 
 
-def _write(segment: Segment, offset: int, pieces: list[Any]) -> None:
+def _write(segment: Segment, offset: int, pieces: list[Any], start: Any) -> None:
     """Write pieces one after the other."""
     for piece in pieces:
         if isinstance(piece, Strided):
             piece.write_to(segment.array[offset : offset + piece.nbytes])
         else:
-            segment.write(offset, piece)
+            segment.write(offset, piece, start)
         offset += len(piece)

@@ -156,7 +156,8 @@ def _rebuild_shared(buffer: Any, dtype: Any, shape: Any, place: Any, kind: Any) 
     import numpy
 
     offset, strides, writeable = place
-    if hasattr(getattr(buffer, "base", None), "lease"):
+    memory = buffer.obj if isinstance(buffer, memoryview) else None
+    if hasattr(getattr(memory, "base", None), "lease"):
         array = numpy.ndarray(shape, dtype, buffer, offset, strides)
         array.flags.writeable = writeable
     else:

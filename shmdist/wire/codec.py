@@ -273,7 +273,7 @@ def _open_buffers(frame: Frame) -> tuple[Any, list[Any], Hold | None]:
         last, buffers = buffers[-1], buffers[:-1]
         body = last if not isinstance(last, Hold) else last.lease.view()
     prepare(body)
-    return body, [part.array() if type(part) is Hold else part for part in buffers], last
+    return body, [memoryview(part.array()) if type(part) is Hold else part for part in buffers], last
 
 
 def loads(frame: Frame, give_back: Callable[[list[Any]], None]) -> Any:

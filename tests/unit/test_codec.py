@@ -91,7 +91,9 @@ def main(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 TEXTS = st.text(st.sampled_from("aé\ud800\U0001f40d"), max_size=3)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.binary(max_size=9) | TEXTS,
-    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(TEXTS, inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(TEXTS, inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -147,7 +149,14 @@ class TestRoundTrips:
     @pytest.mark.parametrize("f", [importable, len, lambda: 0, str.upper, Point])
     @pytest.mark.parametrize(
         ("args", "kwargs"),
-        [((), {}), ((1, "a", None), {}), (("x" * 10_000,), {}), ((1,), {"k": 2}), (([],), {}), ((1,) * 9, {})],
+        [
+            ((), {}),
+            ((1, "a", None), {}),
+            (("x" * 10_000,), {}),
+            ((1,), {"k": 2}),
+            (([],), {}),
+            ((1,) * 9, {}),
+        ],
     )
     def test_calls(self, f: Any, args: Any, kwargs: Any) -> None:
         payload = codec.dumps_call(f, args, kwargs)
@@ -236,7 +245,9 @@ class TestFunctions:
         for run in (functools.partial(ship(outer), True), functools.partial(ship(outer(False)).method, None)):
             with pytest.raises(KeyError) as caught:
                 run()
-            frames = [each for each in traceback.extract_tb(caught.value.__traceback__) if each.name in expected]
+            frames = [
+                each for each in traceback.extract_tb(caught.value.__traceback__) if each.name in expected
+            ]
             assert [each.name for each in frames] == expected[-len(frames) :]
             assert {each.filename for each in frames} == {__file__}
             assert "needle" in (frames[-1].line or "") and "needle" in (frames[-2].line or "")

@@ -225,9 +225,7 @@ def test_in_one_piece(name: str, readonly: bool) -> None:
     dtype=st.sampled_from(["u1", "<i4", ">f8", "c16"]),
     readonly=st.booleans(),
 )
-def test_any_layout(
-    shape: list[int], steps: list[int], order: list[int], dtype: str, readonly: bool
-) -> None:
+def test_any_layout(shape: list[int], steps: list[int], order: list[int], dtype: str, readonly: bool) -> None:
     array = np.arange(int(np.prod(shape))).astype(dtype).reshape(shape)
     array = array.transpose([axis for axis in order if axis < array.ndim])
     array = array[tuple(slice(None, None, step) for step in steps[: array.ndim])]

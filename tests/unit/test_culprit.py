@@ -50,12 +50,16 @@ def make_function(kind: str) -> Callable[..., Any]:
     if kind == "default":
         return lambda x=lock: x
     if kind == "two deep":
+
         def inner() -> Any:
             return [lock]
 
         return lambda: inner()
     namespace: dict[str, Any] = {"__name__": "__main__", "lock": lock}
-    sources = {"global": "def f(): return lock", "inner global": "def f():\n  def g(): return lock\n  return g"}
+    sources = {
+        "global": "def f(): return lock",
+        "inner global": "def f():\n  def g(): return lock\n  return g",
+    }
     exec(sources[kind], namespace)
     f: Callable[..., Any] = namespace["f"]
     return f

@@ -306,7 +306,9 @@ class TestShow:
         for result in done:
             result()
         outputs.show()
-        assert [line.split("\t")[1] for line in stream.getvalue().splitlines()] == [str(i) for i in range(300)]
+        assert [line.split("\t")[1] for line in stream.getvalue().splitlines()] == [
+            str(i) for i in range(300)
+        ]
 
 
 class TestEnd:

@@ -44,7 +44,6 @@ class TestMainThread:
     def handle(self) -> Iterator[Callable[[Any], None]]:
         before = signal.getsignal(signal.SIGINT)
 
-
         def handle(handler: Any) -> None:
             signal.signal(signal.SIGINT, handler)
 
@@ -95,9 +94,7 @@ class TestMainThread:
         with pytest.raises(KeyboardInterrupt):
             strand.leave()
 
-    def test_the_programs_own_handler_is_called(
-        self, strand: Strand, handle: Callable[[Any], None]
-    ) -> None:
+    def test_the_programs_own_handler_is_called(self, strand: Strand, handle: Callable[[Any], None]) -> None:
         seen: list[tuple[int, FrameType | None]] = []
         handle(lambda signum, stack: seen.append((signum, stack)))
         strand.enter()
