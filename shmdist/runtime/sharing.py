@@ -219,6 +219,8 @@ class Sharing:
         if kind is SharedView:
             token = self._pass_on(source.lease, source.lease, SHARED, pid, done)
             if token is None:
+                if pid in self._node.graves:
+                    raise self._node.death(pid)
                 why = self.offers.why_refused(pid, source.lease.segment)
                 raise MemoryError(f"process {pid} cannot be given the shared array: {why}")
             return token

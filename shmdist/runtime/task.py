@@ -130,6 +130,9 @@ class Tasks:
             self._finish(task, value, error, payload)
         except Exception as failure:
             self._last_resort(task, failure)
+        finally:
+            # Its traceback holds this frame, and those of the call, with the arguments in them.
+            error = None
 
     def _finish(
         self, task: Task, value: Any, error: BaseException | None, payload: codec.Payload | None
@@ -199,7 +202,10 @@ class Tasks:
         """Keep the outcome here as the caller's Future, and tell him that it is there."""
         node = self._node
         frame = task.frame
-        captured = None if error is None else capture(error)
+        captured = None
+        if error is not None:
+            captured = capture(error)
+            _let_go_of_frames(error)
         node.store(task.key, value, captured)
         if captured is not None:
             node.answer(task.link, frame.call_id, STORED | IS_ERROR, node.dump_error(captured))
@@ -269,6 +275,21 @@ class Tasks:
             self._store(task, None, error)
         else:
             self._answer_error(task, error)
+
+
+def _let_go_of_frames(error: BaseException) -> None:
+    """Drop the tracebacks of an error that is kept: their text is, and their frames hold the call's arguments."""
+    errors: list[BaseException | None] = [error]
+    seen = set()
+    while errors:
+        each = errors.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        each.__traceback__ = None
+        errors += [each.__cause__, each.__context__]
+        if isinstance(each, BaseExceptionGroup):
+            errors += each.exceptions
 
 
 def _dump_value(value: Any, function: Any) -> codec.Payload:
