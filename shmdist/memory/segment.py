@@ -24,8 +24,10 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
+from shmdist.memory.limits import address_space, available_memory
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 PAGE = mmap.PAGESIZE
 _SIZE = 4096
@@ -132,6 +134,8 @@ class Segment:
         self._address = 0
         self._spares: dict[tuple[int, int], PrivateView] = {}
         try:
+            if size > address_space() // 2:  # the program will want some for itself
+                raise OSError(errno.ENOMEM, "there is little address space left")
             self._map = mmap.mmap(fd, size)
         except BaseException:
             self.close_fd()
@@ -425,66 +429,3 @@ def _map_at(address: int, size: int, fd: int, offset: int) -> int:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     return int(found)
-
-
-def available_memory() -> int:
-    """Return how many bytes could be had now: the system's, or less where a cgroup says so."""
-    left = 1 << 62
-    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                left = int(line.split()[1]) << 10
-                break
-    for limit, used in _group_limits():
-        left = min(left, max(0, limit - used))
-    return left
-
-
-def total_memory() -> int:
-    """Return the bytes of memory that this process may count on: the host's, or its cgroup's."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([total, *(limit for limit, _ in _group_limits())])
-
-
-def _group_limits() -> Iterator[tuple[int, int]]:
-    """Yield limit and use, in bytes, of each cgroup above this process that has a limit."""
-    try:
-        with open("/proc/self/cgroup") as file:
-            entries = [line.strip().split(":", 2) for line in file]
-    except OSError:
-        return
-    for _, controllers, path in entries:
-        if not controllers:
-            root, names = "/sys/fs/cgroup", ("memory.max", "memory.current", "memory.stat", "inactive_file ")
-        elif "memory" in controllers.split(","):
-            root = "/sys/fs/cgroup/memory"
-            names = (
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "memory.stat",
-                "total_inactive_file ",
-            )
-        else:
-            continue
-        parts = [part for part in path.split("/") if part]
-        for depth in range(len(parts) + 1):
-            folder = os.path.join(root, *parts[:depth])
-            with contextlib.suppress(OSError, ValueError):
-                limit = _number(folder, names[0])
-                if limit < 1 << 60:
-                    yield limit, _number(folder, names[1]) - _reclaimable(folder, names[2], names[3])
-
-
-def _number(folder: str, name: str) -> int:
-    with open(os.path.join(folder, name)) as file:
-        text = file.read().strip()
-    return 1 << 62 if text == "max" else int(text)
-
-
-def _reclaimable(folder: str, name: str, key: str) -> int:
-    """Return the bytes of cached files in a cgroup that the system would drop first."""
-    with open(os.path.join(folder, name)) as file:
-        for line in file:
-            if line.startswith(key):
-                return int(line.split()[1])
-    return 0

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 from shmdist._log import Log
 from shmdist.memory.arena import State
-from shmdist.memory.segment import Segment, total_memory, whole_pages
+from shmdist.memory.limits import total_memory
+from shmdist.memory.segment import Segment, whole_pages
 from shmdist.wire.poller import Kick
 
 if TYPE_CHECKING:

@@ -278,7 +278,7 @@ class Tasks:
 
 
 def _let_go_of_frames(error: BaseException) -> None:
-    """Drop the tracebacks of an error that is kept: their text is, and their frames hold the call's arguments."""
+    """Drop an error's tracebacks, whose text is kept: their frames hold the arguments of the call."""
     errors: list[BaseException | None] = [error]
     seen = set()
     while errors:
