@@ -101,11 +101,17 @@ class Offers:
             if segment.owner not in self._sharing.node.graves:
                 return True
             peer.accepted[segment.owner].discard(segment.number)
-        reply = self.offer(pid, segment)
-        if reply is not None:
-            self._sharing.node.wait_inside(reply)
-        peer = self.peers.get(pid)
-        return peer is not None and segment.number in peer.accepted.get(segment.owner, ())
+        for _ in range(2):
+            reply = self.offer(pid, segment)
+            if reply is not None:
+                self._sharing.node.wait_inside(reply)
+            peer = self.peers.get(pid)
+            if peer is None or (segment.owner, segment.number) in peer.refused:
+                return False
+            if segment.number in peer.accepted.get(segment.owner, ()):
+                return True
+            # Its owner died just now, and what was accepted before counts no more.
+        return False
 
     def why_refused(self, pid: int, segment: Segment) -> str:
         """Return why a process has not mapped a segment."""

@@ -176,11 +176,11 @@ def test_a_limit_on_address_space(where):
         for _ in range(6): there_and_back(pid, 16 * MIB, kept)
         mine = [sd.remotecall_wait(lambda a: a, pid, kept[0]) for _ in range(6)]
         assert all(np.array_equal(each, kept[0]) for each in kept)
-        assert all(future.fetch()[5] == 6 for future in mine)
+        while mine: assert mine.pop().fetch()[5] == 6
         print(*[text for _, text in caught], sep="\\n")
         """
     )
-    assert 1 <= out.count("arrays to local processes are copied through sockets") <= 2, out
+    assert out.count("arrays to local processes are copied through sockets") <= 2, out
 
 
 def test_a_limit_that_is_reached_by_arrays_in_use():
