@@ -66,7 +66,14 @@ class Operation:
                 self.undo(value)
             self.fail(error)
             return
-        if not node.answer(self.link, self.call_id, 0, payload) and self.undo is not None:
+        if payload.buffers:
+            # It may have to wait for its receiver, and this thread may be the one that reads.
+            node.dispatcher.start(lambda: self._answer(value, payload))
+        else:
+            self._answer(value, payload)
+
+    def _answer(self, value: object, payload: codec.Payload) -> None:
+        if not self._node.answer(self.link, self.call_id, 0, payload) and self.undo is not None:
             self.undo(value)
 
     def fail(self, error: BaseException) -> None:
