@@ -87,9 +87,14 @@ class LocalManager(ClusterManager):
 
     def manage(self, id: int, config: WorkerConfig, op: str) -> None:
         """Reap the process when it is done with."""
-        if op == "finalize" and config.process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                config.process.wait(timeout=5)
+        if op != "finalize" or config.process is None:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            config.process.wait(timeout=1)
+            return
+        config.process.kill()  # it has closed its link, or is another program now: nobody else will
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            config.process.wait(timeout=5)
 
 
 def _until_up(launches: list[_Launch]) -> Iterator[WorkerConfig]:

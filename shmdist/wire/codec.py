@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmdist.errors import SerializationError, reduce_exception
 from shmdist.wire.arrays import INLINE, reduce_array
+from shmdist.wire.generators import GENERATORS, reduce_generator
 from shmdist.wire.messages import HAS_REFS, HEADER, Frame
 
 if TYPE_CHECKING:
@@ -120,6 +121,8 @@ def _reduce_rare(obj: Any, kind: type) -> Any:
         return NotImplemented
     if issubclass(kind, BaseException):
         return reduce_exception(obj)
+    if kind.__name__ in GENERATORS:
+        return reduce_generator(obj)
     numpy = sys.modules.get("numpy")
     ndarray = getattr(numpy, "ndarray", None)
     if ndarray is not None and issubclass(kind, ndarray):

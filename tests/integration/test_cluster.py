@@ -128,6 +128,11 @@ def test_a_worker_that_ignores_exit_is_killed(fresh):
     with within(2), pytest.raises(TimeoutError, match=str(pid)):
         sd.rmprocs(pid, waitfor=0.1)
     until(lambda: not is_alive(ospid) and pid not in sd.procs(), 5)
+    with pytest.raises(sd.ProcessExitedException, match="SIGKILL during its removal by rmprocs") as caught:
+        sd.remotecall(abs, pid, -1)
+    assert "memory" not in str(caught.value)
+    with pytest.raises(ValueError, match="waitfor"):
+        sd.rmprocs(fresh(1), waitfor=-1)
 
 
 def test_parameters(fresh, tmp_path):
