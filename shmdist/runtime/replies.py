@@ -100,4 +100,27 @@ def unpack_error(pid: int, type_name: str, message: str, text: str, blob: bytes)
         note = f"\n(the exception itself could not be unpickled here: {type(error).__name__}: {error})\n"
         captured = CapturedException(RuntimeError(message), type_name, message, text + note)
         return RemoteException(pid, captured)
+    try:
+        captured.traceback_text = _with_source(captured.traceback_text)
+    except Exception:
+        pass  # an adornment
     return remote_exception(pid, captured)
+
+
+def _with_source(text: str) -> str:
+    """Put lines of source in a traceback that the process which made it could not read.
+
+    Functions that go by value may come from a notebook's cells, or from files on this host alone.
+    """
+    import linecache
+    import re
+
+    lines = text.split("\n")
+    for place in range(len(lines) - 1, -1, -1):
+        frame = re.match(r'( *)File "(.+)", line (\d+), in ', lines[place])
+        if frame is None or "".join(lines[place + 1 : place + 2]).startswith(frame[1] + "  "):
+            continue
+        source = linecache.getline(frame[2], int(frame[3])).strip()
+        if source:
+            lines.insert(place + 1, f"{frame[1]}  {source}")
+    return "\n".join(lines)

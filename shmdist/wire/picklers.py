@@ -18,6 +18,7 @@ from typing import Any
 
 from shmdist.errors import reduce_exception
 from shmdist.wire.arrays import INLINE, reduce_array, reduce_masked
+from shmdist.wire.generators import GENERATORS, reduce_generator
 
 #: Types with a reducer of ours: type -> callable(object, pickler) -> reduce value.
 #: ``refs`` enters its types here.
@@ -113,6 +114,8 @@ def _reduce_rare(obj: Any, kind: type, pickler: Any) -> Any:
         return NotImplemented
     if issubclass(kind, BaseException):
         return reduce_exception(obj)
+    if kind.__name__ in GENERATORS:
+        return reduce_generator(obj)
     numpy = sys.modules.get("numpy")
     ndarray = getattr(numpy, "ndarray", None)
     if ndarray is not None and issubclass(kind, ndarray):
