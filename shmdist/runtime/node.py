@@ -106,6 +106,7 @@ class Node(Ownership):
         ] = {}  # operations that wait here, by how to withdraw
         self.unclaimed_takes: dict[int, tuple[int, RRID]] = {}  # takes given up: whose item goes back
         self.released: deque[tuple[int, RRID]] = deque()  # references dropped, by finalizers: owner and id
+        self.errands: deque[Callable[[], None]] = deque()  # what finalizers leave to be done
         self._flush_asked = False
         self.tasks = Tasks(self)
         self.functions = Functions(self)
