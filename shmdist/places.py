@@ -25,10 +25,10 @@ class Place:
         self.lent = False
         if type(where) is int:
             self.pid = where
+        elif hasattr(where, "__index__") and not isinstance(where, bool):
+            self.pid = where.__index__()  # first, for numpy's integers have take and put as well
         elif hasattr(where, "_lend") or (hasattr(where, "take") and hasattr(where, "put")):
             self.pool = where
-        elif hasattr(where, "__index__") and not isinstance(where, bool):
-            self.pid = where.__index__()
         else:
             raise TypeError(
                 f"{name}(f, where, *args): where must be a process id or a worker pool, not {where!r:.80}"
