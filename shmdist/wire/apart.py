@@ -77,9 +77,8 @@ def pack(items: list[Any] | range) -> Any:
     if type(items) is range:
         return items
     rest = set(map(type, items)) - _constant
-    if not rest or _are_constant(rest) or (rest <= _FLAT and _are_flat(items, rest)):
-        return items
-    return Apart(items)
+    rest = {kind for kind in rest if not _is_scalar(kind)}
+    return items if not rest or (rest <= _FLAT and _are_flat(items, rest)) else Apart(items)
 
 
 def _are_flat(items: list[Any], kinds: set[type]) -> bool:
@@ -92,21 +91,17 @@ def _are_flat(items: list[Any], kinds: set[type]) -> bool:
         inside.update(map(type, chain.from_iterable(same)))
         if kind is dict:
             inside.update(map(type, chain.from_iterable(map(dict.values, same))))
-    inside -= _constant
-    return not inside or _are_constant(inside)
+    return all(_is_scalar(kind) for kind in inside - _constant)
 
 
-def _are_constant(kinds: set[type]) -> bool:
-    """Tell whether all these types are of numpy's scalars, and note those."""
+def _is_scalar(kind: type) -> bool:
+    """Tell whether a type is one of numpy's scalars, and note it if so."""
     numpy = sys.modules.get("numpy")
-    generic = getattr(numpy, "generic", None)
-    if numpy is None or generic is None:
+    if numpy is None or kind.__module__ != "numpy" or not issubclass(kind, numpy.generic):
         return False
-    for kind in kinds:
-        # A void is a record of an array, and can be written to.
-        if kind.__module__ != "numpy" or not issubclass(kind, generic) or issubclass(kind, numpy.void):
-            return False
-    _constant.update(kinds)
+    if issubclass(kind, numpy.void):
+        return False  # a record of an array, which can be written to
+    _constant.add(kind)
     return True
 
 
@@ -142,7 +137,12 @@ class _Pickler(codec._Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         """Decide about one object that is not of a built-in type."""
-        return self.definitions.reduce(obj, type(obj)) or super().reducer_override(obj)
+        kind = type(obj)
+        if kind not in codec.reducers:
+            reduced = self.definitions.reduce(obj, kind)
+            if reduced is not None:
+                return reduced
+        return super().reducer_override(obj)
 
 
 _by_value_class: Any = None
