@@ -59,8 +59,7 @@ class BatchRunner:
 
     def __call__(self, batch: Any, probe: bool = False) -> Any:
         """Run a batch that was sent here; returns its results as they are sent."""
-        task = current().task
-        results = self.run(batch, probe, task.key, current_node().settings.get("page"))
+        results = self.run(batch, probe, current().task.key, current_node().settings.get("page"))
         if len(results[1]) < 2:
             return results
         return results[0], pack(results[1]), results[2]
@@ -94,13 +93,13 @@ class BatchRunner:
         source = iter(batch)
         values: list[Any] = []
         errors: dict[int, Any] = {}
-        node = current_node()
-        under_way = _under_way(node)
+        several = len(batch) > 1
+        if several:
+            under_way = _under_way(current_node())
+            under_way[key] = batch, source
         numbers, slot, free = _NOWHERE, -1, None
         if page is not None:
-            numbers, slot, free = _begin_notes(node, page, key)
-        if len(batch) > 1:
-            under_way[key] = batch, source
+            numbers, slot, free = _begin_notes(page, key)
         try:
             elements = enumerate(source)
             start = time.perf_counter()
@@ -114,7 +113,8 @@ class BatchRunner:
                 _work(f, star, elements, values, errors, numbers, slot + 1)
             seconds = time.perf_counter() - start
         finally:
-            under_way.pop(key, None)
+            if several:
+                under_way.pop(key, None)
             if free is not None:
                 free.append(slot)
         return seconds, values, errors or None
@@ -232,8 +232,9 @@ def note_key(key: tuple[int, int]) -> int:
     return key[0] << 40 | key[1]
 
 
-def _begin_notes(node: Node, page: Any, key: tuple[int, int]) -> tuple[Any, int, deque[int] | None]:
+def _begin_notes(page: Any, key: tuple[int, int]) -> tuple[Any, int, deque[int] | None]:
     """Take a slot of the page for a batch; returns the page's numbers, the slot, and where it goes back."""
+    node = current_node()
     free: deque[int] | None = node.settings.get("slots")
     if free is None:
         free = node.settings.setdefault("slots", deque(range(0, 2 * SLOTS, 2)))

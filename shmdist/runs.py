@@ -244,6 +244,8 @@ class Run:
             elements: Any = list(itertools.islice(self.elements, size))
         else:
             elements = self.range[start : start + size]
+            if size == 1:  # a number costs less to send than the range of it
+                elements = list(elements)
         count = len(elements)
         if count < size:
             self.exhausted = True

@@ -88,6 +88,8 @@ def _are_flat(items: list[Any], kinds: set[type]) -> bool:
         same: list[Any] = [item for item in items if type(item) is kind]
         if kind is not tuple and len(set(map(id, same))) < len(same):
             return False
+        if not all(_is_scalar(inner) for inner in set(map(type, chain.from_iterable(same[:1]))) - _constant):
+            return False  # looked at first: probably the others are alike
         inside.update(map(type, chain.from_iterable(same)))
         if kind is dict:
             inside.update(map(type, chain.from_iterable(map(dict.values, same))))
