@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from shmdist.batches import BatchRunner
-from shmdist.errors import capture, remote_exception
+from shmdist.errors import ShmdistError, capture, remote_exception
 from shmdist.pools import default_worker_pool
 from shmdist.runs import Run
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.replies import Reply, pack_error, unpack_error
 from shmdist.runtime.strand import Cell, current
 from shmdist.shipping import Shipped
+from shmdist.sizes import positive_integer
 from shmdist.tasks import async_
 from shmdist.wire import codec
 from shmdist.wire.messages import BY_ID, IS_ERROR, NO_LANE, WANT_VALUE, Kind
@@ -174,6 +175,8 @@ class DistributedLoop:
             return initial
         pool = default_worker_pool() if pool is None else pool
         pids = pool.workers()
+        if not pids:
+            raise ShmdistError("the pool has no workers: its workers have exited, or none was pushed")
         work = _Chunk(self.body, self.reducer, options["vectorized"])
         chunks = _chunks(sequence, len(pids), options["schedule"], options["chunk"])
         if pids == [current_node().pid]:
@@ -318,8 +321,8 @@ def distributed(
     """
     if schedule not in ("static", "dynamic"):
         raise ValueError(f"schedule must be 'static' or 'dynamic', not {schedule!r}")
-    if chunk is not None and (isinstance(chunk, bool) or int(chunk) != chunk or chunk < 1):
-        raise ValueError(f"chunk must be a positive integer, not {chunk!r}")
+    if chunk is not None:
+        chunk = positive_integer("chunk", chunk)
     options = {"vectorized": vectorized, "schedule": schedule, "chunk": chunk, "initial": initial}
     if reducer is not None and not callable(reducer):
         raise TypeError(f"the reducer must be a function of two values, not {reducer!r:.80}")

@@ -250,7 +250,7 @@ class Cluster:
     def on_lost(self, pid: int) -> None:
         """Tell the other workers, and give back what this one had."""
         node = self.node
-        payload = codec.dumps((pid, node.graves[pid]))
+        payload = codec.dumps((pid, node.graves[pid], node.last_words.get(pid)))
         for other, link in list(node.links.items()):
             if other != pid:
                 node.post(link, int(Kind.LOST), 0, 0, payload)

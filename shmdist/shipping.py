@@ -51,6 +51,7 @@ class Shipped:
     def drop(self) -> None:
         """Let all workers forget the function."""
         node = self.node
+        self.payload.spread = {}  # its blocks
         there, self.there = self.there, set()
         for pid in there:
             link = node.links.get(pid)
@@ -60,6 +61,7 @@ class Shipped:
     def drop_in_turn(self) -> None:
         """Let all workers forget the function when the calls sent before this have begun."""
         node = self.node
+        self.payload.spread = {}
         there, self.there = self.there, set()
         payload = codec.dumps((_drop, (node.pid, self.number), {}))
         for pid in there:

@@ -321,8 +321,10 @@ class _Worker:
         return new
 
     def _on_lost(self, frame: Frame) -> None:
-        pid, error = pickle.loads(frame.body)
+        pid, error, words = pickle.loads(frame.body)
         node = self.node
+        if words is not None:
+            node.last_words[pid] = words  # before the news: who waits for that looks at these next
         node.news[pid] = error
         links = list(node.all_links.get(pid, ()))
         if not links:

@@ -49,16 +49,18 @@ class Payload:
         self.write = self.parts.append  # what the pickler calls
         self.buffers: list[Any] = []
         self.refs: list[Any] = []
-        self.sources: list[Any] = []  # on their way to `buffers`
+        self.sources: dict[int, Any] = {}  # on their way to `buffers`; by id of what stands in for them
         self.spread: dict[int, Any] | None = None
         self.known: Any = None
 
     def keep_out(self, buffer: pickle.PickleBuffer) -> bool:
         """Take a buffer out of the stream when it is large; true leaves it there."""
-        if self.sources:
-            self.buffers.append(self.sources.pop())
-            return False
         raw = buffer.raw()
+        if self.sources:
+            source = self.sources.pop(id(raw.obj), None)
+            if source is not None:
+                self.buffers.append(source[0])
+                return False
         if raw.nbytes < INLINE:
             return True
         self.buffers.append(raw)
@@ -77,6 +79,7 @@ class PlainPickler(pickle.Pickler):
     """The plain pickler."""
 
     payload: Payload
+    in_band = False  # it has no callback for buffers
 
     def reducer_override(self, obj: Any) -> Any:
         """Decide about one object that is not of a built-in type."""
@@ -142,6 +145,7 @@ def cloud_pickler() -> Any:
                 """cloudpickle's pickler with our reducers in front."""
 
                 payload: Payload
+                in_band = False
 
                 def reducer_override(self, obj: Any) -> Any:
                     """Decide about one object: ours first, cloudpickle's then."""
