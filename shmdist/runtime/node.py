@@ -317,7 +317,7 @@ class Node(Ownership):
             if payload is not None and payload.refs:
                 self.count(payload.refs, link.pid, +1)
             if self.sharing.has_dues():
-                self._pay(link)
+                parts[:0] = self.sharing.dues(link)  # in one piece with the answer
             link.send(parts)
         except LinkClosed:
             return False

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-#: Buffers from this size on, in bytes, leave the pickle stream.
-INLINE = 1 << 13
+#: Buffers from this size on, in bytes, leave the pickle stream; a smaller one is cheaper to copy.
+INLINE = 1 << 14
 
 #: Finds the lease of the shared array in which an array lies, given its first and last
 #: address; None as long as this process has no shared arrays.
@@ -76,6 +76,8 @@ def contiguous(source: Any) -> Any:
 def reduce_array(array: Any, pickler: Any) -> Any:
     """Let arrays arrive writable and in one copy, and shared ones without any."""
     if array.dtype.hasobject:
+        return NotImplemented
+    if array.nbytes < INLINE and find_shared is None and array.flags.writeable:
         return NotImplemented
     kind = type(array)
     payload = payload_of(pickler)

@@ -91,7 +91,7 @@ class PlainPickler(pickle.Pickler):
         reducer = reducers.get(kind)
         if reducer is not None:
             return reducer(obj, self)
-        if kind in FUNCTIONS:
+        if kind in _ordinary or kind in FUNCTIONS:
             return NotImplemented
         return _reduce_rare(obj, kind, self)
 
@@ -106,6 +106,10 @@ def _environ() -> Any:
 reducers[type(os.environ)] = lambda environ, _pickler: (
     (_environ, ()) if environ is os.environ else environ.__reduce_ex__(5)
 )
+
+
+#: Types seen about which we have nothing to say; kept short, for it keeps them alive.
+_ordinary: set[type] = set()
 
 
 def _reduce_rare(obj: Any, kind: type, pickler: Any) -> Any:
@@ -127,6 +131,9 @@ def _reduce_rare(obj: Any, kind: type, pickler: Any) -> Any:
         elif kind.__name__ == "MaskedArray" and kind.__module__.startswith("numpy."):
             return reduce_masked(obj, pickler)
         return reduce_array(obj, pickler)
+    if len(_ordinary) > 1000:
+        _ordinary.clear()
+    _ordinary.add(kind)
     return NotImplemented
 
 
