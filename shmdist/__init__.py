@@ -36,10 +36,12 @@ else:
         # A module's name: the import system asks for it here before it looks for the file.
         home = os.path.join(os.path.dirname(__file__), name)
         module = os.path.exists(f"{home}.py") or os.path.isdir(home)
-        if module or (name.startswith("__") and name != "__all__"):
-            raise AttributeError(name)
         import importlib
 
+        if name == "shared":  # the one module that is a public name
+            return importlib.import_module("shmdist.shared")
+        if module or (name.startswith("__") and name != "__all__"):
+            raise AttributeError(name)
         public = importlib.import_module("shmdist.public")  # a from-import would ask us again
         for each in public.__all__:
             globals()[each] = getattr(public, each)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shmdist.runtime.node import current_node
+from shmdist.runtime.strand import current
 from shmdist.wire import codec
 from shmdist.wire.link import LinkClosed
 from shmdist.wire.messages import Kind
@@ -33,9 +34,17 @@ class Shipped:
         self._lock = threading.Lock()  # guards `there`; held while one thread sends to a worker
 
     def send_to(self, pid: int) -> None:
-        """See to it that process `pid` has the function; inside the runtime."""
+        """See to it that process `pid` has the function."""
         if pid in self.there:
             return
+        strand = current()
+        strand.enter()
+        try:
+            self._send_to(pid)
+        finally:
+            strand.leave()
+
+    def _send_to(self, pid: int) -> None:
         node = self.node
         link = node.link_to(pid)
         with self._lock:

@@ -130,6 +130,9 @@ class Tasks:
             self._finish(task, value, error, payload)
         except Exception as failure:
             self._last_resort(task, failure)
+        finally:
+            # Its traceback holds this frame, and those of the call, with the arguments in them.
+            error = None
 
     def _finish(
         self, task: Task, value: Any, error: BaseException | None, payload: codec.Payload | None
@@ -199,7 +202,10 @@ class Tasks:
         """Keep the outcome here as the caller's Future, and tell him that it is there."""
         node = self._node
         frame = task.frame
-        captured = None if error is None else capture(error)
+        captured = None
+        if error is not None:
+            captured = capture(error)
+            _let_go_of_frames(error)
         node.store(task.key, value, captured)
         if captured is not None:
             node.answer(task.link, frame.call_id, STORED | IS_ERROR, node.dump_error(captured))
@@ -235,6 +241,9 @@ class Tasks:
             codec_refs = codec.references(task.frame)
             if codec_refs:
                 self._node.give_back(list(codec_refs))
+            # The task may lie in its lane for long yet; what it would have worked on, goes back.
+            task.frame.body, task.frame.buffers = b"", []
+            task.frame.flags &= ~HAS_REFS
             if task.frame.flags & WANT_STORE:
                 self._node.store(key, None, capture(KeyboardInterrupt("cancelled before it began")))
             self._node.post(task.link, _RESULT, NOT_RUN, task.frame.call_id)
@@ -266,6 +275,21 @@ class Tasks:
             self._store(task, None, error)
         else:
             self._answer_error(task, error)
+
+
+def _let_go_of_frames(error: BaseException) -> None:
+    """Drop an error's tracebacks, whose text is kept: their frames hold the arguments of the call."""
+    errors: list[BaseException | None] = [error]
+    seen = set()
+    while errors:
+        each = errors.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        each.__traceback__ = None
+        errors += [each.__cause__, each.__context__]
+        if isinstance(each, BaseExceptionGroup):
+            errors += each.exceptions
 
 
 def _dump_value(value: Any, function: Any) -> codec.Payload:

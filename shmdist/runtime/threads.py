@@ -103,7 +103,13 @@ class Threads:
             # In a list, for a thread keeps its arguments for as long as it lives.
             thread = threading.Thread(target=self._live, args=([job],), name=name, daemon=True)
             self._all.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no room for another one
+            with self._lock:
+                self._all.discard(thread)
+                self.parked -= job is None
+            raise
 
     def _live(self, first: list[Job | None]) -> None:
         """Body of every thread."""

@@ -43,7 +43,9 @@ class Strided:
 
     def bytes(self) -> Any:
         """Return the elements as contiguous bytes: a copy."""
-        return memoryview(self.array.copy("C").reshape(-1).view("B"))
+        # Not as what it is: a matrix, say, would keep its two dimensions.
+        bare = sys.modules["numpy"].ndarray.view(self.array, sys.modules["numpy"].ndarray)
+        return memoryview(bare.copy("C").reshape(-1).view("B"))
 
     def write_to(self, target: Any) -> None:
         """Copy the elements into an array of as many bytes."""
@@ -206,9 +208,11 @@ def _writable_face(array: Any) -> Any:
 
 def reduce_masked(array: Any, pickler: Any) -> Any:
     """Let the data and the mask of a masked array leave the pickle stream."""
-    if array.nbytes < INLINE or payload_of(pickler) is None:
+    if payload_of(pickler) is None:
         return NotImplemented
     numpy = sys.modules["numpy"]
+    if array.nbytes < INLINE and (find_shared is None or find_shared(*extent(array.data)) is None):
+        return NotImplemented
     mask = array.mask
     if mask is not numpy.ma.nomask:
         mask = mask.view(numpy.ndarray)
