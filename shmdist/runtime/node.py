@@ -106,6 +106,7 @@ class Node(Ownership):
         ] = {}  # operations that wait here, by how to withdraw
         self.unclaimed_takes: dict[int, tuple[int, RRID]] = {}  # takes given up: whose item goes back
         self.released: deque[tuple[int, RRID]] = deque()  # references dropped, by finalizers: owner and id
+        self.errands: deque[Callable[[], None]] = deque()  # what finalizers leave to be done
         self._flush_asked = False
         self.tasks = Tasks(self)
         self.functions = Functions(self)
@@ -329,7 +330,7 @@ class Node(Ownership):
             if payload is not None and payload.refs:
                 self.count(payload.refs, link.pid, +1)
             if self.sharing.has_dues():
-                self._pay(link)
+                parts[:0] = self.sharing.dues(link)  # in one piece with the answer
             link.send(parts)
         except LinkClosed:
             return False

@@ -57,8 +57,8 @@ from shmdist.wire.messages import TOKEN, Frame, Kind, Parts, Token
 if TYPE_CHECKING:
     from shmdist.runtime.node import Node
 
-#: Buffers from this size on, in bytes, go through blocks: below it, the stream is faster.
-LINE = 1 << 15
+#: Buffers from this size on, in bytes, go through blocks: below it, the stream is as fast.
+LINE = 1 << 18
 _SEGMENT, _LEASES, _RESULT = int(Kind.SEGMENT), int(Kind.LEASES), int(Kind.RESULT)
 _log = Log("sharing")
 

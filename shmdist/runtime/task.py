@@ -321,16 +321,22 @@ class Functions:
         """Keep a FUNC frame; on the reading thread, so it is not read yet."""
         import threading
 
-        self._table[frame.link.pid, frame.call_id] = [frame, threading.Lock(), None]
+        self._table[frame.link.pid, frame.call_id] = [[frame], threading.Lock(), None]
 
     def drop(self, pid: int, number: int) -> None:
         """Forget a function."""
-        self._table.pop((pid, number), None)
+        entry = self._table.pop((pid, number), None)
+        if entry is not None:
+            try:
+                frame = entry[0].pop()
+            except IndexError:
+                return  # it has been read, or is just being
+            self._node.give_back(list(codec.references(frame)))
 
     def forget(self, pid: int) -> None:
         """Forget all functions of a process that is gone."""
         for key in [key for key in self._table if key[0] == pid]:
-            self._table.pop(key, None)
+            self.drop(*key)
 
     def get(self, pid: int, number: int) -> Any:
         """Return a function, reading it when it is asked for first.
@@ -348,8 +354,11 @@ class Functions:
         if entry[2] is None:
             with entry[1]:  # several calls may want it at once; it is read one time
                 if entry[2] is None:
-                    entry[2] = self._read(entry[0])
-                    entry[0] = None
+                    try:
+                        frame = entry[0].pop()  # one step: whoever has it sees to the references in it
+                    except IndexError:
+                        raise LookupError(f"function {number} of process {pid} was dropped") from None
+                    entry[2] = self._read(frame)
         function, failure = entry[2]
         if failure is not None:
             raise failure
