@@ -20,7 +20,6 @@ A call goes ``calls`` -> ``runtime.node`` -> ``wire.codec`` -> ``wire.link``, an
 side ``wire.link`` -> ``runtime.dispatch`` -> ``runtime.task`` -> the function.
 """
 
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +32,14 @@ else:
 
     def __getattr__(name: str) -> Any:
         """Load the public names on first use: start-up time of workers is a feature."""
-        # A module's name: the import system asks for it here before it looks for the file.
-        home = os.path.join(os.path.dirname(__file__), name)
-        module = os.path.exists(f"{home}.py") or os.path.isdir(home)
-        if module or (name.startswith("__") and name != "__all__"):
+        if name.startswith("__") and name != "__all__":
             raise AttributeError(name)
-        import importlib
+        import importlib.util
 
+        # A module's name: the import system asks for it here before it looks for the module.
+        # It need not be a file: on another host the source may have come by the connection.
+        if importlib.util.find_spec(f"shmdist.{name}") is not None:
+            raise AttributeError(name)
         public = importlib.import_module("shmdist.public")  # a from-import would ask us again
         for each in public.__all__:
             globals()[each] = getattr(public, each)
