@@ -323,7 +323,11 @@ class Login:
             if isinstance(error.__cause__ or error.__context__, (EOFError, ConnectionError)):
                 raise _Busy(str(error)) from error
             raise PhaseError("connect", f"{hop} does not talk SSH with us: {error}") from error
-        key = transport.get_remote_server_key()
+        try:
+            key = transport.get_remote_server_key()
+        except paramiko.SSHException as error:  # the time was up before they had agreed
+            text = f"{hop} said that it talks SSH, and no more within {self.timeout:g} s"
+            raise PhaseError("connect", text) from error
         trust.check_key(hop, known, key.get_name(), key.asbytes())
 
     def _authenticate(self, transport: paramiko.Transport) -> None:
@@ -378,11 +382,10 @@ class Login:
                 continue
             try:
                 key = paramiko.PKey.from_path(path, _secret(credentials.passphrase))
-            except paramiko.PasswordRequiredException:
-                tried.append(f"key {path} (not used: it needs a passphrase)")
-                continue
-            except Exception as error:
-                tried.append(f"key {path} (not used: {error})")
+            except Exception as error:  # of many kinds, and some are cryptography's
+                locked = credentials.passphrase is None and "password" in str(error)
+                why = "it needs a passphrase" if locked else str(error)
+                tried.append(f"key {path} (not used: {why})")
                 continue
             yield "publickey", f"key {path}", lambda key=key: transport.auth_publickey(user, key)  # type: ignore[misc]
         if credentials.agent and self.hop.agent:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.helpers import until
+import shmdist as sd
+from tests.integration.helpers import until, within
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/sbin")
 
@@ -201,3 +202,10 @@ def later(seconds, action):
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread
+
+
+def refused(machines, **params):
+    """Return the error of a launch that must fail."""
+    with within(30), pytest.raises(sd.LaunchWorkerError) as caught:
+        sd.addprocs(machines, **params)
+    return caught.value

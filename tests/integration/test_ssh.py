@@ -8,44 +8,9 @@ import pytest
 import shmdist as sd
 from tests.integration import helpers
 from tests.integration.helpers import until, within
-from tests.integration.sshd import Sshd, make_key, needs_sshd
+from tests.integration.sshd import needs_sshd
 
 pytestmark = needs_sshd
-
-
-@pytest.fixture(scope="session")
-def user_key(tmp_path_factory):
-    return make_key(tmp_path_factory.mktemp("keys") / "id_ed25519")
-
-
-@pytest.fixture(scope="session")
-def sshd(tmp_path_factory, user_key):
-    """The server of the tests that need nothing special of it."""
-    sd.default_worker_pool()  # made on first use, and it has a channel
-    server = Sshd(tmp_path_factory.mktemp("sshd"), user_key)
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def start(tmp_path, user_key):
-    """Starts further servers for one test."""
-    started = []
-
-    def start(name="other", settings="", **options):
-        started.append(Sshd(tmp_path / name, user_key, settings, **options))
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.stop()
-
-
-def refused(machines, **params):
-    """Return the error of a launch that must fail."""
-    with within(30), pytest.raises(sd.LaunchWorkerError) as caught:
-        sd.addprocs(machines, **params)
-    return caught.value
 
 
 def descriptors():
