@@ -11,6 +11,8 @@ It imports nothing of shmdist before it has found it, or has been sent it.
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import io
 import json
 import os
@@ -45,15 +47,13 @@ class _Sent:
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """Find a module that was sent."""
-        import importlib.machinery as machinery
-
         file = name.replace(".", "/")
         package = file + "/__init__.py" in self.sources
         origin = file + "/__init__.py" if package else file + ".py"
         if origin not in self.sources:
             return None
         loader: Any = self
-        spec = machinery.ModuleSpec(name, loader, origin="<sent>/" + origin, is_package=package)
+        spec = importlib.machinery.ModuleSpec(name, loader, origin="<sent>/" + origin, is_package=package)
         spec.has_location = True
         return spec
 
@@ -121,8 +121,6 @@ def _digest(folder: str) -> str:
 
 def _find_package(settings: dict[str, Any], tell: _Teller) -> str:
     """Find the master's shmdist here, or have it sent; return why it cannot be had, if so."""
-    import importlib.util
-
     need = []
     why = "shmdist is not installed"
     spec = importlib.util.find_spec("shmdist")

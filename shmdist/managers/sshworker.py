@@ -318,6 +318,7 @@ class RemoteWorker:
         if self.config is None and self.failure is None:
             channel.close()
             if not self._started and self._commands and self.login.transports[-1].is_active():
+                self._channel = None  # it may ring again, and is done with
                 threading.Thread(target=self._try_next, daemon=True).start()
                 return
             self.fail("launch", self._why(code))

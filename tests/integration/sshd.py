@@ -175,7 +175,8 @@ class User:
     def __init__(self, name, shell, files, folder):
         self.name = name
         self.home = folder / name
-        command = ["useradd", "-o", "-u", "0", "-g", "0", "-M", "-d", str(self.home), "-s", shell, name]
+        command = ["useradd", "-o", "-u", "0", "-g", "0", "-M", "-d", str(self.home), "-s", shell]
+        command += ["-p", "*", name]  # no password, which is not the same as a locked account
         subprocess.run(command, check=True, capture_output=True)
         for file, text in files.items():
             path = self.home / file
