@@ -129,7 +129,7 @@ def _find_package(settings: dict[str, Any], tell: _Teller) -> str:
         root = settings["root"]  # the file system may be the master's
         if os.path.isdir(root) and _digest(os.path.join(root, "shmdist")) == settings["digest"]:
             sys.path.insert(0, root)
-            import shmdist
+            import shmdist._version
 
             sys.path.remove(root)
         elif not folders or settings["bootstrap"]:
