@@ -10,7 +10,7 @@ Top-level modules are what a user sees; folders are mechanism::
       completion  references         what waits for an outcome; what Future and RemoteChannel share
       owners                         the owner's side of references
     calls  cluster  evaluation     remotecall...; addprocs...; everywhere
-      membership                     process 1's side of the cluster
+      membership  relays             process 1's side of the cluster; joining two workers
     tasks  pools  maps  loops      async_, sync; WorkerPool...; pmap; @distributed
       poolstate  shipping            a pool where it lives; a function sent once to each worker
       repeats                        arrays that go out many times in one map

@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from shmdist import relays
 from shmdist._log import Log
 from shmdist.errors import LaunchWorkerError, ProcessExitedException, ShmdistError, describe_exit
 from shmdist.managers.base import ClusterManager, WorkerConfig
@@ -55,6 +56,9 @@ class Cluster:
         self.next_pid = 2
         node.inquest = self.inquest
         node.lost_hooks.append(self.on_lost)
+        node.controls[Kind.RELAY] = lambda frame: node.dispatcher.start(
+            lambda: relays.serve(node, self.members, frame)
+        )
         me = PeerInfo(1, host_identity(), _hostname(), os.getpid(), (), None)
         node.peers[1] = me
         atexit.register(self.at_exit)

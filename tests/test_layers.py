@@ -26,6 +26,7 @@ FLOORS = (
     ("futures", "owners"),
     ("refs",),
     ("calls",),
+    ("relays",),
     ("membership",),
     ("cluster", "shared"),
     ("tasks", "evaluation"),

@@ -67,6 +67,7 @@ class Kind(IntEnum):
     EXIT = 13
     SEGMENT = 14
     LEASES = 15
+    RELAY = 16
 
 
 # Flags of any frame.

@@ -60,8 +60,9 @@ class Sshd:
         Further lines of its configuration.
     """
 
-    def __init__(self, folder, user_key, settings="", address="127.0.0.1"):
+    def __init__(self, folder, user_key, settings="", address="127.0.0.1", prefix=()):
         self.folder = folder
+        self._prefix = list(prefix)
         folder.mkdir(parents=True, exist_ok=True)
         self.user_key = user_key
         self.address = address
@@ -94,7 +95,7 @@ LogLevel VERBOSE
     def start(self):
         os.makedirs("/run/sshd", mode=0o755, exist_ok=True)
         self.process = subprocess.Popen(
-            [SSHD, "-D", "-f", str(self.config), "-E", str(self.log)],
+            [*self._prefix, SSHD, "-D", "-f", str(self.config), "-E", str(self.log)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -134,6 +135,44 @@ LogLevel VERBOSE
     def logins(self):
         """How many logins there have been."""
         return self.log.read_text().count("Accepted publickey for")
+
+
+class Host:
+    """A host of its own, as far as the network goes: a namespace with one line to this one."""
+
+    def __init__(self, number):
+        self.name = f"shmdist{os.getpid()}n{number}"
+        self.here, self.address = f"10.213.{number}.1", f"10.213.{number}.2"
+        line = f"sd{os.getpid() % 100000}n{number}"
+        for command in (
+            f"netns add {self.name}",
+            f"link add {line} type veth peer name eth0 netns {self.name}",
+            f"address add {self.here}/24 dev {line}",
+            f"link set {line} up",
+            f"-n {self.name} address add {self.address}/24 dev eth0",
+            f"-n {self.name} link set eth0 up",
+            f"-n {self.name} link set lo up",
+        ):
+            subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+        self.prefix = ("ip", "netns", "exec", self.name)
+
+    def remove(self):
+        subprocess.run(["ip", "netns", "delete", self.name], check=False, capture_output=True)
+
+
+def can_make_hosts():
+    """Whether this machine lets us make network namespaces."""
+    if why_not() is not None or shutil.which("ip") is None:
+        return False
+    host = None
+    try:
+        host = Host(250)
+        return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    finally:
+        if host is not None:
+            host.remove()
 
 
 class FakeServer:
