@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import paramiko
 
-#: What a channel may send before it is told that it was read, in bytes; as OpenSSH's own.
+#: Bytes that may be on their way to us: a second of a fast line, or a tenth of one around the world.
 WINDOW = 1 << 24
 _CHUNK = 1 << 18  # bytes moved at once
 
@@ -66,7 +66,8 @@ def _up(sock: socket.socket, channel: paramiko.Channel) -> None:
 
 def _down(sock: socket.socket, channel: paramiko.Channel) -> None:
     """Move what the worker sends."""
-    while data := channel.recv(_CHUNK):
+    # All that is there: a part of it would leave the channel to move the rest to the front each time.
+    while data := channel.recv(WINDOW):
         sock.sendall(data)
 
 

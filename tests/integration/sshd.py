@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import os
 import shutil
 import signal
@@ -100,7 +101,11 @@ LogLevel VERBOSE
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        until(self._answers, 10.0, "sshd listens")
+        try:
+            until(self._answers, 10.0, "sshd listens")
+        except BaseException:
+            self.stop()
+            raise
 
     def _answers(self):
         assert self.process.poll() is None, self.log.read_text()
@@ -137,13 +142,17 @@ LogLevel VERBOSE
         return self.log.read_text().count("Accepted publickey for")
 
 
+_numbers = itertools.count()
+
+
 class Host:
     """A host of its own, as far as the network goes: a namespace with one line to this one."""
 
     def __init__(self, number):
-        self.name = f"shmdist{os.getpid()}n{number}"
+        unique = f"{os.getpid() % 100000}n{next(_numbers)}"
+        self.name = f"shmdist{unique}"
         self.here, self.address = f"10.213.{number}.1", f"10.213.{number}.2"
-        line = f"sd{os.getpid() % 100000}n{number}"
+        self._line = line = f"sd{unique}"
         for command in (
             f"netns add {self.name}",
             f"link add {line} type veth peer name eth0 netns {self.name}",
@@ -157,6 +166,8 @@ class Host:
         self.prefix = ("ip", "netns", "exec", self.name)
 
     def remove(self):
+        # The line first: the namespace lives on in the processes that are in it.
+        subprocess.run(["ip", "link", "delete", self._line], check=False, capture_output=True)
         subprocess.run(["ip", "netns", "delete", self.name], check=False, capture_output=True)
 
 
