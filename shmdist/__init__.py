@@ -10,7 +10,8 @@ Top-level modules are what a user sees; folders are mechanism::
       completion  references         what waits for an outcome; what Future and RemoteChannel share
       owners                         the owner's side of references
     calls  cluster  evaluation     remotecall...; addprocs...; everywhere
-      membership  relays             process 1's side of the cluster; joining two workers
+      membership  places             process 1's side of the cluster; where a call is to run
+      relays                         process 1 joins two workers that have no way to each other
     tasks  pools  maps  loops      async_, sync; WorkerPool...; pmap; @distributed
       poolstate  shipping            a pool where it lives; a function sent once to each worker
       repeats                        arrays that go out many times in one map
@@ -36,6 +37,8 @@ else:
             raise AttributeError(name)
         import importlib.util
 
+        if name == "shared":  # the one module that is a public name
+            return importlib.import_module("shmdist.shared")
         # A module's name: the import system asks for it here before it looks for the module.
         # It need not be a file: on another host the source may have come by the connection.
         if importlib.util.find_spec(f"shmdist.{name}") is not None:

@@ -145,12 +145,14 @@ class _Carried:
     __slots__ = ("ex", "seen")
 
     def __init__(self, ex: BaseException, seen: dict[int, Any]) -> None:
-        self.ex = ex
+        self.ex: Any = ex
         self.seen = seen
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = reduce_exception(self.ex, self.seen)
-        return self.ex.__reduce_ex__(protocol) if reduced is NotImplemented else reduced
+        # A pickler asks once. This and `seen` are a ring, and the exception holds frames and all in them.
+        ex, self.ex = self.ex, None
+        reduced = reduce_exception(ex, self.seen)
+        return ex.__reduce_ex__(protocol) if reduced is NotImplemented else reduced
 
 
 def _carry(value: Any, seen: dict[int, Any]) -> Any:

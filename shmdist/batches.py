@@ -1,23 +1,39 @@
-"""What a worker does with a batch of elements of a run."""
+"""What a worker does with a batch of elements of a run.
+
+A batch may be long, and one of its elements may take long. So that nothing need wait
+behind it, the part of a running batch that has not begun can be taken out of it
+(:func:`divide`), from another thread, without a lock that every element would pay for:
+
+- the loop draws its elements from an iterator of a list that belongs to the batch alone;
+- deleting the end of that list is one step for the interpreter, after which the iterator
+  draws nothing from there;
+- how far it had drawn by then, the iterator tells.
+
+The batch then ends early, and answers with fewer values than it had elements.  Whoever
+sent it compares the two: elements without a value have not begun here, and never will.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 from shmdist.errors import SerializationError, capture
 from shmdist.memory.segment import SLOTS
-from shmdist.runtime.node import current_node
+from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.replies import pack_error
 from shmdist.runtime.strand import current
 from shmdist.wire import codec
+from shmdist.wire.apart import Apart, Partial, Unreadable, pack
 
 _PROBE = 0.0005  # seconds that a worker spends to find out what elements cost
 
 #: What a batch came to, where it ran: the seconds it took; values, one for each element that
 #: ended, None for those that failed; and packed errors by place in the batch, or None. A plain
-#: tuple, for one is pickled for each batch.
+#: tuple, for one is pickled for each batch. As it is sent, the values are packed.
 Results = tuple[float, list[Any], "dict[int, Any] | None"]
 
 
@@ -41,85 +57,197 @@ class BatchRunner:
     def __reduce__(self) -> Any:
         return BatchRunner, (self.f, self.star)
 
-    def __call__(self, batch: list[Any], probe: bool = False) -> Results:
-        """Run a batch."""
-        return self.probe(batch) if probe else self.run(batch)
+    def __call__(self, batch: Any, probe: bool = False) -> Any:
+        """Run a batch that was sent here; returns its results as they are sent."""
+        results = self.run(batch, probe, current().task.key, current_node().settings.get("page"))
+        if len(results[1]) < 2:
+            return results
+        return results[0], pack(results[1]), results[2]
 
-    def probe(self, batch: list[Any]) -> Results:
-        """Run `f` on elements until `_PROBE` seconds are over; at least on one."""
-        seconds, values, errors = self.run(batch[:1])
-        size = 2
-        while len(values) < len(batch) and seconds < _PROBE:
-            done = len(values)
-            part = batch[done : done + size]
-            time_taken, more, more_errors = self.run(part, done)
-            seconds += time_taken
-            values += more
-            if more_errors:
-                errors = {**(errors or {}), **{done + place: error for place, error in more_errors.items()}}
-            if len(more) < len(part):
-                break  # interrupted
-            size *= 2
-        return seconds, values, errors
+    def run(self, batch: Any, probe: bool, key: tuple[int, int], page: Any = None) -> Results:
+        """Run `f` on each element; an error ends that element alone.
 
-    def without_unsendable(self, results: Results) -> Results:
+        Parameters
+        ----------
+        batch : list or range
+            A list is emptied of what :func:`divide` takes away.
+        probe : bool
+            Stop after `_PROBE` seconds, but not before the first element has ended.
+        key : (int, int)
+            Who sent it, and its number there.
+        page : Page, optional
+            Where to note the element that is begun.
+
+        Returns
+        -------
+        Results
+            Elements after the last value have not begun: the time of a probe was up, they
+            were taken away, or the batch was ended by KeyboardInterrupt or another error
+            that is no `Exception`.
+        """
+        f, star = self.f, self.star
+        if type(batch) is Partial:
+            f, star = _Refusing(f, star), False
+        elif type(batch) is not list:
+            batch = list(batch)
+        source = iter(batch)
+        values: list[Any] = []
+        errors: dict[int, Any] = {}
+        several = len(batch) > 1
+        if several:
+            under_way = _under_way(current_node())
+            under_way[key] = batch, source
+        numbers, slot, free = _NOWHERE, -1, None
+        if page is not None:
+            numbers, slot, free = _begin_notes(page, key)
+        try:
+            elements = enumerate(source)
+            start = time.perf_counter()
+            if probe:
+                size = 1
+                while _work(f, star, islice(elements, size), values, errors, numbers, slot + 1):
+                    if len(values) < size or time.perf_counter() - start > _PROBE:
+                        break
+                    size = 2 * len(values)
+            else:
+                _work(f, star, elements, values, errors, numbers, slot + 1)
+            seconds = time.perf_counter() - start
+        finally:
+            if several:
+                under_way.pop(key, None)
+            if free is not None:
+                free.append(slot)
+        return seconds, values, errors or None
+
+    def without_unsendable(self, results: Any) -> Any:
         """Return `results` with errors in the place of values that cannot be sent."""
         seconds, values, errors = results
-        errors, values = dict(errors or {}), list(values)
+        errors = dict(errors or {})
+        values = list(values.items if type(values) is Apart else values)
         for place, value in enumerate(values):
             try:
                 codec.dumps(value, "the result")
             except SerializationError as error:
                 errors[place] = pack_error(capture(error))
                 values[place] = None
-        return seconds, values, errors
+        return seconds, pack(values), errors
 
-    def run(self, batch: list[Any], first: int = 0) -> Results:
-        """Run `f` on each element; an error ends that element alone.
 
-        KeyboardInterrupt and other errors that are no `Exception` end the batch: the
-        elements after it have not begun.  `first` is the place of the first one in the
-        batch that was sent.
-        """
-        f = self.f
-        numbers, slot = _notes(first)
-        values: list[Any] = []
-        errors: dict[int, Any] = {}
-        elements = enumerate(batch, first)
-        done = first
-        start = time.perf_counter()
-        while True:
-            try:
-                if self.star:
-                    for done, element in elements:
-                        numbers[slot] = done
-                        values.append(f(*element))
-                else:
-                    for done, element in elements:
-                        numbers[slot] = done
-                        values.append(f(element))
-                break
-            except Exception as error:
-                errors[done - first] = pack_error(capture(error))
-                values.append(None)
-            except BaseException as error:
-                errors[done - first] = pack_error(capture(error))
-                values.append(None)
-                break
-        return time.perf_counter() - start, values, errors or None
+def _work(
+    f: Callable[..., Any],
+    star: bool,
+    elements: Iterator[tuple[int, Any]],
+    values: list[Any],
+    errors: dict[int, Any],
+    numbers: Any,
+    slot: int,
+) -> bool:
+    """Run `f` on numbered elements; False when it was ended by an error that is no `Exception`."""
+    done = len(values)
+    while True:
+        try:
+            if star:
+                for done, element in elements:
+                    numbers[slot] = done
+                    values.append(f(*element))
+            else:
+                for done, element in elements:
+                    numbers[slot] = done
+                    values.append(f(element))
+            return True
+        except Exception as error:
+            errors[done] = pack_error(capture(error))
+            values.append(None)
+        except BaseException as error:
+            # It may have come after the value was there; then the value is given up, lest
+            # the next element, which has not begun, be taken to have ended.
+            del values[done:]
+            errors[done] = pack_error(capture(error))
+            values.append(None)
+            return False
 
+
+class _Refusing:
+    """A function of elements some of which could not be read: those it raises the error of."""
+
+    def __init__(self, f: Callable[..., Any], star: bool) -> None:
+        self.f = f
+        self.star = star
+
+    def __call__(self, element: Any) -> Any:
+        if type(element) is Unreadable:
+            error = element.error
+            error.add_note(codec.unreadable(error, f"the element (on process {current_node().pid})").args[0])
+            raise error
+        return self.f(*element) if self.star else self.f(element)
+
+
+# ---------------------------------------------------------------------- dividing
+
+
+def _under_way(node: Node) -> dict[tuple[int, int], tuple[list[Any], Any]]:
+    """Return the batches of several elements that run here: their elements and iterators."""
+    table: dict[tuple[int, int], tuple[list[Any], Any]] | None = node.settings.get("batches")
+    if table is None:
+        table = node.settings.setdefault("batches", {})
+    return table
+
+
+def divide(key: tuple[int, int]) -> int | None:
+    """Take the later half of what has not begun out of a batch that runs here.
+
+    Returns
+    -------
+    int or None
+        How many elements it keeps, from its first one on. None: it has drawn its last
+        element, or is not here any more; what it answers tells how far it came.
+    """
+    entry = _under_way(current_node()).get(key)
+    if entry is None:
+        return None
+    batch, source = entry
+    drawn = _drawn(source)
+    if drawn is None or drawn >= len(batch):
+        return None
+    keep = drawn + (len(batch) - drawn) // 2
+    del batch[keep:]
+    # It went on meanwhile, perhaps past the cut. But from now on it draws nothing there.
+    drawn = _drawn(source)
+    return None if drawn is None else max(keep, drawn)
+
+
+def _drawn(source: Any) -> int | None:
+    """Return how many elements an iterator of a list has given; None at its end."""
+    state = source.__reduce__()
+    return int(state[2]) if len(state) > 2 else None
+
+
+# ---------------------------------------------------------------------- notes
 
 _NOWHERE: Any = [0]
 
 
-def _notes(first: int) -> tuple[Any, int]:
-    """Return where to note the element that is begun: this worker's page, if it has one."""
-    task = current().task
-    page = current_node().settings.get("page")
-    if task is None or page is None:
-        return _NOWHERE, 0
+def note_key(key: tuple[int, int]) -> int:
+    """Return the number under which a call is noted: of its caller, and its number there."""
+    return key[0] << 40 | key[1]
+
+
+def _begin_notes(page: Any, key: tuple[int, int]) -> tuple[Any, int, deque[int] | None]:
+    """Take a slot of the page for a batch; returns the page's numbers, the slot, and where it goes back."""
+    node = current_node()
+    free: deque[int] | None = node.settings.get("slots")
+    if free is None:
+        free = node.settings.setdefault("slots", deque(range(0, 2 * SLOTS, 2)))
+    try:
+        # The one that has been free for longest. So the note of a batch that has ended stays
+        # for a good while: this process may die before the answer is sent.
+        slot = free.popleft()
+    except IndexError:
+        return _NOWHERE, -1, None
     numbers = page.numbers
-    slot = 2 * (task.frame.lane % SLOTS)
-    numbers[slot + 1] = first
-    numbers[slot] = task.frame.call_id
-    return numbers, slot + 1
+    numbers[slot + 1] = 0
+    numbers[slot] = note_key(key)
+    return numbers, slot, free
+
+
+__all__ = ["BatchRunner", "Results", "divide", "note_key"]

@@ -9,13 +9,14 @@ from typing import Any, TypeVar, overload
 
 from shmdist.errors import RemoteException, capture, remote_exception
 from shmdist.futures import Future, LocalTask
+from shmdist.places import Place
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.reftable import RRID
 from shmdist.runtime.replies import Reply
 from shmdist.runtime.strand import current
 from shmdist.wire import codec
-from shmdist.wire.link import LinkClosed
-from shmdist.wire.messages import BY_ID, WANT_STORE, WANT_VALUE, Kind
+from shmdist.wire.link import LinkClosed, SendInterrupted
+from shmdist.wire.messages import WANT_STORE, WANT_VALUE, Kind
 
 _CALL = int(Kind.CALL)
 _T = TypeVar("_T")
@@ -28,44 +29,6 @@ def _check(f: Any, name: str) -> None:
 
 def _what(f: Any) -> str:
     return getattr(f, "__qualname__", None) or f"{f!r:.80}"
-
-
-class _Place:
-    """Where a call is to run: a process id, or a worker that a pool lends."""
-
-    __slots__ = ("pid", "pool")
-
-    def __init__(self, where: Any, name: str) -> None:
-        self.pool: Any = None
-        if type(where) is int:
-            self.pid = where
-        elif hasattr(where, "_lend"):
-            self.pool = where
-            self.pid = where._lend()
-        elif hasattr(where, "__index__") and not isinstance(where, bool):
-            self.pid = where.__index__()
-        elif hasattr(where, "take") and hasattr(where, "put"):  # a pool of the user's own
-            self.pool = where
-            self.pid = where.take()
-        else:
-            raise TypeError(
-                f"{name}(f, where, *args): where must be a process id or a worker pool, not {where!r:.80}"
-            )
-
-    def payload(self, f: Any, args: Any, kwargs: Any) -> tuple[int, codec.Payload]:
-        """Pickle a call for this place; returns its flags, too."""
-        ship = getattr(self.pool, "ship", None)
-        if ship is None:
-            return 0, codec.dumps_call(f, args, kwargs)
-        shipped = ship(f)
-        shipped.send_to(self.pid)
-        return BY_ID, codec.dumps((shipped.number, args, kwargs), "the call's arguments")
-
-    def back(self) -> None:
-        """Give the worker back to the pool that lent it."""
-        pool, self.pool = self.pool, None
-        if pool is not None:
-            (pool._give_back if hasattr(pool, "_give_back") else pool.put)(self.pid)
 
 
 def remotecall_fetch(f: Callable[..., _T], where: Any, /, *args: Any, **kwargs: Any) -> _T:
@@ -133,13 +96,15 @@ def _ask(node: Node, f: Any, pid: int, flags: int, payload: codec.Payload) -> An
 def _fetch_slowly(node: Node, f: Any, where: Any, args: Any, kwargs: Any) -> Any:
     """The rarer forms of remotecall_fetch: on a pool, or on this process."""
     _check(f, "remotecall_fetch")
-    place = _Place(where, "remotecall_fetch")
+    place = Place(where, "remotecall_fetch")
     try:
+        if place.pool is not None:
+            place.lend()
         if place.pid != node.pid:
             flags, payload = place.payload(f, args, kwargs)
             return _ask(node, f, place.pid, WANT_VALUE | flags, payload)
         try:
-            return f(*args, **kwargs)
+            return place.run_here(f, args, kwargs)
         except KeyboardInterrupt:
             raise  # Ctrl-C, most likely
         except BaseException as error:
@@ -180,41 +145,32 @@ def remotecall(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) 
     1024
     """
     _check(f, "remotecall")
-    place = _Place(where, "remotecall")
+    place = Place(where, "remotecall")
     return _start(f, place, args, kwargs)
 
 
-def _start(f: Any, place: _Place, args: Any, kwargs: Any) -> Future:
+def _start(f: Any, place: Place, args: Any, kwargs: Any) -> Future:
     """Begin a call whose value stays where it runs; at its end a pool gets its worker back."""
     node = current_node()
-    pid = place.pid
     at_end = place.back if place.pool is not None else None
-    call_id = next(node.call_ids)
-    rrid = RRID(node.pid, call_id)
+    rrid = RRID(node.pid, next(node.call_ids))
     what = _what(f)
     try:
+        if at_end is not None:
+            place.lend()
+        pid = place.pid
         if pid == node.pid:
-            future = _start_here(node, f, rrid, args, kwargs, at_end)
+            strand = current()
+            strand.enter()
+            try:
+                future = _start_here(node, f, rrid, args, kwargs, at_end)
+            finally:
+                strand.leave()
         else:
             if pid not in node.links:
                 node.link_to(pid)
             flags, payload = place.payload(f, args, kwargs)
-            future = Future._of_call(rrid, pid, what)
-
-            def ended(reply: Reply) -> None:
-                future._reply = reply
-                if at_end is not None:
-                    node.dispatcher.start(at_end)
-                future._on_reply(reply)
-
-            strand = current()
-            strand.enter()
-            try:
-                reply = node.request(pid, _CALL, WANT_STORE | flags, payload, callback=ended, call_id=call_id)
-                if future._reply is None:
-                    future._reply = reply
-            finally:
-                strand.leave()
+            future = _start_there(node, what, rrid, pid, flags, payload, at_end)
     except BaseException:
         if at_end is not None:
             at_end()
@@ -224,8 +180,37 @@ def _start(f: Any, place: _Place, args: Any, kwargs: Any) -> Future:
     return future
 
 
+def _start_there(
+    node: Node, what: str, rrid: RRID, pid: int, flags: int, payload: codec.Payload, at_end: Any
+) -> Future:
+    """Send a call whose value stays where it runs."""
+    strand = current()
+    strand.enter()
+    try:
+        future = Future._of_call(rrid, pid, what)
+
+        def ended(reply: Reply) -> None:
+            future._reply = reply
+            if at_end is not None:
+                node.dispatcher.start(at_end)
+            future._on_reply(reply)
+
+        try:
+            reply = node.request(pid, _CALL, WANT_STORE | flags, payload, callback=ended, call_id=rrid.id)
+        except BaseException as error:
+            stopped = error.__context__
+            if isinstance(stopped, SendInterrupted) and not stopped.begun:
+                future._held = False  # the call never left: its owner counts no such reference
+            raise
+        if future._reply is None:
+            future._reply = reply
+    finally:
+        strand.leave()
+    return future
+
+
 def _start_here(node: Node, f: Any, rrid: RRID, args: Any, kwargs: Any, at_end: Any) -> Future:
-    """Begin a call on a thread of this process."""
+    """Begin a call on a thread of this process; the caller is inside the runtime."""
     entry = node.create(rrid, "future", node.pid)
     future = Future._of_call(rrid, node.pid, _what(f))
 
@@ -297,11 +282,13 @@ def remote_do(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) -
     <BLANKLINE>
     """
     _check(f, "remote_do")
-    place = _Place(where, "remote_do")
+    place = Place(where, "remote_do")
     node = current_node()
     try:
+        if place.pool is not None:
+            place.lend()
         if place.pid == node.pid:
-            _do_here(f, args, kwargs)
+            _do_here(place, f, args, kwargs)
             return
         flags, payload = place.payload(f, args, kwargs)
         strand = current()
@@ -318,9 +305,9 @@ def remote_do(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) -
         place.back()
 
 
-def _do_here(f: Any, args: Any, kwargs: Any) -> None:
+def _do_here(place: Place, f: Any, args: Any, kwargs: Any) -> None:
     try:
-        f(*args, **kwargs)
+        place.run_here(f, args, kwargs)
     except Exception as error:
         print(capture(error).traceback_text, file=sys.stderr)  # noqa: T201 - the contract: it is printed
 
@@ -412,7 +399,7 @@ def spawnat(pid: Any, f: Callable[..., Any] | None = None, /, *args: Any, **kwar
             raise TypeError("spawnat(pid, f, *args): the function is missing")
         return lambda body: spawnat(pid, body)
     _check(f, "spawnat")
-    return _start(f, _Place(_pid_of(pid, "spawnat"), "spawnat"), args, kwargs)
+    return _start(f, Place(_pid_of(pid, "spawnat"), "spawnat"), args, kwargs)
 
 
 def spawn(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:

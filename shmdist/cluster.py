@@ -167,6 +167,8 @@ def rmprocs(*pids: Any, waitfor: float | None = None) -> Any:
     """
     cluster = _cluster("remove processes")
     wanted = _pids(pids)
+    if waitfor is not None and not waitfor >= 0:  # nor is it NaN
+        raise ValueError(f"waitfor must be seconds, 0 or more, not {waitfor!r}")
     if 1 in wanted:
         raise ValueError("process 1 cannot be removed")
     node = current_node()

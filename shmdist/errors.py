@@ -36,6 +36,10 @@ __all__ = [
 ]
 
 
+#: What a worker was lost in that was asked to go, and killed when it did not.
+REMOVAL = "its removal by rmprocs"
+
+
 class ProcessExitedException(ShmdistError):
     """A worker is gone: it exited, was killed, or its host fell silent.
 
@@ -52,7 +56,7 @@ class ProcessExitedException(ShmdistError):
     oom : bool
         Whether the system's counters show that memory ran out.
     what : str, optional
-        The call that was lost with it.
+        The call that was lost with it, or that it was being removed.
 
     Notes
     -----
@@ -107,7 +111,7 @@ class ProcessExitedException(ShmdistError):
         if self.oom:
             text += "; probably out of memory: the system ended a process of this group to free some. "
             text += "Send less at once, or use fewer workers."
-        elif self.signal == "SIGKILL":
+        elif self.signal == "SIGKILL" and self.what != REMOVAL:
             text += "; SIGKILL often means the system ran out of memory"
         return text + _tail_text(self.stderr_tail)
 

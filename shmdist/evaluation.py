@@ -1,20 +1,30 @@
 """Code that is run by all processes: ``everywhere`` and ``remotecall_eval``."""
 
 from __future__ import annotations
+import __future__
 
 import ast
 import builtins
+import functools
 import importlib
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from types import FunctionType, ModuleType
 from typing import Any
 
 from shmdist.calls import remotecall, remotecall_fetch
 from shmdist.cluster import _pids, procs
-from shmdist.errors import CompositeException, capture, remote_exception
+from shmdist.errors import CompositeException, SerializationError, capture, remote_exception
+from shmdist.futures import Future
 from shmdist.runtime.node import current_node
+from shmdist.shipping import Shipped
+
+#: The flags of all that a `from __future__` import changes.
+_FUTURES = functools.reduce(
+    int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
+)
 
 
 def _module(name: str) -> ModuleType:
@@ -30,10 +40,22 @@ def _run(code: str, bindings: dict[str, Any], module_name: str) -> Any:
     last = tree.body[-1] if tree.body else None
     if isinstance(last, ast.Expr):
         tree.body.pop()
-    exec(compile(tree, "<everywhere>", "exec"), namespace)
+    # This file's `from __future__` is none of the code's, but the code may have its own.
+    statements = compile(tree, "<everywhere>", "exec", dont_inherit=True)
+    exec(statements, namespace)
     if not isinstance(last, ast.Expr):
         return None
-    return eval(compile(ast.Expression(last.value), "<everywhere>", "eval"), namespace)
+    flags = statements.co_flags & _FUTURES
+    return eval(compile(ast.Expression(last.value), "<everywhere>", "eval", flags, True), namespace)
+
+
+def _checked(code: str, name: str) -> str:
+    """Return code that can be compiled: what is wrong with it is told before anything runs."""
+    first = next((line for line in code.splitlines() if line.strip() and line.lstrip()[0] != "#"), "")
+    if first[:1].isspace():
+        code = textwrap.dedent(code)  # a text in triple quotes inside a function
+    compile(code, f"<{name}>", "exec", dont_inherit=True)
+    return code
 
 
 def _imports(code: str) -> str:
@@ -43,49 +65,138 @@ def _imports(code: str) -> str:
     return "\n".join(ast.unparse(node) for node in found)
 
 
-def _define(name: str, value: Any, needed: dict[str, Any]) -> None:
+def _define(name: str, value: Any, needed: dict[str, Any], bindings: dict[str, Any]) -> None:
     """Define a function or class in ``__main__`` of this process."""
     namespace = sys.modules["__main__"].__dict__
+    # What came here with an earlier definition gives way to what comes with this one; what this
+    # process has got by other ways is its own.
+    along = current_node().settings.setdefault("sent_along", {})
     for key, thing in needed.items():
-        namespace.setdefault(key, thing)
+        if key not in namespace or (key in along and namespace[key] is along[key]):
+            namespace[key] = along[key] = thing
+    namespace.update(bindings)
+    for key in (name, *bindings):
+        along.pop(key, None)
     if isinstance(value, FunctionType):
-        # Bound to the globals of this __main__, as one defined here would be.
-        here = FunctionType(value.__code__, namespace, value.__name__, value.__defaults__, value.__closure__)
-        here.__kwdefaults__ = value.__kwdefaults__
-        here.__dict__.update(value.__dict__)
-        here.__annotations__ = value.__annotations__
-        here.__doc__ = value.__doc__
-        here.__qualname__ = value.__qualname__
-        here.__module__ = "__main__"
-        value = here
+        value = _bound_here(value, namespace)
+        value.__module__ = "__main__"
+        _tie(value)
+    elif isinstance(value, type):
+        for attribute, thing in list(vars(value).items()):
+            method = _method_bound_here(thing, namespace)
+            if method is not thing:
+                setattr(value, attribute, method)
     namespace[name] = value
+
+
+def _bound_here(function: FunctionType, namespace: dict[str, Any]) -> FunctionType:
+    """Return a function with the globals of this ``__main__``, as one defined here would have."""
+    closure = function.__closure__
+    here = FunctionType(function.__code__, namespace, function.__name__, function.__defaults__, closure)
+    here.__kwdefaults__ = function.__kwdefaults__
+    here.__dict__.update(function.__dict__)
+    here.__annotations__ = function.__annotations__
+    here.__doc__ = function.__doc__
+    here.__qualname__ = function.__qualname__
+    here.__module__ = function.__module__
+    return here
+
+
+def _tie(function: FunctionType) -> None:
+    """Let a function find itself that calls itself by a local name, which had no value yet."""
+    for free, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if free == function.__name__:
+            try:
+                _ = cell.cell_contents
+            except ValueError:
+                cell.cell_contents = function
+
+
+def _method_bound_here(thing: Any, namespace: dict[str, Any]) -> Any:
+    """Return an attribute of a class that came by value, its functions bound to this ``__main__``."""
+    if isinstance(thing, FunctionType):
+        its = thing.__globals__
+        at_home = its is namespace or its is vars(sys.modules.get(thing.__module__, object))
+        return thing if at_home else _bound_here(thing, namespace)
+    if isinstance(thing, (staticmethod, classmethod)):
+        inner = _method_bound_here(thing.__func__, namespace)
+        return thing if inner is thing.__func__ else type(thing)(inner)
+    if type(thing) is property:
+        get, set_, delete = (
+            _method_bound_here(part, namespace) for part in (thing.fget, thing.fset, thing.fdel)
+        )
+        return property(get, set_, delete, thing.__doc__)
+    return thing
+
+
+class _At:
+    """A place for calls of a function that is sent ahead."""
+
+    def __init__(self, pid: int, shipped: Shipped) -> None:
+        self._pid = pid
+        self._shipped = shipped
+
+    def _lend(self) -> int:
+        return self._pid
+
+    def _give_back(self, pid: int) -> None:
+        pass
+
+    def ship(self, f: Any) -> Shipped:
+        """Return the function as it is sent."""
+        return self._shipped
 
 
 def _ask_all(targets: Sequence[int], f: Callable[..., Any], args: tuple[Any, ...], what: str) -> None:
     """Run a function on all of `targets` at once, this process among them; raise all their errors."""
     me = current_node().pid
-    futures = []
     errors: list[BaseException] = []
-    for pid in targets:
-        if pid != me:
-            try:
-                futures.append(remotecall(f, pid, *args))
-            except Exception as error:
-                errors.append(error)
-    if me in targets:
+    others = [pid for pid in targets if pid != me]
+    if len(others) > 1:  # pickled once for all of them
+        shipped = Shipped(functools.partial(f, *args), f"what {what} sends")
         try:
-            f(*args)
-        except Exception as error:
-            wrapped = remote_exception(me, capture(error))
-            wrapped.__cause__ = error
-            errors.append(wrapped)
-    for future in futures:
-        try:
-            future.fetch()
-        except Exception as error:
-            errors.append(error)
+            futures = _begin(shipped.f, (), [_At(pid, shipped) for pid in others], errors)
+            _end(futures, me in targets, f, args, errors)
+        finally:
+            shipped.drop_in_turn()
+    else:
+        _end(_begin(f, args, others, errors), me in targets, f, args, errors)
     if errors:
         raise CompositeException(f"{what} failed on {len(errors)} of {len(targets)} processes", errors)
+
+
+def _begin(f: Any, args: Any, places: Sequence[Any], errors: list[BaseException]) -> list[Future]:
+    """Begin the same call in several places."""
+    futures = []
+    for place in places:
+        try:
+            futures.append(remotecall(f, place, *args))
+        except SerializationError:
+            raise  # it will not be otherwise for the next one
+        except Exception as error:
+            errors.append(error)
+    return futures
+
+
+def _end(futures: list[Future], here: bool, f: Any, args: Any, errors: list[BaseException]) -> None:
+    """Run a call here, if it is to, and wait for those begun; Ctrl-C ends them all."""
+    try:
+        if here:
+            try:
+                f(*args)
+            except Exception as error:
+                wrapped = remote_exception(current_node().pid, capture(error))
+                wrapped.__cause__ = error
+                errors.append(wrapped)
+        for future in futures:
+            try:
+                future.fetch()
+            except Exception as error:
+                errors.append(error)
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
 
 
 def _targets(which: Any) -> list[int]:
@@ -151,8 +262,8 @@ def everywhere(code: Any = None, procs: Any = None, /, **bindings: Any) -> Any:
     single = hasattr(procs, "__index__")
     if not isinstance(code, str):
         return _define_everywhere(code, targets, bindings)
-    imports = _imports(code)  # a SyntaxError is told before anything runs
-    compile(code, "<everywhere>", "exec")
+    code = _checked(code, "everywhere")
+    imports = _imports(code)
     if imports:
         _run(imports, {}, "__main__")
     if single:
@@ -175,27 +286,42 @@ def _define_everywhere(thing: Any, targets: list[int], bindings: dict[str, Any])
         targets = [pid for pid in targets if pid != current_node().pid]
         if current_node().pid != 1:
             sys.modules["__main__"].__dict__[name] = thing
-    needed = {**_globals_of(thing), **bindings}
-    if bindings:
-        namespace = sys.modules["__main__"].__dict__
-        namespace.update(bindings)
-    _ask_all(targets, _define, (name, thing, needed), f"everywhere of {name}")
+    needed = {key: value for key, value in _globals_of(thing).items() if key not in bindings}
+    _ask_all(targets, _define, (name, thing, needed, bindings), f"everywhere of {name}")
     return thing
 
 
 def _globals_of(thing: Any) -> dict[str, Any]:
-    """Return the globals that a function names and that exist here."""
-    if not isinstance(thing, FunctionType):
-        return {}
+    """Return the globals that a function, or a class's methods, name and that exist here."""
     found = {}
-    codes = [thing.__code__]
-    while codes:
-        code = codes.pop()
-        for name in code.co_names:
-            if name in thing.__globals__ and not hasattr(builtins, name) and name != thing.__name__:
-                found[name] = thing.__globals__[name]
-        codes += [constant for constant in code.co_consts if hasattr(constant, "co_names")]
+    for function in _functions_of(thing):
+        codes = [function.__code__]
+        while codes:
+            code = codes.pop()
+            for name in code.co_names:
+                if name in function.__globals__ and not hasattr(builtins, name) and name != thing.__name__:
+                    found[name] = function.__globals__[name]
+            codes += [constant for constant in code.co_consts if hasattr(constant, "co_names")]
     return found
+
+
+def _functions_of(thing: Any) -> list[FunctionType]:
+    if isinstance(thing, FunctionType):
+        return [thing]
+    if not isinstance(thing, type) or _is_importable(thing):
+        return []
+    parts: list[Any] = []
+    for value in vars(thing).values():
+        parts += [
+            getattr(value, "__func__", value),
+            *(getattr(value, name, None) for name in ("fget", "fset")),
+        ]
+    return [part for part in parts if isinstance(part, FunctionType)]
+
+
+def _is_importable(kind: type) -> bool:
+    """Tell whether a class goes by name, and has its own globals wherever it goes."""
+    return kind.__module__ != "__main__" and "<locals>" not in kind.__qualname__
 
 
 def remotecall_eval(module_name: Any, procs: Any, code: str) -> Any:
@@ -227,7 +353,7 @@ def remotecall_eval(module_name: Any, procs: Any, code: str) -> Any:
     name = module_name.__name__ if isinstance(module_name, ModuleType) else str(module_name)
     if not isinstance(code, str):
         raise TypeError(f"remotecall_eval(module, procs, code): code must be a text, not {code!r:.80}")
-    compile(code, "<remotecall_eval>", "exec")
+    code = _checked(code, "remotecall_eval")
     if hasattr(procs, "__index__"):
         return remotecall_fetch(_run, procs, code, {}, name)
     _ask_all(_targets(procs), _run_quietly, (code, {}, name), "remotecall_eval")

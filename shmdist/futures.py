@@ -320,9 +320,14 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
             raise AlreadySet(self._rrid)  # and its owner may have forgotten it since
         node = self._alive()
         if self._where == node.pid:
-            with node.lock:
-                entry = node.refs.lookup(self._rrid)
-            node.set_value(entry, value)
+            strand = current()
+            strand.enter()  # an interrupt must not come between the value and the word to who waits for it
+            try:
+                with node.lock:
+                    entry = node.refs.lookup(self._rrid)
+                node.set_value(entry, value)
+            finally:
+                strand.leave()
         else:
             ask(self._where, "put", self._rrid, value, timeout)
         return self

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from shmdist.batches import BatchRunner
-from shmdist.errors import capture, remote_exception
+from shmdist.errors import ShmdistError, capture, remote_exception
 from shmdist.pools import default_worker_pool
 from shmdist.runs import Run
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.replies import Reply, pack_error, unpack_error
 from shmdist.runtime.strand import Cell, current
 from shmdist.shipping import Shipped
+from shmdist.sizes import positive_integer
 from shmdist.tasks import async_
 from shmdist.wire import codec
-from shmdist.wire.messages import BY_ID, NO_LANE, WANT_VALUE, Kind
+from shmdist.wire.messages import BY_ID, IS_ERROR, NO_LANE, WANT_VALUE, Kind
 
 
 class _None:
@@ -173,6 +175,8 @@ class DistributedLoop:
             return initial
         pool = default_worker_pool() if pool is None else pool
         pids = pool.workers()
+        if not pids:
+            raise ShmdistError("the pool has no workers: its workers have exited, or none was pushed")
         work = _Chunk(self.body, self.reducer, options["vectorized"])
         chunks = _chunks(sequence, len(pids), options["schedule"], options["chunk"])
         if pids == [current_node().pid]:
@@ -317,8 +321,8 @@ def distributed(
     """
     if schedule not in ("static", "dynamic"):
         raise ValueError(f"schedule must be 'static' or 'dynamic', not {schedule!r}")
-    if chunk is not None and (isinstance(chunk, bool) or int(chunk) != chunk or chunk < 1):
-        raise ValueError(f"chunk must be a positive integer, not {chunk!r}")
+    if chunk is not None:
+        chunk = positive_integer("chunk", chunk)
     options = {"vectorized": vectorized, "schedule": schedule, "chunk": chunk, "initial": initial}
     if reducer is not None and not callable(reducer):
         raise TypeError(f"the reducer must be a function of two values, not {reducer!r:.80}")
@@ -360,31 +364,35 @@ def scatter(f: Callable[..., Any], parts: Iterable[tuple[int, tuple[Any, ...]]])
     Raises
     ------
     RemoteException, ProcessExitedException
-        Of the first part that failed, in their order; the others are cancelled.
+        Of a part that failed, as soon as it has; the others are cancelled.
     """
     node = current_node()
     shipped = Shipped(f)
     replies: list[Any] = []
     strand = current()
+    parts = list(parts)
+    over = _Over(node, len(parts))
     try:
         for pid, arguments in parts:
             if pid == node.pid:
-                replies.append(_Here(node, f, arguments))
+                replies.append(_Here(node, f, arguments, over.note))
                 continue
             payload = codec.dumps((shipped.number, arguments, {}), "the chunk")
             strand.enter()
             try:
                 shipped.send_to(pid)
-                replies.append(node.request(pid, _CALL, WANT_VALUE | BY_ID, payload, lane=NO_LANE))
+                replies.append(
+                    node.request(pid, _CALL, WANT_VALUE | BY_ID, payload, lane=NO_LANE, callback=over.note)
+                )
             finally:
                 strand.leave()
+        strand.enter()
+        try:
+            node.wait(over)
+        finally:
+            strand.leave()
         values = []
-        for reply in replies:
-            strand.enter()
-            try:
-                node.wait(reply)
-            finally:
-                strand.leave()
+        for reply in replies if over.failed is None else [over.failed]:
             if isinstance(reply, _Here):
                 values.append(reply.get())
             else:
@@ -397,12 +405,37 @@ def scatter(f: Callable[..., Any], parts: Iterable[tuple[int, tuple[Any, ...]]])
         shipped.drop()
 
 
+class _Over(Cell):
+    """Done when all parts are, or one has failed: an early end must not wait for the slow ones."""
+
+    __slots__ = ("_counter", "_node", "_parts", "failed")
+
+    def __init__(self, node: Node, parts: int) -> None:
+        super().__init__()
+        self._node = node
+        self._parts = parts
+        self.done = not parts
+        self._counter = itertools.count(1)  # next() of it is atomic: parts end on several threads
+        self.failed: Any = None
+
+    def note(self, part: Reply | _Here) -> None:
+        """Note that a part is done."""
+        frame = part.frame
+        if part.error is not None or (frame is not None and frame.flags & IS_ERROR):
+            self.failed = part
+        if next(self._counter) == self._parts or self.failed is not None:
+            self._node.dispatcher.complete(self)
+
+
 class _Here(Cell):
     """A part that runs on a thread of this process."""
 
     __slots__ = ("error", "value")
+    frame = None  # as a Reply has one
 
-    def __init__(self, node: Node, f: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    def __init__(
+        self, node: Node, f: Callable[..., Any], arguments: tuple[Any, ...], note: Callable[[_Here], None]
+    ) -> None:
         super().__init__()
         self.value: Any = None
         self.error: BaseException | None = None
@@ -415,7 +448,8 @@ class _Here(Cell):
             except BaseException as error:
                 self.error = unpack_error(node.pid, *pack_error(capture(error)))
             strand.depth = depth
-            node.dispatcher.complete(self)
+            self.done = True
+            note(self)
 
         node.dispatcher.start(run)
 

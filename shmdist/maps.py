@@ -3,133 +3,20 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from shmdist.batches import BatchRunner
-from shmdist.errors import capture, remote_exception
+from shmdist.errors import ShmdistError
+from shmdist.here import on_this_thread, on_threads
 from shmdist.pools import CachingPool, default_worker_pool
-from shmdist.runs import WINDOW, Outcome, Run
+from shmdist.repeats import find_repeated
+from shmdist.retries import ExponentialBackOff, Retry
+from shmdist.runs import Run
 from shmdist.runtime.node import current_node
-
-
-class ExponentialBackOff:
-    """Delays that grow: for ``retry_delays``.
-
-    Parameters
-    ----------
-    n : int
-        How many delays.
-    first_delay, max_delay : float
-        Seconds.
-    factor : float
-        Each delay is so many times the one before.
-    jitter : float
-        Each delay varies by up to this fraction, at random.
-
-    References
-    ----------
-    Julia manual, `ExponentialBackOff`.
-
-    Examples
-    --------
-    >>> list(ExponentialBackOff(3, first_delay=1, factor=2, jitter=0))
-    [1, 2, 4]
-    """
-
-    __module__ = "shmdist"
-
-    def __init__(
-        self,
-        n: int = 1,
-        first_delay: float = 0.05,
-        max_delay: float = 10.0,
-        factor: float = 5.0,
-        jitter: float = 0.1,
-    ) -> None:
-        if n < 0 or first_delay < 0 or max_delay < 0 or factor < 0 or not 0 <= jitter <= 1:
-            raise ValueError("ExponentialBackOff: all parameters must be >= 0, and jitter <= 1")
-        self.n, self.first_delay, self.max_delay, self.factor, self.jitter = (
-            n,
-            first_delay,
-            max_delay,
-            factor,
-            jitter,
-        )
-
-    def __repr__(self) -> str:
-        return (
-            f"ExponentialBackOff(n={self.n}, first_delay={self.first_delay}, max_delay={self.max_delay}, "
-            f"factor={self.factor}, jitter={self.jitter})"
-        )
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __iter__(self) -> Iterator[float]:
-        import random
-
-        delay = min(self.first_delay, self.max_delay)
-        for _ in range(self.n):
-            yield delay
-            delay *= self.factor
-            if self.jitter:
-                delay *= 1 - self.jitter + 2 * self.jitter * random.random()
-            delay = min(delay, self.max_delay)
-
-
-class _Replayed:
-    """Lets each element go through the delays, though they may come from a generator."""
-
-    def __init__(self, delays: Iterable[float]) -> None:
-        self._source = iter(delays)
-        self._once = self._source is delays
-        self._delays = delays
-        self._seen: list[float] = []
-
-    def fresh(self) -> Iterator[float]:
-        return self._replay() if self._once else iter(self._delays)
-
-    def _replay(self) -> Iterator[float]:
-        for index in itertools.count():
-            if index == len(self._seen):
-                try:
-                    self._seen.append(next(self._source))
-                except StopIteration:
-                    return
-            yield self._seen[index]
-
-
-class _Retry:
-    """Decides whether an element that failed is tried again."""
-
-    def __init__(self, delays: Iterable[float], check: Callable[[Any, BaseException], Any] | None) -> None:
-        self._delays = _Replayed(delays)
-        self._check = check
-        self._states: dict[int, tuple[Iterator[float], Any]] = {}
-
-    def __call__(self, place: int, error: BaseException) -> float | None:
-        """Return the seconds until the next try of the element at `place`, or None."""
-        delays, state = self._states.get(place, (None, None))
-        if delays is None:
-            delays = self._delays.fresh()
-        delay = next(delays, None)
-        if delay is None:
-            self._states.pop(place, None)
-            return None
-        if self._check is not None:
-            answer = self._check(state, error)
-            again = answer
-            if isinstance(answer, tuple):
-                state, again = answer
-            if not again:
-                self._states.pop(place, None)
-                return None
-        self._states[place] = (delays, state)
-        return max(0.0, float(delay))
+from shmdist.sizes import WINDOW, positive_integer
 
 
 class _Progress:
@@ -169,9 +56,9 @@ def _length(iterables: tuple[Any, ...]) -> int | None:
         return None
 
 
-def _elements(iterables: tuple[Any, ...]) -> Iterator[Any]:
+def _elements(iterables: tuple[Any, ...]) -> Any:
     """Return the elements: those of one iterable as they are, of several as tuples."""
-    return iter(iterables[0]) if len(iterables) == 1 else zip(*iterables, strict=False)
+    return iterables[0] if len(iterables) == 1 else zip(*iterables, strict=False)
 
 
 def _is_pool(thing: Any) -> bool:
@@ -266,14 +153,12 @@ def pmap(
     [0, 1, 4, 9, 16]
     """
     iterables, pool = _arguments("pmap", f, iterables, pool)
-    if batch_size is not None and (
-        isinstance(batch_size, bool) or int(batch_size) != batch_size or batch_size < 1
-    ):
-        raise ValueError(f"batch_size must be a positive integer or None, not {batch_size!r}")
+    if batch_size is not None:
+        batch_size = positive_integer("batch_size", batch_size)
     total = _length(iterables)
     if total == 0:
         return []
-    retry = _Retry(retry_delays, retry_check)
+    retry = Retry(retry_delays, retry_check)
     run = _run(f, iterables, pool, distributed, total, batch_size, None, retry)
     bar = _Progress(progress, total) if progress else None
     results: list[Any] = [] if total is None else [None] * total
@@ -314,17 +199,19 @@ def _run(
     total: int | None,
     batch_size: int | None,
     room: Callable[[], int] | None,
-    retry: _Retry,
+    retry: Retry,
 ) -> Any:
     """Return the generator of outcomes."""
     elements = _elements(iterables)
     star = len(iterables) > 1
     if not distributed:
-        return _on_threads(f, star, elements, retry)
+        return on_threads(f, star, iter(elements), retry)
     pool = default_worker_pool() if pool is None else pool
     pids: list[int] = list(pool.workers())
+    if not pids:
+        raise ShmdistError("the pool has no workers: its workers have exited, or none was pushed")
     if pids == [current_node().pid]:
-        return _right_here(f, star, elements, retry)
+        return on_this_thread(f, star, iter(elements), retry)
     asked, known = time.monotonic(), pids
 
     def members() -> list[int]:
@@ -335,54 +222,10 @@ def _run(
             asked, known = now, list(pool.workers())
         return known
 
-    run = Run(
-        _ship(f, pool, star), elements, members, total=total, batch_size=batch_size, room=room, retry=retry
-    )
+    repeated = find_repeated(iterables)
+    options: dict[str, Any] = {"total": total, "batch_size": batch_size, "room": room, "retry": retry}
+    run = Run(_ship(f, pool, star), elements, members, known=repeated, **options)
     return run.outcomes()
-
-
-def _try(f: Any, star: bool, place: int, element: Any, retry: _Retry) -> Outcome:
-    """Run `f` on one element on this process, again as often as it may be tried."""
-    while True:
-        try:
-            return (place,), [f(*element) if star else f(element)], None
-        except Exception as error:
-            wrapped = remote_exception(current_node().pid, capture(error))
-            wrapped.__cause__ = error
-        delay = retry(place, wrapped)
-        if delay is None:
-            return (place,), [], wrapped
-        time.sleep(delay)
-
-
-def _right_here(f: Any, star: bool, elements: Iterator[Any], retry: _Retry) -> Iterator[Outcome]:
-    """Run on this thread: there are no workers."""
-    for place, element in enumerate(elements):
-        yield _try(f, star, place, element, retry)
-
-
-def _on_threads(f: Any, star: bool, elements: Iterator[Any], retry: _Retry) -> Iterator[Outcome]:
-    """Run on threads of this process, many at a time."""
-    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-
-    numbered = enumerate(elements)
-    with ThreadPoolExecutor(_THREADS, "shmdist-pmap") as executor:
-        under_way: set[Any] = set()
-        try:
-            while True:
-                for place, element in itertools.islice(numbered, _THREADS - len(under_way)):
-                    under_way.add(executor.submit(_try, f, star, place, element, retry))
-                if not under_way:
-                    return
-                done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
-        finally:
-            for future in under_way:
-                future.cancel()
-
-
-_THREADS = 32  # of a map that is not distributed
 
 
 def pgenerate(
@@ -427,7 +270,7 @@ def _generate(f: Any, iterables: tuple[Any, ...], pool: Any, ordered: bool) -> I
     counted = tuple(
         ahead.count(iterable) if number == 0 else iterable for number, iterable in enumerate(iterables)
     )
-    run = _run(f, counted, pool, True, _length(iterables), None, ahead.room, _Retry((), None))
+    run = _run(f, counted, pool, True, _length(iterables), None, ahead.room, Retry((), None))
     waiting: dict[int, Any] = {}
     failed: dict[int, BaseException] = {}
     turn = 0

@@ -18,7 +18,7 @@ from typing import Any
 
 from shmdist import relays
 from shmdist._log import Log
-from shmdist.errors import LaunchWorkerError, ProcessExitedException, ShmdistError, describe_exit
+from shmdist.errors import REMOVAL, LaunchWorkerError, ProcessExitedException, ShmdistError, describe_exit
 from shmdist.managers.base import ClusterManager, WorkerConfig
 from shmdist.managers.local import out_of_memory_kills
 from shmdist.runtime.node import Node, current_node
@@ -29,6 +29,7 @@ from shmdist.wire.link import Link, LinkClosed
 from shmdist.wire.messages import Join, Kind, PeerInfo
 
 _EXIT = 3.0  # seconds a worker gets to end when it is asked to, before it is killed
+_INQUEST = 0.5  # seconds a worker gets to end whose link has ended: who waits for it must be told soon
 _ATEXIT = 1.0  # the same when the program ends
 _log = Log("cluster")
 
@@ -259,7 +260,7 @@ class Cluster:
         oom = False
         if process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=1.0)
+                process.wait(timeout=_INQUEST)
             exitcode, signal_name = describe_exit(process.poll())
             oom = signal_name == "SIGKILL" and out_of_memory_kills() > member.oom_before
         elif hasattr(member.config.userdata, "wait"):  # its login tells, and has its last words
@@ -275,12 +276,13 @@ class Cluster:
             signal=signal_name,
             stderr_tail=() if member.leaving else node.outputs.tail(pid),
             oom=oom,
+            what=REMOVAL if member.leaving else None,
         )
 
     def on_lost(self, pid: int) -> None:
         """Tell the other workers, and give back what this one had."""
         node = self.node
-        payload = codec.dumps((pid, node.graves[pid]))
+        payload = codec.dumps((pid, node.graves[pid], node.last_words.get(pid)))
         for other, link in list(node.links.items()):
             if other != pid:
                 node.post(link, int(Kind.LOST), 0, 0, payload)

@@ -6,6 +6,7 @@ channel, which answers it later, and a way to withdraw it in ``node.waiting``.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -41,8 +42,11 @@ def _serve(node: Node, operation: Operation, rrid: RRID, name: str, argument: An
     elif isinstance(value, Channel):
         _serve_channel(node, operation, value, name, argument)
     else:
-        # A channel of the user's own: its methods may block, so they get a thread.
-        node.dispatcher.start(lambda: _serve_foreign(operation, value, name, argument))
+        # A channel of the user's own: its methods may block, so they get a thread. They cannot be
+        # withdrawn, but who gave up need not wait for them: the first to take the lock decides.
+        decided = threading.Lock()
+        node.waiting[operation.link.pid, operation.call_id] = lambda: decided.acquire(False)
+        node.dispatcher.start(lambda: _serve_foreign(operation, value, name, argument, decided))
 
 
 def _serve_future(node: Node, operation: Operation, entry: Any, name: str, argument: Any) -> None:
@@ -73,13 +77,21 @@ def _serve_channel(node: Node, operation: Operation, channel: Channel, name: str
         channel.wait_async(operation)
 
 
-def _serve_foreign(operation: Operation, channel: Any, name: str, argument: Any) -> None:
+def _serve_foreign(
+    operation: Operation, channel: Any, name: str, argument: Any, decided: threading.Lock
+) -> None:
+    if name == "take":
+        operation.undo = channel.put
     try:
         value = getattr(channel, name)(argument) if name == "put" else getattr(channel, name)()
     except Exception as error:
-        operation.fail(error)
-    else:
+        if decided.acquire(False):
+            operation.fail(error)
+        return
+    if decided.acquire(False):
         operation.resolve(value)
+    elif name == "take":
+        channel.put(value)  # nobody waits for it any more
 
 
 class _ReadyOnly:

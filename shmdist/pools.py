@@ -3,7 +3,7 @@
 A `WorkerPool` lives on the process that made it, in a `PoolState`, and may be used from all:
 its handles find the state through a reference, as RemoteChannels do. Taking a worker is
 taking from a channel of free ones, so it can wait, time out and be interrupted without
-losing one.
+losing one. A process that dies gives back what it had taken.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import Any
 
-from shmdist import calls
+from shmdist import calls, places
 from shmdist.cluster import _pids, workers
-from shmdist.poolstate import PoolState, on_state
-from shmdist.references import call_owner
+from shmdist.evaluation import _ask_all, _targets
+from shmdist.poolstate import PoolState, give_back, on_state
+from shmdist.references import ask, call_owner
 from shmdist.refs import RemoteChannel, channel_from_id
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.strand import current
@@ -102,18 +104,32 @@ class WorkerPool(AbstractWorkerPool):
     __module__ = "shmdist"
 
     def __init__(self, pids: Iterable[int] = ()) -> None:
-        wanted = _pids((pids,)) if not isinstance(pids, AbstractWorkerPool) else pids.workers()
-        self._ref = RemoteChannel(lambda: PoolState(wanted))
+        state = PoolState(_members(pids))
+        self._ref = RemoteChannel(lambda: state)
+
+    @classmethod
+    def _of(cls, state: PoolState) -> WorkerPool:
+        """Return a handle to a pool that is there."""
+        self = cls.__new__(cls)
+        self._ref = RemoteChannel(lambda: state)
+        return self
 
     def __repr__(self) -> str:
-        if self._ref.where != current_node().pid:
+        if self._ref._inert or self._ref.where != current_node().pid:
             return f"<WorkerPool of process {self._ref.where}>"
         return f"<WorkerPool {self.workers()}>"
 
-    def _call(self, name: str, *args: Any) -> Any:
+    @property
+    def _state(self) -> PoolState | None:
+        """The pool itself, when it lives on this process."""
+        ref = self._ref
+        node = ref._alive()
+        return channel_from_id(ref._rrid) if ref._where == node.pid else None
+
+    def _call(self, name: str, *args: Any, timeout: float | None = None) -> Any:
         ref = self._ref
         ref._alive()
-        return call_owner(ref._where, on_state, tuple(ref._rrid), name, args)
+        return call_owner(ref._where, on_state, tuple(ref._rrid), name, args, timeout=timeout)
 
     def push(self, pid: int) -> None:
         """Add a worker to the pool.
@@ -127,7 +143,7 @@ class WorkerPool(AbstractWorkerPool):
 
     def put(self, pid: int, timeout: float | None = None) -> None:
         """Give a worker back that was taken."""
-        self._call("put", pid)
+        self._call("give_back", pid, current_node().pid, timeout=timeout)
 
     def take(self, timeout: float | None = None) -> int:
         """Remove a free worker and return its process id; waits for one.
@@ -139,19 +155,20 @@ class WorkerPool(AbstractWorkerPool):
         TimeoutError
             None was free in time.
         """
-        if self._ref._where == current_node().pid:
-            pid: int = self._call("take", timeout)
-        else:  # as an item of a channel: one that was on its way to a take given up goes back
-            pid = self._ref.take(timeout)
+        state = self._state
+        if state is not None:
+            pid: int = state.take(timeout)
+        else:
+            pid, _ = ask(self._ref._where, "lend", self._ref._rrid, None, timeout)
         return pid
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until a worker is free."""
-        self._call("wait", timeout)
+        self._ref.wait(timeout)
 
     def isready(self) -> bool:
         """Tell whether a worker is free."""
-        return bool(self._call("isready"))
+        return self._ref.isready()
 
     def workers(self) -> list[int]:
         """Return the process ids of the pool's workers, free or not."""
@@ -159,20 +176,25 @@ class WorkerPool(AbstractWorkerPool):
         return pids
 
     def _lend(self) -> int:
-        task = current().task
-        node = current_node()
-        pid, taken = self._call("lend", node.pid if task is not None else None)
-        if not taken:
-            node.settings.setdefault("lent", Counter())[self._ref._rrid, pid] += 1
+        state = self._state
+        if state is not None:
+            return state.lend(_nested())
+        pid, _ = ask(self._ref._where, "lend", self._ref._rrid, _nested())
         return int(pid)
 
     def _give_back(self, pid: int) -> None:
-        lent = current_node().settings.get("lent")
-        taken = True
-        if lent and lent[self._ref._rrid, pid] > 0:
-            lent[self._ref._rrid, pid] -= 1
-            taken = False
-        self._call("give_back", pid, taken)
+        give_back(self._ref._where, self._ref._rrid, pid)
+
+
+def _members(pids: Any) -> list[int]:
+    return pids.workers() if isinstance(pids, AbstractWorkerPool) else _pids((pids,))
+
+
+def _nested() -> bool:
+    """Tell whether this code belongs to a call, which a pool may have lent a worker for."""
+    node = current_node()
+    # A worker's other threads are most likely those of its calls.
+    return current().task is not None or places.nested.get() or (node.is_worker and bool(node.tasks.running))
 
 
 class CachingPool(AbstractWorkerPool):
@@ -204,12 +226,8 @@ class CachingPool(AbstractWorkerPool):
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._node = current_node()
-        self._state = PoolState(
-            _pids((pids,)) if not isinstance(pids, AbstractWorkerPool) else pids.workers()
-        )
-        self._functions: dict[
-            tuple[int, Any], Shipped
-        ] = {}  # by id of the function, which the entry keeps alive
+        self._state = PoolState(_members(pids))
+        self._functions: dict[Any, Shipped] = {}  # by what _identity tells; the entry keeps that alive
         self._lock = threading.Lock()  # guards `_functions`
 
     def __repr__(self) -> str:
@@ -226,11 +244,12 @@ class CachingPool(AbstractWorkerPool):
 
     def put(self, pid: int, timeout: float | None = None) -> None:
         """Give a worker back that was taken."""
-        self._state.put(pid)
+        self._state.give_back(pid, self._node.pid)
 
     def take(self, timeout: float | None = None) -> int:
         """Remove a free worker and return its process id; waits for one."""
-        return self._state.take(timeout)
+        pid: int = self._state.take(timeout)
+        return pid
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until a worker is free."""
@@ -244,36 +263,58 @@ class CachingPool(AbstractWorkerPool):
         """Return the process ids of the pool's workers, free or not."""
         return self._state.workers()
 
+    def _lend(self) -> int:
+        pid: int = self._state.lend(_nested())
+        return pid
+
+    def _give_back(self, pid: int) -> None:
+        strand = current()
+        strand.enter()
+        try:
+            self._state.give_back(pid, self._node.pid)
+        finally:
+            strand.leave()
+
     def ship(self, f: Callable[..., Any]) -> Shipped:
         """Return the function as it is kept for this pool's workers."""
-        with self._lock:
-            shipped = self._functions.get((id(f), None))
-            if shipped is None:
-                shipped = self._functions[id(f), None] = Shipped(f)
-            return shipped
+        return self._ship((_identity(f), None), lambda: f)
 
     def ship_as(self, f: Callable[..., Any], wrapper: Callable[[Any], Any]) -> Shipped:
         """Return ``wrapper(f)`` as it is kept for this pool's workers."""
+        return self._ship((_identity(f), wrapper), lambda: wrapper(f))
+
+    def _ship(self, key: Any, make: Callable[[], Any]) -> Shipped:
         with self._lock:
-            shipped = self._functions.get((id(f), wrapper))
-            if shipped is None:
-                shipped = self._functions[id(f), wrapper] = Shipped(wrapper(f))
-            return shipped
+            shipped = self._functions.get(key)
+        if shipped is None:
+            made = Shipped(make())  # not under the lock: pickling runs the code of what is pickled
+            with self._lock:
+                shipped = self._functions.setdefault(key, made)
+        return shipped
 
     def clear(self) -> None:
         """Let the workers forget the functions sent to them."""
         with self._lock:
             functions, self._functions = self._functions, {}
-        for shipped in functions.values():
-            shipped.drop()
+        _drop(functions)
 
     def __del__(self) -> None:
         try:
-            if self._functions and not self._node.closed:
-                # Not here: a finalizer may run inside any lock.
-                self._node.dispatcher.start(self.clear)
+            functions = self._functions
+            if functions and not self._node.closed:
+                self._node.errand(lambda: _drop(functions))  # a finalizer may run inside any lock
         except Exception:
             pass
+
+
+def _drop(functions: dict[Any, Shipped]) -> None:
+    for shipped in functions.values():
+        shipped.drop_in_turn()
+
+
+def _identity(f: Any) -> Any:
+    """Return what tells `f` from other functions; each look at a method makes a new object of it."""
+    return (id(f.__self__), id(f.__func__)) if type(f) is MethodType else id(f)
 
 
 # ---------------------------------------------------------------------- the default pool
@@ -288,31 +329,37 @@ def _default_state(node: Node) -> WorkerPool:
                 pool = node.settings["default_pool"] = node.settings["own_default_pool"] = WorkerPool(
                     workers()
                 )
+        _joined([pid for pid in workers() if pid != 1])  # those that came meanwhile, and found no pool
     return pool
+
+
+def _own_state(node: Node) -> PoolState | None:
+    pool: WorkerPool | None = node.settings.get("own_default_pool")
+    return None if pool is None else pool._state
 
 
 def _joined(pids: list[int]) -> None:
     """Let new workers into the default pool; the first ones replace process 1."""
     node = current_node()
-    pool = node.settings.get("own_default_pool")
-    if pool is None:
+    state = _own_state(node)
+    if state is None:
         return
-    state = channel_from_id(pool._ref._rrid)
     for pid in pids:
         if pid in node.peers:
             state.push(pid)
-    state.discard(1)
+    if set(state.workers()) > {1}:
+        state.discard(1)
+    elif not state.workers():
+        state.push(1)
 
 
 def _lost(pid: int) -> None:
     """Let process 1 into the default pool when the last worker has left."""
-    node = current_node()
-    pool = node.settings.get("own_default_pool")
-    if pool is not None:
-        state = channel_from_id(pool._ref._rrid)
+    state = _own_state(current_node())
+    if state is not None:
+        if set(state.workers()) <= {pid}:
+            state.push(1)  # first: who waits for a worker gets this one
         state.discard(pid)
-        if not state.workers():
-            state.push(1)
 
 
 def _hooked() -> Node:
@@ -342,9 +389,15 @@ def default_worker_pool() -> Any:
     if node.pid != 1:
         pool = node.settings.get("default_pool")
         if pool is None:
-            pool = node.settings["default_pool"] = calls.remotecall_fetch(default_worker_pool, 1)
+            pool = node.settings["default_pool"] = calls.remotecall_fetch(_default_for_workers, 1)
         return pool
     return _default_state(node)
+
+
+def _default_for_workers() -> Any:
+    """Return a handle to the default pool that may be sent."""
+    pool = default_worker_pool()
+    return WorkerPool._of(pool._state) if isinstance(pool, CachingPool) else pool
 
 
 def set_default_worker_pool(pool: AbstractWorkerPool) -> None:
@@ -393,11 +446,7 @@ def clear(what: Any, pids: Any = None, /) -> Any:
         what.clear()
         return what
     names = (what,) if isinstance(what, str) else tuple(what)
-    futures = [
-        calls.remotecall(_set_none, pid, names) for pid in (_pids((pids,)) if pids is not None else workers())
-    ]
-    for future in futures:
-        future.wait()
+    _ask_all(workers() if pids is None else _targets(pids), _set_none, (names,), "clear")
     return None
 
 

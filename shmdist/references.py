@@ -14,6 +14,7 @@ from shmdist.wire import codec
 from shmdist.wire.messages import WANT_VALUE, Kind
 
 _CALL, _OP = int(Kind.CALL), int(Kind.OP)
+_TAKES = ("take", "lend")  # operations whose value is lost to others, and goes back when nobody gets it
 
 
 def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float | None = None) -> Any:
@@ -38,9 +39,9 @@ def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float 
             strand.leave()  # which may raise as well, though the answer is there
     except BaseException:
         if reply is not None:
-            if name == "take":
+            if name in _TAKES:
                 node.unclaimed_takes[reply.call_id] = (owner, rrid)
-            if not node.cancel(reply) and name == "take":
+            if not node.cancel(reply) and name in _TAKES:
                 while not reply.done:
                     time.sleep(0)  # it comes at the very moment of giving up
                 if reply.frame is not None:

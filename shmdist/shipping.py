@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shmdist.runtime.node import current_node
+from shmdist.runtime.strand import current
 from shmdist.wire import codec
 from shmdist.wire.link import LinkClosed
 from shmdist.wire.messages import Kind
@@ -19,21 +20,31 @@ class Shipped:
     ----------
     f : callable
         The function, with what it closes over.
+    what : str
+        What it is, for the text of an error.
     """
 
-    def __init__(self, f: Callable[..., Any]) -> None:
+    def __init__(self, f: Callable[..., Any], what: str = "the function") -> None:
         self.node = current_node()
         self.f = f
         self.number = next(self.node.call_ids)
-        self.payload = codec.dumps(f, "the function")
+        self.payload = codec.dumps(f, what)
         self.payload.spread = {}
         self.there: set[int] = set()
         self._lock = threading.Lock()  # guards `there`; held while one thread sends to a worker
 
     def send_to(self, pid: int) -> None:
-        """See to it that process `pid` has the function; inside the runtime."""
+        """See to it that process `pid` has the function."""
         if pid in self.there:
             return
+        strand = current()
+        strand.enter()
+        try:
+            self._send_to(pid)
+        finally:
+            strand.leave()
+
+    def _send_to(self, pid: int) -> None:
         node = self.node
         link = node.link_to(pid)
         with self._lock:
@@ -49,12 +60,30 @@ class Shipped:
     def drop(self) -> None:
         """Let all workers forget the function."""
         node = self.node
+        self.payload.spread = {}  # its blocks
         there, self.there = self.there, set()
         for pid in there:
             link = node.links.get(pid)
             if link is not None:
                 node.post(link, int(Kind.DROP), 0, self.number)
 
+    def drop_in_turn(self) -> None:
+        """Let all workers forget the function when the calls sent before this have begun."""
+        node = self.node
+        self.payload.spread = {}
+        there, self.there = self.there, set()
+        payload = codec.dumps((_drop, (node.pid, self.number), {}))
+        for pid in there:
+            link = node.links.get(pid)
+            if link is not None:
+                # A call that follows others starts after them, and they have found their function.
+                node.post(link, int(Kind.CALL), 0, next(node.call_ids), payload)
+
     def forget(self, pid: int) -> None:
         """Note that a worker is gone."""
         self.there.discard(pid)
+
+
+def _drop(sender: int, number: int) -> None:
+    """Forget a function that `sender` has sent to this process."""
+    current_node().functions.drop(sender, number)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shmdist import calls, cluster
-from shmdist.errors import CompositeException
+from shmdist import calls, cluster, places
+from shmdist.errors import CompositeException, capture, remote_exception
 from shmdist.runtime.node import current_node
 from shmdist.runtime.strand import Cell, current
 
@@ -112,6 +112,8 @@ def _begin(f: Callable[..., Any], args: Any, kwargs: Any) -> Task:
     task._what = getattr(f, "__qualname__", None) or repr(f)
     task.set_running_or_notify_cancel()
     context = contextvars.copy_context()
+    if current().task is not None:
+        context.run(places.nested.set, True)
 
     def run() -> None:
         strand = current()
@@ -147,6 +149,29 @@ def async_(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Task:
     for group in _groups():
         group.append(task)
     return task
+
+
+def _error_of(begun: Any) -> Exception | None:
+    """Wait for the end of a task or call, and return its error.
+
+    What is raised is this thread's own: Ctrl-C.
+    """
+    if not isinstance(begun, Task):
+        try:
+            begun.wait()
+        except Exception as error:
+            return error
+        return None
+    try:
+        its = begun.exception()
+    except concurrent.futures.CancelledError as cancelled:
+        return cancelled
+    if its is None or isinstance(its, Exception):
+        return its
+    # A group of errors must not hold what ends threads and programs.
+    wrapped = remote_exception(current_node().pid, capture(its))
+    wrapped.__cause__ = its
+    return wrapped
 
 
 @contextmanager
@@ -188,11 +213,9 @@ def sync() -> Iterator[None]:
     while index < len(group):  # it may grow while we wait
         waited = group[index]
         index += 1
-        try:
-            waited.wait()
-        except Exception as error:
-            if error not in errors:
-                errors.append(error)
+        its = _error_of(waited)
+        if its is not None and its not in errors:
+            errors.append(its)
     if failure is not None and len(errors) == 1:
         raise failure
     if errors:

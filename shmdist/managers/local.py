@@ -62,8 +62,6 @@ class LocalManager(ClusterManager):
                 for _ in range(self.n):
                     launches.append(_Launch(params))
             except OSError as error:
-                for launch in launches:
-                    launch.discard()
                 raise LaunchWorkerError(
                     f"a worker process could not be started: {error}",
                     host="localhost",
@@ -87,9 +85,14 @@ class LocalManager(ClusterManager):
 
     def manage(self, id: int, config: WorkerConfig, op: str) -> None:
         """Reap the process when it is done with."""
-        if op == "finalize" and config.process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                config.process.wait(timeout=5)
+        if op != "finalize" or config.process is None:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            config.process.wait(timeout=1)
+            return
+        config.process.kill()  # it has closed its link, or is another program now: nobody else will
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            config.process.wait(timeout=5)
 
 
 def _until_up(launches: list[_Launch]) -> Iterator[WorkerConfig]:
@@ -163,9 +166,16 @@ class _Launch:
         with contextlib.suppress(BrokenPipeError):
             self.lifeline.write(json.dumps(settings).encode() + b"\n")
         # Bare descriptors: Popen would close its own stream objects when it is collected.
-        self.out, self.err = os.dup(streams[1].fileno()), os.dup(streams[2].fileno())
-        streams[1].close()
-        streams[2].close()
+        self.out = self.err = -1
+        try:
+            self.out = os.dup(streams[1].fileno())
+            self.err = os.dup(streams[2].fileno())
+        except OSError:  # too many open files
+            self.discard()
+            raise
+        finally:
+            streams[1].close()
+            streams[2].close()
         self.text = {self.out: b"", self.err: b""}
 
     def _popen(self, params: dict[str, Any], environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -228,8 +238,9 @@ class _Launch:
         self.process.kill()
         self.process.wait()
         self.lifeline.close()
-        os.close(self.out)
-        os.close(self.err)
+        for fd in (self.out, self.err):
+            if fd >= 0:
+                os.close(fd)
         if self.page is not None:
             self.page.close()
 

@@ -14,6 +14,8 @@ The segments of an arena are cut into extents that lie side by side::
 - WARM: free, its pages are there and mapped. Only these are taken.
 - COLD: free, its pages were given back to the system.
 - BUSY: free, and its pages are being fetched or given back, outside the lock.
+- A block that is given back is kept aside as it is, *quick* to be taken again: traffic mostly
+  repeats its sizes. When nothing else fits, such extents are joined with their neighbours.
 - LENT: a *block*. It has a serial number, never used again, and a count for each process
   that may look into it.
 
@@ -35,6 +37,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Container
 from enum import Enum
+
+_ASIDE = 64  # extents kept aside, at most
 
 
 class State(Enum):
@@ -68,9 +72,11 @@ class Extent:
         Of a lent one: its number.
     counts : dict of int to int
         Of a lent one: count by process; no zeros.
+    quick : bool
+        Warm, and kept aside.
     """
 
-    __slots__ = ("counts", "offset", "segment", "serial", "size", "state")
+    __slots__ = ("counts", "offset", "quick", "segment", "serial", "size", "state")
 
     def __init__(self, segment: int, offset: int, size: int, state: State) -> None:
         self.segment = segment
@@ -79,6 +85,7 @@ class Extent:
         self.state = state
         self.serial = 0
         self.counts: dict[int, int] = {}
+        self.quick = False
 
     def __repr__(self) -> str:
         held = f" {self.serial} {self.counts}" if self.state is State.LENT else ""
@@ -118,6 +125,8 @@ class Arena:
         self._starts: dict[tuple[int, int], Extent] = {}  # by segment and offset
         self._ends: dict[tuple[int, int], Extent] = {}  # by segment and the offset after it
         self._free: dict[State, list[tuple[int, int, int]]] = {State.WARM: [], State.COLD: []}
+        self._quick: dict[int, list[Extent]] = {}  # warm extents kept aside, by size
+        self._aside = 0  # how many
 
     def __repr__(self) -> str:
         return (
@@ -148,15 +157,30 @@ class Arena:
         """Make an extent, which is in no table of free ones, free, and join it with its neighbours."""
         self._remove(extent)
         extent.move(state)
+        self._join(extent)
+
+    def _join(self, extent: Extent) -> None:
+        """Enter a free extent, which is in no table, joined with its neighbours."""
+        state = extent.state
         before = self._ends.get((extent.segment, extent.offset))
-        if before is not None and before.state is state:
+        if before is not None and before.state is state and not before.quick:
             self._remove(before)
             extent.offset, extent.size = before.offset, before.size + extent.size
         after = self._starts.get((extent.segment, extent.offset + extent.size))
-        if after is not None and after.state is state:
+        if after is not None and after.state is state and not after.quick:
             self._remove(after)
             extent.size += after.size
         self._enter(extent)
+
+    def _gather(self) -> None:
+        """Join the extents that were kept aside with their neighbours."""
+        quick, self._quick, self._aside = self._quick, {}, 0
+        for extents in quick.values():
+            for extent in extents:
+                del self._starts[extent.segment, extent.offset]
+                del self._ends[extent.segment, extent.offset + extent.size]
+                extent.quick = False
+                self._join(extent)
 
     def _cut(self, extent: Extent, size: int, state: State) -> Extent:
         """Take the first `size` bytes of a free extent, in a new state."""
@@ -208,6 +232,7 @@ class Arena:
 
     def begin_cooling(self) -> list[Extent]:
         """Return all warm extents, which are BUSY until :meth:`end` is told."""
+        self._gather()
         extents = [self._starts[segment, offset] for _, segment, offset in self._free[State.WARM]]
         return [self._cut(extent, extent.size, State.BUSY) for extent in extents]
 
@@ -217,7 +242,11 @@ class Arena:
 
     def has_warm(self, nbytes: int) -> bool:
         """Tell whether a block of `nbytes` could be taken now."""
-        return self._find(State.WARM, self._round(nbytes), None) is not None
+        size = self._round(nbytes)
+        if self._quick.get(size):
+            return True
+        self._gather()
+        return self._find(State.WARM, size, None) is not None
 
     def segments(self) -> list[int]:
         """Return the segments."""
@@ -243,10 +272,21 @@ class Arena:
             None when there is no warm one.
         """
         size = self._round(nbytes)
-        extent = self._find(State.WARM, size, among)
-        if extent is None:
-            return None
-        self._cut(extent, size, State.LENT)
+        quick = self._quick.get(size)
+        if quick and (among is None or quick[-1].segment in among):
+            extent: Extent | None = quick.pop()
+            assert extent is not None
+            self._aside -= 1
+            extent.quick = False
+            extent.move(State.LENT)
+        else:
+            extent = self._find(State.WARM, size, among)
+            if extent is None and self._aside:
+                self._gather()
+                extent = self._find(State.WARM, size, among)
+            if extent is None:
+                return None
+            self._cut(extent, size, State.LENT)
         self._serial += 1
         extent.serial = self._serial
         extent.counts = {pid: 1}
@@ -291,7 +331,12 @@ class Arena:
         del self.blocks[block.serial]
         self.lent -= block.size
         block.counts = {}
-        self._settle(block, State.WARM)
+        block.move(State.WARM)
+        block.quick = True
+        self._quick.setdefault(block.size, []).append(block)
+        self._aside += 1
+        if self._aside > _ASIDE:
+            self._gather()
         return True
 
     # ------------------------------------------------------------------ proof
@@ -309,7 +354,8 @@ class Arena:
             position[segment] = offset + extent.size
             last = former.get(segment)
             if last is not None and last.state is extent.state:
-                assert extent.state in (State.LENT, State.BUSY), f"{last} and {extent} should be one"
+                apart = extent.state in (State.LENT, State.BUSY) or last.quick or extent.quick
+                assert apart, f"{last} and {extent} should be one"
             former[segment] = extent
             if extent.state is State.LENT:
                 assert self.blocks[extent.serial] is extent, extent
@@ -323,5 +369,9 @@ class Arena:
         assert lent == self.lent and cold == self.cold
         assert len(self.blocks) == sum(e.state is State.LENT for e in self._starts.values())
         for state, free in self._free.items():
-            found = [(e.size, e.segment, e.offset) for e in self._starts.values() if e.state is state]
-            assert free == sorted(found)
+            found = [e for e in self._starts.values() if e.state is state and not e.quick]
+            assert free == sorted((e.size, e.segment, e.offset) for e in found)
+        aside = [extent for extents in self._quick.values() for extent in extents]
+        assert {id(e) for e in aside} == {id(e) for e in self._starts.values() if e.quick}
+        assert len(aside) == self._aside and all(e.state is State.WARM for e in aside)
+        assert all(e.size == size for size, extents in self._quick.items() for e in extents)

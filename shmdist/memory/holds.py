@@ -25,7 +25,6 @@ a dead one is free to go.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
@@ -109,10 +108,13 @@ class Hold:
         return f"<Hold {self.lease!r}>"
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # made by halves
+        # No name of the module: at the end of the program they are gone before the last arrays.
+        try:
             self._holds.ended.append(self.lease)
             if self._holds.idle:
                 self._holds.wake()
+        except Exception:
+            pass  # made by halves, or the program is at its end
 
     def __reduce__(self) -> Any:
         raise TypeError("a hold of shared memory belongs to its process")
@@ -135,16 +137,30 @@ class Hold:
 
         lease = self.lease
         if not lease.start:
-            if lease.mode == PRIVATE:
-                try:
+            strand = self._holds.strand()
+            strand.enter()  # an interrupt must not come between the mapping and the tables
+            try:
+                if lease.mode == PRIVATE:
                     private = lease.private = lease.segment.private(lease.offset, lease.nbytes)
-                except OSError:
-                    return numpy.frombuffer(bytearray(lease.view()), "B")
-                lease.start = private.address + lease.offset - private.start
-            else:
-                lease.start = lease.segment.address + lease.offset
-            self._holds.enter(lease)
+                    lease.start = private.address + lease.offset - private.start
+                else:
+                    lease.start = lease.segment.address + lease.offset
+                self._holds.enter(lease)
+            except OSError:
+                return numpy.frombuffer(bytearray(lease.view()), "B")
+            finally:
+                strand.leave()
         return numpy.asarray(self)
+
+
+class _Unshielded:
+    """Puts nothing off."""
+
+    def enter(self) -> None:
+        """Do nothing."""
+
+    def leave(self) -> None:
+        """Do nothing."""
 
 
 class Holds:
@@ -157,11 +173,14 @@ class Holds:
         code, runs while it is held.
     wake : callable
         Called by finalizers when :attr:`idle`: sees to it that :meth:`drain` is called soon.
+    strand : callable
+        Returns what puts interrupts of the calling thread off, between ``enter`` and ``leave``.
     """
 
-    def __init__(self, lock: Any, wake: Callable[[], None]) -> None:
+    def __init__(self, lock: Any, wake: Callable[[], None], strand: Callable[[], Any] | None = None) -> None:
         self._lock = lock
         self.wake = wake
+        self.strand = strand or _Unshielded
         self.idle = True  # nobody is going to look at `ended` by himself
         self.segments: dict[tuple[int, int], Segment] = {}  # by owner and number
         #: Segments whose owner is gone: they live as long as the leases in them.

@@ -24,8 +24,10 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
+from shmdist.memory.limits import address_space, available_memory
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 PAGE = mmap.PAGESIZE
 _SIZE = 4096
@@ -132,6 +134,8 @@ class Segment:
         self._address = 0
         self._spares: dict[tuple[int, int], PrivateView] = {}
         try:
+            if size > address_space() // 2:  # the program will want some for itself
+                raise OSError(errno.ENOMEM, "there is little address space left")
             self._map = mmap.mmap(fd, size)
         except BaseException:
             self.close_fd()
@@ -162,8 +166,10 @@ class Segment:
 
     def __del__(self) -> None:
         # A mapping that something still looks into stays; it needs no descriptor.
-        with contextlib.suppress(AttributeError, OSError):
+        try:
             self.close_fd()
+        except Exception:
+            pass  # made by halves, or the program is at its end and its modules are gone
 
     def close_fd(self) -> None:
         """Close the descriptor; the mapping ends with its last view."""
@@ -254,6 +260,10 @@ class Segment:
         if view.size >= _WORTH_KEEPING and len(self._spares) < _SPARES:
             self._spares.setdefault((view.start, view.size), view)
 
+    def has_spares(self) -> bool:
+        """Tell whether private mappings are kept for reuse."""
+        return bool(self._spares)
+
     def drop_spares(self) -> None:
         """Take down the private mappings that are not in use."""
         self._spares.clear()
@@ -308,8 +318,11 @@ class PrivateView:
             self.address = numpy.frombuffer(self._kept, "B").__array_interface__["data"][0]
 
     def __del__(self) -> None:
-        if self._base:
-            _libc().munmap(self._base, self.size)
+        try:
+            if self._base:
+                _libc().munmap(self._base, self.size)
+        except Exception:
+            pass  # made by halves, or the program is at its end and its modules are gone
 
     def clean(self) -> None:
         """Forget what was written here, so that the segment's own bytes are seen again."""
@@ -369,7 +382,8 @@ def _copy_together(target: Any, source: Any, start: Callable[[Callable[[], None]
         finally:
             helped.release()
 
-    start(help_out)
+    with contextlib.suppress(RuntimeError):  # no thread can be had: then alone
+        start(help_out)
     work()
     # A helper that comes only now finds no piece left.
     if helping:
@@ -415,66 +429,3 @@ def _map_at(address: int, size: int, fd: int, offset: int) -> int:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     return int(found)
-
-
-def available_memory() -> int:
-    """Return how many bytes could be had now: the system's, or less where a cgroup says so."""
-    left = 1 << 62
-    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                left = int(line.split()[1]) << 10
-                break
-    for limit, used in _group_limits():
-        left = min(left, max(0, limit - used))
-    return left
-
-
-def total_memory() -> int:
-    """Return the bytes of memory that this process may count on: the host's, or its cgroup's."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([total, *(limit for limit, _ in _group_limits())])
-
-
-def _group_limits() -> Iterator[tuple[int, int]]:
-    """Yield limit and use, in bytes, of each cgroup above this process that has a limit."""
-    try:
-        with open("/proc/self/cgroup") as file:
-            entries = [line.strip().split(":", 2) for line in file]
-    except OSError:
-        return
-    for _, controllers, path in entries:
-        if not controllers:
-            root, names = "/sys/fs/cgroup", ("memory.max", "memory.current", "memory.stat", "inactive_file ")
-        elif "memory" in controllers.split(","):
-            root = "/sys/fs/cgroup/memory"
-            names = (
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "memory.stat",
-                "total_inactive_file ",
-            )
-        else:
-            continue
-        parts = [part for part in path.split("/") if part]
-        for depth in range(len(parts) + 1):
-            folder = os.path.join(root, *parts[:depth])
-            with contextlib.suppress(OSError, ValueError):
-                limit = _number(folder, names[0])
-                if limit < 1 << 60:
-                    yield limit, _number(folder, names[1]) - _reclaimable(folder, names[2], names[3])
-
-
-def _number(folder: str, name: str) -> int:
-    with open(os.path.join(folder, name)) as file:
-        text = file.read().strip()
-    return 1 << 62 if text == "max" else int(text)
-
-
-def _reclaimable(folder: str, name: str, key: str) -> int:
-    """Return the bytes of cached files in a cgroup that the system would drop first."""
-    with open(os.path.join(folder, name)) as file:
-        for line in file:
-            if line.startswith(key):
-                return int(line.split()[1])
-    return 0

@@ -6,7 +6,6 @@ reads for another when that can be helped.
 The baton
 ---------
 One thread at a time reads the links of this process: the holder of ``_baton``.
-
 - A thread that waits for an answer takes the baton when it is free, and reads until its
   answer is there.  Answers to others that come meanwhile it hands out; calls that come
   it gives to other threads, for it must not be held up by them.
@@ -34,9 +33,8 @@ will look by itself. Threads that wait for answers cut the nap short.
 
 Death
 -----
-The end of a link, and the death of a process whose descriptor is watched, are found by
-whoever reads; what follows from it happens on a thread of its own (``node.link_ended``),
-for it may have to wait for an exit code.
+The end of a link, and the death of a watched process, are found by whoever reads; what
+follows happens on another thread (``node.link_ended``): it may wait for an exit code.
 """
 
 from __future__ import annotations
@@ -252,12 +250,7 @@ class Dispatcher:
         cell : Cell
             A reply, or anything else that somebody will complete.
         timeout : float, optional
-            Seconds.
-
-        Returns
-        -------
-        bool
-            False when the time was up.
+            Seconds, after which it returns False.
 
         Raises
         ------
@@ -289,12 +282,15 @@ class Dispatcher:
         strand.leading = True
         poll, inbox = self._poll, self._inbox
         spin_until = _now() + SPIN
+        until = spin_until + timeout if timeout >= 0 else float("inf")
         while not cell.done and not strand.pending and not inbox:
             if poll(0):
                 spin_until = _now() + SPIN
+                if spin_until > until:  # answers to others may come without a pause
+                    break
             elif _now() < spin_until:
                 _yield()
-            elif not poll(timeout):
+            elif not poll(timeout if timeout < 0 else max(0.0, until - _now())):
                 break
         strand.leading = False
         self._leader = None

@@ -78,8 +78,8 @@ class Forks:
         self._sharing.lock.release()
         if reads >= 0:
             os.close(reads)
+        self._sharing.holds.idle = False  # nobody to wake
+        arrays.find_shared = None  # to a cluster of the child they are arrays like any other
         for lease in leases:
             if lease.mode == OWN:
                 lease.segment.keep_own_copy(lease.offset, lease.nbytes)
-        self._sharing.holds.idle = False  # nobody to wake
-        arrays.find_shared = None  # to a cluster of the child they are arrays like any other

@@ -12,6 +12,7 @@ has used for `IDLE` seconds goes back to the system, whole segments at a time wh
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import time
@@ -20,7 +21,8 @@ from typing import TYPE_CHECKING
 
 from shmdist._log import Log
 from shmdist.memory.arena import State
-from shmdist.memory.segment import Segment, total_memory, whole_pages
+from shmdist.memory.limits import total_memory
+from shmdist.memory.segment import Segment, whole_pages
 from shmdist.wire.poller import Kick
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ _SMALLEST = 8 << 20  # bytes of a segment, at least
 _LARGEST = 256 << 20  # and at most, but for a single larger block
 _STEP = 16 << 20  # bytes touched at a time
 _BACK_OFF = 1.0  # seconds in which growing is not tried again after it failed
+_KEPT = 1.0  # seconds for which the memory of a process that is gone is kept for tokens on their way
+_FEW, _MANY = 1 << 20, 64 << 20  # bytes of a segment made for small shared arrays: at least, and at most
 _log = Log("keeper")
 
 
@@ -67,8 +71,8 @@ class Keeper:
         self._retry_at = 0.0
         self._limit = -1
         self._trouble = ""  # why values take the stream; told once
-        self._told: set[str] = set()
-        self._kept: list[Segment] = []
+        self._told: set[str] = set()  # kinds of trouble that were
+        self._kept: deque[tuple[float, Segment]] = deque()  # and until when
         self._running = False
         self.closing = False
 
@@ -80,7 +84,7 @@ class Keeper:
                 self._limit = arena_limit()
             except ValueError as error:
                 self._limit = total_memory() // 4
-                self.trouble(str(error))
+                self.trouble("setting", str(error))
         return self._limit
 
     @property
@@ -108,7 +112,7 @@ class Keeper:
             if nbytes <= limit:
                 self._wants.append((nbytes, pid))
             else:
-                self.trouble(_over(nbytes, limit))
+                self.trouble("limit", _over(nbytes, limit))
         self.used()
         self.wake()
 
@@ -119,10 +123,10 @@ class Keeper:
             self._sharing.holds.idle = False
             kick.set()
 
-    def trouble(self, why: str) -> None:
-        """Note why values take the stream; the program is warned of it once."""
-        if why not in self._told:
-            self._told.add(why)
+    def trouble(self, kind: str, why: str) -> None:
+        """Note why values take the stream; the program is warned once of each kind."""
+        if kind not in self._told:
+            self._told.add(kind)
             self._trouble = why
             _log.warning("arrays go by the socket: %s", why)
             if self._sharing.node.is_worker:
@@ -142,9 +146,10 @@ class Keeper:
                 warnings.warn(text, RuntimeWarning, stacklevel=6)
 
     def keep_for_now(self, segment: Segment) -> None:
-        """Keep a segment for some seconds."""
-        self._kept.append(segment)
-        self.used()
+        """Keep a segment for a moment."""
+        self._kept.append((time.monotonic() + _KEPT, segment))
+        if not self._running:
+            self._ensure()
         self.wake()
 
     def close(self) -> None:
@@ -157,9 +162,13 @@ class Keeper:
         with self._sharing.lock:
             if self._running or self.closing:
                 return
-            self._running = True
             if self._kick is None:
-                self._kick = Kick()
+                try:
+                    self._kick = Kick()
+                except OSError as error:
+                    self.trouble("keeper", str(error))
+                    return
+            self._running = True
         self._sharing.node.dispatcher.start(self._run)
 
     # ------------------------------------------------------------------ the thread
@@ -185,17 +194,19 @@ class Keeper:
                 kick.clear()
             if not self.closing:
                 self._turn()
+        holds.idle = False
         kick.close()
 
     def _wait_time(self) -> float:
         """Return the seconds until the next look."""
         quiet = time.monotonic() - self._last_use
-        if quiet < _LIVELY:
+        if quiet < _LIVELY or self._kept:
             return _TICK
         sharing = self._sharing
         with sharing.lock:
             free = sharing.arena.total - sharing.arena.lent - sharing.arena.cold
-        if free > 0 or sharing.owed or self._kept:
+            spares = any(segment.has_spares() for segment in sharing.holds.segments.values())
+        if free > 0 or spares or sharing.owed:
             return max(_TICK, IDLE - quiet)
         return _FOR_EVER
 
@@ -206,15 +217,18 @@ class Keeper:
             nbytes, pid = self._wants.popleft()
             try:
                 self._provide(nbytes, pid)
-            except (OSError, MemoryError) as error:
+            except MemoryError as error:
                 self._retry_at = time.monotonic() + _BACK_OFF
-                self.trouble(str(error))
+                self.trouble("memory", str(error))
+            except Exception as error:  # the process for which it is has gone meanwhile, say
+                _log.info("no block for process %d: %s", pid, error)
         sharing.pay()
+        now = time.monotonic()
+        while self._kept and self._kept[0][0] < now:
+            self._kept.popleft()
         with sharing.lock:
             over = sharing.arena.total - sharing.arena.cold > max(self.limit, sharing.arena.lent)
-        idle = time.monotonic() - self._last_use >= IDLE
-        if idle:
-            self._kept.clear()
+        idle = now - self._last_use >= IDLE
         if over or idle:
             self._cool()
 
@@ -225,26 +239,16 @@ class Keeper:
             sharing.settle()
             if sharing.arena.has_warm(nbytes):
                 return
-            extent = sharing.arena.begin_warming(nbytes)
-        if extent is not None:
-            segment = sharing.holds.segments[sharing.pid, extent.segment]
-            state = State.COLD
-            try:
-                segment.reserve(extent.offset, extent.size)
-                _touch(segment, extent.offset, extent.size)
-                state = State.WARM
-            finally:
-                with sharing.lock:
-                    sharing.arena.end(extent, state)
+            there = sharing.arena.total - sharing.arena.cold
+        size = whole_pages(nbytes)
+        if there + size > self.limit:
+            self.trouble("limit", _over(there + size, self.limit))
             return
-        with sharing.lock:
-            total = sharing.arena.total
-        size = whole_pages(max(nbytes, min(max(total, _SMALLEST), _LARGEST)))
-        if total + size > self.limit:
+        if self.warm(nbytes):
+            return
+        size = max(size, min(max(there, _SMALLEST), _LARGEST))
+        if there + size > self.limit:
             size = whole_pages(nbytes)
-        if total + size > self.limit:
-            self.trouble(_over(total + size, self.limit))
-            return
         try:
             segment = self.make_segment(size)
         except MemoryError:
@@ -253,6 +257,49 @@ class Keeper:
         with sharing.lock:
             sharing.add_segment(segment)
         sharing.offers.offer(pid, segment)
+
+    def warm(self, nbytes: int, *, touch: bool = True) -> bool:
+        """Warm a block that was given back to the system; False when there is none so large.
+
+        Raises
+        ------
+        MemoryError
+            There is not so much memory to spare.
+        """
+        sharing = self._sharing
+        with sharing.lock:
+            extent = sharing.arena.begin_warming(nbytes)
+        if extent is None:
+            return False
+        segment = sharing.holds.segments[sharing.pid, extent.segment]
+        state = State.COLD
+        try:
+            segment.reserve(extent.offset, extent.size)
+            if touch:
+                _touch(segment, extent.offset, extent.size)
+            state = State.WARM
+        except OSError as error:
+            raise _refused(extent.size, error) from error
+        finally:
+            with sharing.lock:
+                sharing.arena.end(extent, state)
+        return True
+
+    def make_shared_segment(self, nbytes: int) -> Segment:
+        """Make a segment for a shared array, and for some more when it is small.
+
+        Each segment costs descriptors, here and wherever it is mapped, and of small arrays
+        there may be thousands. Errors as those of :meth:`make_segment`.
+        """
+        with self._sharing.lock:
+            there = self._sharing.arena.total - self._sharing.arena.cold
+        size = min(max(there // 4, _FEW), _MANY)
+        if nbytes < size and there + size <= self.limit:
+            try:
+                return self.make_segment(size)
+            except MemoryError:
+                pass
+        return self.make_segment(nbytes)
 
     def make_segment(self, nbytes: int) -> Segment:
         """Make a segment.
@@ -266,7 +313,7 @@ class Keeper:
         try:
             return Segment.make(self._sharing.pid, next(self._sharing.numbers), size)
         except OSError as error:
-            raise MemoryError(f"{size} bytes of shared memory cannot be had: {error}") from error
+            raise _refused(size, error) from error
 
     def _cool(self) -> None:
         """Give everything back that nobody uses."""
@@ -286,6 +333,20 @@ class Keeper:
 
 
 _FOR_EVER = float("inf")
+
+
+def _refused(nbytes: int, error: OSError) -> MemoryError:
+    advice = _ADVICE.get(error.errno or 0, _MORE)
+    return MemoryError(f"{nbytes} bytes of shared memory cannot be had: {error.strerror}; {advice}")
+
+
+_MORE = "free memory, or give the machine or the container more (docker: --memory, --shm-size)"
+_ADVICE = {
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "raise the system's limit on open files (sysctl fs.file-max)",
+    errno.ENOMEM: "raise the limit on address space (ulimit -v) if there is one; else " + _MORE,
+}
 
 
 def _touch(segment: Segment, offset: int, size: int) -> None:

@@ -106,6 +106,7 @@ class Node(Ownership):
         ] = {}  # operations that wait here, by how to withdraw
         self.unclaimed_takes: dict[int, tuple[int, RRID]] = {}  # takes given up: whose item goes back
         self.released: deque[tuple[int, RRID]] = deque()  # references dropped, by finalizers: owner and id
+        self.errands: deque[Callable[[], None]] = deque()  # what finalizers leave to be done
         self._flush_asked = False
         self.tasks = Tasks(self)
         self.functions = Functions(self)
@@ -294,29 +295,42 @@ class Node(Ownership):
     def _pay(self, link: Link) -> None:
         """Give blocks back to the process at the end of `link`, ahead of what goes there now."""
         dues = self.sharing.dues(link)
-        if dues:
-            link.post(dues)
+        if dues and not link.post(dues):
+            self.dispatcher.start(lambda: (link.flush(block=True), None)[1])
 
     def wait_inside(self, reply: Cell) -> None:
-        """Wait for what a peer's runtime answers by itself; no interrupt ends it.
+        """Wait for what a peer's runtime answers by itself.
 
         Another thread reads meanwhile: this one may be in the middle of anything.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            The peer may stand still, and nobody waits for it longer than he likes.
         """
+        strand = current()
         lock = threading.Lock()
         lock.acquire()
         reply.add(lock)
-        while not reply.done:
-            lock.acquire(timeout=0.05)  # it may have been done before it saw the lock
-        reply.remove(lock)
+        try:
+            while not reply.done:
+                lock.acquire(timeout=0.05)  # it may have been done before it saw the lock
+                if strand.pending and not reply.done:
+                    strand.deliver()
+        finally:
+            reply.remove(lock)
 
     def answer(self, link: Link, call_id: int, flags: int, payload: codec.Payload | None) -> bool:
         """Answer a request; False when the other side is gone."""
+        if payload is not None and payload.buffers:
+            # Counts of blocks are told by this link; what goes by another one they could overtake.
+            link = self.links.get(link.pid, link)
         parts = codec.frame(_RESULT, flags, 0, call_id, payload, link)
         try:
             if payload is not None and payload.refs:
                 self.count(payload.refs, link.pid, +1)
             if self.sharing.has_dues():
-                self._pay(link)
+                parts[:0] = self.sharing.dues(link)  # in one piece with the answer
             link.send(parts)
         except LinkClosed:
             return False
@@ -459,12 +473,12 @@ def _after_fork() -> None:
     node, _current = _current, None
     if node is not None:
         node.closed = True
-        node.sharing.forks.after_in_child()
         node.dispatcher.abandon()
         node.outputs.abandon()
         for file in node.inherited:
             with contextlib.suppress(OSError):
                 file.close()
+        node.sharing.forks.after_in_child()
 
 
 def _before_fork() -> None:

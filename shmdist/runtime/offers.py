@@ -40,6 +40,7 @@ class Offers:
     def __init__(self, sharing: Sharing) -> None:
         self._sharing = sharing
         self.peers: dict[int, _Peer] = {}
+        self._passed_on: set[tuple[int, int]] = set()  # mapped here, and offered by others than their owner
 
     def offer(self, pid: int, segment: Segment) -> Any:
         """Send a process the descriptor of a segment, once; its answer is noted when it comes.
@@ -78,20 +79,20 @@ class Offers:
 
     def _answered(self, pid: int, key: tuple[int, int], reply: Any) -> None:
         """Note the answer to an offer; on the reading thread."""
-        trouble: Any = "it is gone"
-        if reply.frame is not None:
-            trouble = pickle.loads(reply.frame.body)
         with self._sharing.lock:
             peer = self.peers.get(pid)
             if peer is None:
                 return
             peer.offered.pop(key, None)
+            if reply.frame is None:
+                return  # the process is gone
+            trouble = pickle.loads(reply.frame.body)
             if trouble is None:
                 peer.accepted.setdefault(key[0], set()).add(key[1])
             else:
                 peer.refused[key] = trouble
         if trouble is not None:
-            self._sharing.keeper.trouble(f"process {pid} cannot map shared memory ({trouble})")
+            self._sharing.keeper.trouble("mapping", f"process {pid} cannot map shared memory ({trouble})")
 
     def introduce(self, segment: Segment, pid: int) -> bool:
         """See to it that a process has mapped a segment; False when it cannot. Waits for its answer."""
@@ -100,11 +101,17 @@ class Offers:
             if segment.owner not in self._sharing.node.graves:
                 return True
             peer.accepted[segment.owner].discard(segment.number)
-        reply = self.offer(pid, segment)
-        if reply is not None:
-            self._sharing.node.wait_inside(reply)
-        peer = self.peers.get(pid)
-        return peer is not None and segment.number in peer.accepted.get(segment.owner, ())
+        for _ in range(2):
+            reply = self.offer(pid, segment)
+            if reply is not None:
+                self._sharing.node.wait_inside(reply)
+            peer = self.peers.get(pid)
+            if peer is None or (segment.owner, segment.number) in peer.refused:
+                return False
+            if segment.number in peer.accepted.get(segment.owner, ()):
+                return True
+            # Its owner died just now, and what was accepted before counts no more.
+        return False
 
     def why_refused(self, pid: int, segment: Segment) -> str:
         """Return why a process has not mapped a segment."""
@@ -116,8 +123,7 @@ class Offers:
         owner, number, size, inode = pickle.loads(frame.body)
         link: Link = frame.link
         if not size:
-            with self._sharing.lock:
-                self._sharing.holds.segments.pop((owner, number), None)
+            self._forget(owner, number)
             return
         trouble = None
         fd = link.take_fd()
@@ -131,6 +137,8 @@ class Offers:
                 os.close(fd)
             else:
                 self._enter(Segment(owner, number, size, fd))
+            if link.pid != owner and not trouble:
+                self._passed_on.add((owner, number))
         except Exception as error:
             trouble = f"{type(error).__name__}: {error}"
         payload = codec.Payload()
@@ -149,26 +157,34 @@ class Offers:
             self._sharing.holds.orphans[key] = segment
         self._sharing.keeper.keep_for_now(segment)
 
+    def _forget(self, owner: int, number: int) -> None:
+        """Let go of a segment."""
+        with self._sharing.lock:
+            self._sharing.holds.segments.pop((owner, number), None)
+            self._passed_on.discard((owner, number))
+            for peer in self.peers.values():
+                peer.accepted.get(owner, set()).discard(number)
+
     def forget_segments(self, numbers: list[int]) -> None:
         """Let go of segments of which nothing is lent, here and everywhere."""
-        with self._sharing.lock:
-            told = []
-            for number in numbers:
-                self._sharing.holds.segments.pop((self._sharing.pid, number), None)
-                for pid, peer in self.peers.items():
-                    if number in peer.accepted.get(self._sharing.pid, ()):
-                        peer.accepted[self._sharing.pid].discard(number)
-                        told.append((pid, number))
-        for pid, number in told:
-            link = self._sharing.node.links.get(pid)
-            if link is not None:
-                self._sharing.node.post(link, _SEGMENT, 0, 0, codec.dumps((self._sharing.pid, number, 0, 0)))
+        node = self._sharing.node
+        for number in numbers:
+            self._forget(node.pid, number)
+            for link in list(node.links.values()):
+                if link.is_local:  # whoever it was that offered it there
+                    node.post(link, _SEGMENT, 0, 0, codec.dumps((node.pid, number, 0, 0)))
 
-    def lost(self, pid: int) -> None:
-        """A process is gone; the lock is held."""
+    def lost(self, pid: int) -> list[Segment]:
+        """A process is gone; the lock is held. Returns the segments that tokens may still come for."""
         self.peers.pop(pid, None)
         for peer in self.peers.values():
             peer.accepted.pop(pid, None)  # who passes its arrays on must offer them anew
         holds = self._sharing.holds
+        kept = []
         for key in [key for key in holds.segments if key[0] == pid]:
-            holds.orphans[key] = holds.segments.pop(key)
+            segment = holds.orphans[key] = holds.segments.pop(key)
+            if key in self._passed_on:
+                # Who passed its arrays on may not know yet that it is gone, and offers none anew.
+                self._passed_on.discard(key)
+                kept.append(segment)
+        return kept

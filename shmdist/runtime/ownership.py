@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickle
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from shmdist.errors import CapturedException, ShmdistError, remote_exception
@@ -33,6 +33,7 @@ class Ownership:
     graves: dict[int, BaseException]
     dispatcher: Dispatcher
     released: deque[tuple[int, RRID]]
+    errands: deque[Callable[[], None]]
     _flush_asked: bool
 
     def link_to(self, pid: int) -> Link:
@@ -91,6 +92,14 @@ class Ownership:
     def release(self, owner: int, rrid: RRID) -> None:
         """Note that one reference was dropped here.  Runs in finalizers: takes no lock."""
         self.released.append((owner, rrid))
+        self._ask_for_housekeeping()
+
+    def errand(self, job: Callable[[], None]) -> None:
+        """Let a standby thread run `job` soon.  Runs in finalizers: takes no lock."""
+        self.errands.append(job)
+        self._ask_for_housekeeping()
+
+    def _ask_for_housekeeping(self) -> None:
         if not self._flush_asked:
             self._flush_asked = True
             self.dispatcher.poller.wake()
@@ -108,9 +117,11 @@ class Ownership:
 
     def housekeeping(self) -> None:
         """Do what was asked for by finalizers; on a standby thread."""
-        if self.released:
+        if self.released or self.errands:
             threading.Event().wait(_FLUSH_DELAY)  # more of them come together
             self.flush_released()
+            while self.errands:
+                self.errands.popleft()()
 
     def create(self, rrid: RRID, kind: Any, client: int | None) -> Entry:
         """Enter a reference that lives here from now on."""

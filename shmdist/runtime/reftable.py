@@ -56,7 +56,8 @@ stays counted for the receiver, because its ADDs came before the EOF. If p was t
 and its NEW has not come, it never will: the pin is undone.
 
 Not guaranteed: a forwarder killed between its ADD(q) and the frame to q leaves one reference counted
-for q that q does not have. It is never too little, and it ends with q. When a host goes silent and
+for q that q does not have. Several threads of it may be there, waiting for their turn to write to q.
+It is never too little, and it ends with q. When a host goes silent and
 bytes are lost on its links, counts may be wrong in either direction; entries above zero then end with
 the process counted, entries below with the creator.
 """

@@ -66,7 +66,14 @@ class Operation:
                 self.undo(value)
             self.fail(error)
             return
-        if not node.answer(self.link, self.call_id, 0, payload) and self.undo is not None:
+        if payload.buffers:
+            # It may have to wait for its receiver, and this thread may be the one that reads.
+            node.dispatcher.start(lambda: self._answer(value, payload))
+        else:
+            self._answer(value, payload)
+
+    def _answer(self, value: object, payload: codec.Payload) -> None:
+        if not self._node.answer(self.link, self.call_id, 0, payload) and self.undo is not None:
             self.undo(value)
 
     def fail(self, error: BaseException) -> None:
@@ -93,4 +100,27 @@ def unpack_error(pid: int, type_name: str, message: str, text: str, blob: bytes)
         note = f"\n(the exception itself could not be unpickled here: {type(error).__name__}: {error})\n"
         captured = CapturedException(RuntimeError(message), type_name, message, text + note)
         return RemoteException(pid, captured)
+    try:
+        captured.traceback_text = _with_source(captured.traceback_text)
+    except Exception:
+        pass  # an adornment
     return remote_exception(pid, captured)
+
+
+def _with_source(text: str) -> str:
+    """Put lines of source in a traceback that the process which made it could not read.
+
+    Functions that go by value may come from a notebook's cells, or from files on this host alone.
+    """
+    import linecache
+    import re
+
+    lines = text.split("\n")
+    for place in range(len(lines) - 1, -1, -1):
+        frame = re.match(r'( *)File "(.+)", line (\d+), in ', lines[place])
+        if frame is None or "".join(lines[place + 1 : place + 2]).startswith(frame[1] + "  "):
+            continue
+        source = linecache.getline(frame[2], int(frame[3])).strip()
+        if source:
+            lines.insert(place + 1, f"{frame[1]}  {source}")
+    return "\n".join(lines)

@@ -48,6 +48,7 @@ from shmdist.memory.segment import PAGE, Segment
 from shmdist.runtime.forks import Forks
 from shmdist.runtime.keeper import Keeper
 from shmdist.runtime.offers import Offers
+from shmdist.runtime.strand import current
 from shmdist.wire import arrays, codec
 from shmdist.wire.arrays import SharedView, Strided, contiguous
 from shmdist.wire.link import Link
@@ -56,8 +57,8 @@ from shmdist.wire.messages import TOKEN, Frame, Kind, Parts, Token
 if TYPE_CHECKING:
     from shmdist.runtime.node import Node
 
-#: Buffers from this size on, in bytes, go through blocks: below it, the stream is faster.
-LINE = 1 << 15
+#: Buffers from this size on, in bytes, go through blocks: below it, the stream is as fast.
+LINE = 1 << 18
 _SEGMENT, _LEASES, _RESULT = int(Kind.SEGMENT), int(Kind.LEASES), int(Kind.RESULT)
 _log = Log("sharing")
 
@@ -93,7 +94,7 @@ class Sharing:
         self._node = node
         self.lock = threading.Lock()
         self.keeper = Keeper(self)
-        self.holds = Holds(self.lock, self.keeper.wake)
+        self.holds = Holds(self.lock, self.keeper.wake, current)
         self.arena = Arena(PAGE)
         self.offers = Offers(self)
         self.forks = Forks(self)
@@ -218,6 +219,8 @@ class Sharing:
         if kind is SharedView:
             token = self._pass_on(source.lease, source.lease, SHARED, pid, done)
             if token is None:
+                if pid in self._node.graves:
+                    raise self._node.death(pid)
                 why = self.offers.why_refused(pid, source.lease.segment)
                 raise MemoryError(f"process {pid} cannot be given the shared array: {why}")
             return token
@@ -347,8 +350,8 @@ class Sharing:
         lease = moving.lease
         with self.lock:
             self.settle()
-            lease.moving = False
-            if lease.dead and not lease.pins:
+            stays, lease.moving = lease.moving, False
+            if stays and lease.dead and not lease.pins:
                 self.release(lease)
         return result
 
@@ -369,7 +372,9 @@ class Sharing:
                 self.arena.change(serial, self.pid, +1)
                 if mode == OWN:
                     self.arena.change(serial, sender, -1)
-        if mode == SHARED and arrays.find_shared is None:
+        if mode == PRIVATE:
+            self.keeper.used()  # what is written there is this process's memory, until it is let go
+        elif mode == SHARED and arrays.find_shared is None:
             arrays.find_shared = self.find_shared
         return Hold(self.holds, Lease(segment, serial, offset, nbytes, mode))
 
@@ -392,14 +397,19 @@ class Sharing:
         with self.lock:
             self.settle()
             block = self.arena.take(nbytes, self.pid)
-        fresh = block is None
-        if block is None:
-            segment = self.keeper.make_segment(nbytes)
+        fresh = False
+        while block is None:
+            # Not touched: whoever writes to it first, has it near.
+            if self.keeper.warm(nbytes, touch=False):
+                among = None
+            else:
+                segment = self.keeper.make_shared_segment(nbytes)
+                among, fresh = {segment.number}, True
             with self.lock:
-                self.add_segment(segment)
-                block = self.arena.take(nbytes, self.pid, {segment.number})
+                if among is not None:
+                    self.add_segment(segment)
+                block = self.arena.take(nbytes, self.pid, among)
         self.keeper.used()
-        assert block is not None
         segment = self.holds.segments[self.pid, block.segment]
         return Hold(self.holds, Lease(segment, block.serial, block.offset, nbytes, SHARED)), fresh
 
@@ -418,7 +428,9 @@ class Sharing:
             self.settle()
             self.arena.lose(pid)
             self.owed.pop(pid, None)
-            self.offers.lost(pid)
+            kept = self.offers.lost(pid)
+        for segment in kept:
+            self.keeper.keep_for_now(segment)
 
     def state(self) -> dict[str, Any]:
         """Return what is lent and held; for people and tests."""

@@ -130,6 +130,9 @@ class Tasks:
             self._finish(task, value, error, payload)
         except Exception as failure:
             self._last_resort(task, failure)
+        finally:
+            # Its traceback holds this frame, and those of the call, with the arguments in them.
+            error = None
 
     def _finish(
         self, task: Task, value: Any, error: BaseException | None, payload: codec.Payload | None
@@ -199,7 +202,10 @@ class Tasks:
         """Keep the outcome here as the caller's Future, and tell him that it is there."""
         node = self._node
         frame = task.frame
-        captured = None if error is None else capture(error)
+        captured = None
+        if error is not None:
+            captured = capture(error)
+            _let_go_of_frames(error)
         node.store(task.key, value, captured)
         if captured is not None:
             node.answer(task.link, frame.call_id, STORED | IS_ERROR, node.dump_error(captured))
@@ -235,6 +241,9 @@ class Tasks:
             codec_refs = codec.references(task.frame)
             if codec_refs:
                 self._node.give_back(list(codec_refs))
+            # The task may lie in its lane for long yet; what it would have worked on, goes back.
+            task.frame.body, task.frame.buffers = b"", []
+            task.frame.flags &= ~HAS_REFS
             if task.frame.flags & WANT_STORE:
                 self._node.store(key, None, capture(KeyboardInterrupt("cancelled before it began")))
             self._node.post(task.link, _RESULT, NOT_RUN, task.frame.call_id)
@@ -268,6 +277,21 @@ class Tasks:
             self._answer_error(task, error)
 
 
+def _let_go_of_frames(error: BaseException) -> None:
+    """Drop an error's tracebacks, whose text is kept: their frames hold the arguments of the call."""
+    errors: list[BaseException | None] = [error]
+    seen = set()
+    while errors:
+        each = errors.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        each.__traceback__ = None
+        errors += [each.__cause__, each.__context__]
+        if isinstance(each, BaseExceptionGroup):
+            errors += each.exceptions
+
+
 def _dump_value(value: Any, function: Any) -> codec.Payload:
     """Pickle a result.
 
@@ -297,16 +321,22 @@ class Functions:
         """Keep a FUNC frame; on the reading thread, so it is not read yet."""
         import threading
 
-        self._table[frame.link.pid, frame.call_id] = [frame, threading.Lock(), None]
+        self._table[frame.link.pid, frame.call_id] = [[frame], threading.Lock(), None]
 
     def drop(self, pid: int, number: int) -> None:
         """Forget a function."""
-        self._table.pop((pid, number), None)
+        entry = self._table.pop((pid, number), None)
+        if entry is not None:
+            try:
+                frame = entry[0].pop()
+            except IndexError:
+                return  # it has been read, or is just being
+            self._node.give_back(list(codec.references(frame)))
 
     def forget(self, pid: int) -> None:
         """Forget all functions of a process that is gone."""
         for key in [key for key in self._table if key[0] == pid]:
-            self._table.pop(key, None)
+            self.drop(*key)
 
     def get(self, pid: int, number: int) -> Any:
         """Return a function, reading it when it is asked for first.
@@ -324,8 +354,11 @@ class Functions:
         if entry[2] is None:
             with entry[1]:  # several calls may want it at once; it is read one time
                 if entry[2] is None:
-                    entry[2] = self._read(entry[0])
-                    entry[0] = None
+                    try:
+                        frame = entry[0].pop()  # one step: whoever has it sees to the references in it
+                    except IndexError:
+                        raise LookupError(f"function {number} of process {pid} was dropped") from None
+                    entry[2] = self._read(frame)
         function, failure = entry[2]
         if failure is not None:
             raise failure

@@ -54,13 +54,18 @@ class Threads:
 
     def start(self, job: Job) -> None:
         """Run `job` on another thread; it is inside the runtime there."""
-        with self._lock:
-            idle = self._idle.pop() if self._idle else None
-        if idle is not None:
-            idle.job = job
-            idle.lock.release()
-            return
-        self._spawn(job)
+        strand = current()
+        strand.enter()  # users' code comes here: an interrupt must not lose the job, or a half-made thread
+        try:
+            with self._lock:
+                idle = self._idle.pop() if self._idle else None
+            if idle is not None:
+                idle.job = job
+                idle.lock.release()
+            else:
+                self._spawn(job)
+        finally:
+            strand.leave()
 
     def later(self, delay: float, job: Job) -> None:
         """Run `job` on another thread, `delay` seconds from now at the earliest."""
@@ -73,11 +78,18 @@ class Threads:
 
     def ensure_standby(self) -> None:
         """Make sure that a thread stands by."""
-        with self._lock:
-            if self.parked or self.closing:
-                return
-            self.parked += 1  # counted before it runs, so that nobody makes a second one
-        self._spawn(None)
+        if self.parked > 0:
+            return
+        strand = current()
+        strand.enter()  # as in `start`
+        try:
+            with self._lock:
+                if self.parked or self.closing:
+                    return
+                self.parked += 1  # counted before it runs, so that nobody makes a second one
+            self._spawn(None)
+        finally:
+            strand.leave()
 
     def woken(self) -> None:
         """Note that the calling thread stands by no more."""
@@ -91,7 +103,13 @@ class Threads:
             # In a list, for a thread keeps its arguments for as long as it lives.
             thread = threading.Thread(target=self._live, args=([job],), name=name, daemon=True)
             self._all.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no room for another one
+            with self._lock:
+                self._all.discard(thread)
+                self.parked -= job is None
+            raise
 
     def _live(self, first: list[Job | None]) -> None:
         """Body of every thread."""

@@ -199,7 +199,10 @@ def _keep_lifeline(parent: int | None) -> None:
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         os.close(null)
-        fcntl.fcntl(_lifeline, fcntl.F_SETOWN, os.getpid())
+        # Its process group, when that is its own: a Pool of the user's functions say, whose processes
+        # wait for ever for a worker that was killed.
+        owner = -os.getpid() if os.getpgrp() == os.getpid() else os.getpid()
+        fcntl.fcntl(_lifeline, fcntl.F_SETOWN, owner)
         fcntl.fcntl(_lifeline, fcntl.F_SETSIG, int(signal.SIGKILL))
         flags = fcntl.fcntl(_lifeline, fcntl.F_GETFL)
         fcntl.fcntl(_lifeline, fcntl.F_SETFL, flags | os.O_ASYNC)
@@ -319,8 +322,10 @@ class _Worker:
         return new
 
     def _on_lost(self, frame: Frame) -> None:
-        pid, error = pickle.loads(frame.body)
+        pid, error, words = pickle.loads(frame.body)
         node = self.node
+        if words is not None:
+            node.last_words[pid] = words  # before the news: who waits for that looks at these next
         node.news[pid] = error
         links = list(node.all_links.get(pid, ()))
         if not links:

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-#: Buffers from this size on, in bytes, leave the pickle stream.
-INLINE = 1 << 13
+#: Buffers from this size on, in bytes, leave the pickle stream; a smaller one is cheaper to copy.
+INLINE = 1 << 14
 
 #: Finds the lease of the shared array in which an array lies, given its first and last
 #: address; None as long as this process has no shared arrays.
@@ -43,7 +43,9 @@ class Strided:
 
     def bytes(self) -> Any:
         """Return the elements as contiguous bytes: a copy."""
-        return memoryview(self.array.copy("C").reshape(-1).view("B"))
+        # Not as what it is: a matrix, say, would keep its two dimensions.
+        bare = sys.modules["numpy"].ndarray.view(self.array, sys.modules["numpy"].ndarray)
+        return memoryview(bare.copy("C").reshape(-1).view("B"))
 
     def write_to(self, target: Any) -> None:
         """Copy the elements into an array of as many bytes."""
@@ -77,8 +79,10 @@ def reduce_array(array: Any, pickler: Any) -> Any:
     """Let arrays arrive writable and in one copy, and shared ones without any."""
     if array.dtype.hasobject:
         return NotImplemented
+    if array.nbytes < INLINE and find_shared is None and array.flags.writeable:
+        return NotImplemented
     kind = type(array)
-    payload = getattr(pickler, "payload", None)
+    payload = payload_of(pickler)
     plain = kind.__module__ == "numpy" and kind.__name__ == "ndarray"
     if not plain and not _reduces_like_ndarray(kind):
         return NotImplemented  # a subclass knows how to pickle itself, at the price of copies
@@ -95,15 +99,23 @@ def reduce_array(array: Any, pickler: Any) -> Any:
         return NotImplemented if flags.writeable else _writable_face(array).__reduce_ex__(5)
     order = "F" if flags.f_contiguous and not flags.c_contiguous else "C"
     if not flags.forc:
-        payload.sources.append(Strided(array))
-        buffer = pickle.PickleBuffer(_STAND_IN)
+        buffer = _stand_in(payload, Strided(array))
     else:
         bare = array.view(sys.modules["numpy"].ndarray)
         buffer = pickle.PickleBuffer(bare if flags.writeable else _writable_face(bare))
     return _rebuild, (buffer, array.dtype, array.shape, order, None if plain else kind)
 
 
-_STAND_IN = bytearray(1)  # the buffer that the pickler sees of a source; it is never sent
+def payload_of(pickler: Any) -> Any:
+    """Return the payload that takes the large buffers of a pickler; None when they stay in the stream."""
+    return None if getattr(pickler, "in_band", True) else pickler.payload
+
+
+def _stand_in(payload: Any, source: Strided) -> pickle.PickleBuffer:
+    """Return the buffer that the pickler sees in the place of a source; it is never sent."""
+    stand_in = bytearray(1)
+    payload.sources[id(stand_in)] = source, stand_in
+    return pickle.PickleBuffer(stand_in)
 
 
 def extent(array: Any) -> tuple[int, int]:
@@ -144,9 +156,14 @@ def _reduce_shared(array: Any, kind: Any, payload: Any) -> Any:
     lease = find_shared(*extent(array))
     if lease is None:
         return None
-    payload.sources.append(SharedView(array, lease))
     place = (array.__array_interface__["data"][0] - lease.start, array.strides, array.flags.writeable)
-    return _rebuild_shared, (pickle.PickleBuffer(_STAND_IN), array.dtype, array.shape, place, kind)
+    return _rebuild_shared, (
+        _stand_in(payload, SharedView(array, lease)),
+        array.dtype,
+        array.shape,
+        place,
+        kind,
+    )
 
 
 def _rebuild_shared(buffer: Any, dtype: Any, shape: Any, place: Any, kind: Any) -> Any:
@@ -191,9 +208,11 @@ def _writable_face(array: Any) -> Any:
 
 def reduce_masked(array: Any, pickler: Any) -> Any:
     """Let the data and the mask of a masked array leave the pickle stream."""
-    if array.nbytes < INLINE or getattr(pickler, "payload", None) is None:
+    if payload_of(pickler) is None:
         return NotImplemented
     numpy = sys.modules["numpy"]
+    if array.nbytes < INLINE and (find_shared is None or find_shared(*extent(array.data)) is None):
+        return NotImplemented
     mask = array.mask
     if mask is not numpy.ma.nomask:
         mask = mask.view(numpy.ndarray)

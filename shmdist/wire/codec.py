@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 #: Frames up to this size, in bytes, are joined into one piece before they are written.
 _JOIN = 1 << 14
-_LARGE = 1 << 16  # bytes of a body from which on a block is worth asking for
+_LARGE = 1 << 18  # bytes of a body from which on a block is worth asking for
 
 #: Types that no rule of ours concerns: the fastest pickler will do for them.
 _ATOMS = frozenset({int, float, str, type(None), bool, bytes, complex})

@@ -24,12 +24,13 @@ DROP     none                     forget function ``call_id``                  n
 HELLO    Hello                    first frame on a link, from who connected    none
 JOIN     Join                     process 1 makes the receiver a member        RESULT
 PEERS    tuple of PeerInfo        further members                              none
-LOST     (pid, text)              a member is gone                             none
+LOST     (pid, error, notes)      a member is gone, and how far it was          none
 STOP     none                     interrupt every call that runs here          none
 EXIT     none                     leave the cluster and end                    none
 SEGMENT  (owner, number, size)    map this memory, whose descriptor is with    RESULT
                                   the frame; of size 0: forget it              none
 LEASES   ((serial, pid, n)..)     counts of blocks of ``call_id`` change       none
+RELAY    a process id             join the sender and that process             RESULT
 ======== ======================== ============================================ =========
 
 A frame is a plain mutable record and not a frozen dataclass: one is made for every

@@ -18,6 +18,7 @@ from typing import Any
 
 from shmdist.errors import reduce_exception
 from shmdist.wire.arrays import INLINE, reduce_array, reduce_masked
+from shmdist.wire.generators import GENERATORS, reduce_generator
 
 #: Types with a reducer of ours: type -> callable(object, pickler) -> reduce value.
 #: ``refs`` enters its types here.
@@ -48,16 +49,18 @@ class Payload:
         self.write = self.parts.append  # what the pickler calls
         self.buffers: list[Any] = []
         self.refs: list[Any] = []
-        self.sources: list[Any] = []  # on their way to `buffers`
+        self.sources: dict[int, Any] = {}  # on their way to `buffers`; by id of what stands in for them
         self.spread: dict[int, Any] | None = None
         self.known: Any = None
 
     def keep_out(self, buffer: pickle.PickleBuffer) -> bool:
         """Take a buffer out of the stream when it is large; true leaves it there."""
-        if self.sources:
-            self.buffers.append(self.sources.pop())
-            return False
         raw = buffer.raw()
+        if self.sources:
+            source = self.sources.pop(id(raw.obj), None)
+            if source is not None:
+                self.buffers.append(source[0])
+                return False
         if raw.nbytes < INLINE:
             return True
         self.buffers.append(raw)
@@ -76,6 +79,7 @@ class PlainPickler(pickle.Pickler):
     """The plain pickler."""
 
     payload: Payload
+    in_band = False  # it has no callback for buffers
 
     def reducer_override(self, obj: Any) -> Any:
         """Decide about one object that is not of a built-in type."""
@@ -87,7 +91,7 @@ class PlainPickler(pickle.Pickler):
         reducer = reducers.get(kind)
         if reducer is not None:
             return reducer(obj, self)
-        if kind in FUNCTIONS:
+        if kind in _ordinary or kind in FUNCTIONS:
             return NotImplemented
         return _reduce_rare(obj, kind, self)
 
@@ -104,6 +108,10 @@ reducers[type(os.environ)] = lambda environ, _pickler: (
 )
 
 
+#: Types seen about which we have nothing to say; kept short, for it keeps them alive.
+_ordinary: set[type] = set()
+
+
 def _reduce_rare(obj: Any, kind: type, pickler: Any) -> Any:
     """Reduce what needs a word of ours but has no entry in `reducers`."""
     # The type itself is asked, for a proxy may give itself out for something else.
@@ -113,6 +121,8 @@ def _reduce_rare(obj: Any, kind: type, pickler: Any) -> Any:
         return NotImplemented
     if issubclass(kind, BaseException):
         return reduce_exception(obj)
+    if kind.__name__ in GENERATORS:
+        return reduce_generator(obj)
     numpy = sys.modules.get("numpy")
     ndarray = getattr(numpy, "ndarray", None)
     if ndarray is not None and issubclass(kind, ndarray):
@@ -121,6 +131,9 @@ def _reduce_rare(obj: Any, kind: type, pickler: Any) -> Any:
         elif kind.__name__ == "MaskedArray" and kind.__module__.startswith("numpy."):
             return reduce_masked(obj, pickler)
         return reduce_array(obj, pickler)
+    if len(_ordinary) > 1000:
+        _ordinary.clear()
+    _ordinary.add(kind)
     return NotImplemented
 
 
@@ -139,6 +152,7 @@ def cloud_pickler() -> Any:
                 """cloudpickle's pickler with our reducers in front."""
 
                 payload: Payload
+                in_band = False
 
                 def reducer_override(self, obj: Any) -> Any:
                     """Decide about one object: ours first, cloudpickle's then."""

@@ -112,6 +112,26 @@ def cpu_ticks(ospid):
     return int(fields[11]) + int(fields[12])
 
 
+def shared_bytes(ospids):
+    """Return the bytes of memory in the unnamed files that processes have open."""
+    found = {}
+    for ospid in ospids:
+        for path in Path(f"/proc/{ospid}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                if "shmdist" in os.readlink(path):
+                    stat = path.stat()
+                    found[stat.st_ino] = stat.st_blocks * 512
+    return sum(found.values())
+
+
+def anonymous_bytes(ospid="self"):
+    """Return the bytes of memory that a process has for itself."""
+    for line in Path(f"/proc/{ospid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError("the system does not tell")
+
+
 def marked(mark):
     """Return the processes that have `mark` in their environment."""
     found = []

@@ -288,3 +288,17 @@ def test_deep_structures_and_shared_objects(cluster):
 def test_a_call_gets_a_generator_only_as_an_error(cluster):
     with pytest.raises(sd.SerializationError, match="generator"):
         sd.remotecall_fetch(sum, cluster[0], (n for n in range(3)))
+
+
+def test_random_numbers_are_each_process_s_own(cluster):
+    """`random.random` is a method of a generator, which must not go along with its state."""
+    import random
+
+    for function, args in ((random.random, ()), (random.randrange, (1 << 60,)), (np.random.rand, ())):
+        numbers = [sd.remotecall_fetch(function, pid, *args) for pid in cluster for _ in range(2)]
+        assert len({*numbers, function(*args)}) == len(numbers) + 1
+        assert len(set(sd.pmap(lambda _, f=function, a=args: f(*a), range(20)))) == 20
+    sd.remotecall_wait(random.seed, cluster[0], 5)
+    own = random.Random(5)
+    assert sd.remotecall_fetch(random.random, cluster[0]) == own.random()
+    assert sd.remotecall_fetch(own.random, cluster[0]) == own.random(), "a program's own is a value"

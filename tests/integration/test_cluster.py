@@ -128,6 +128,11 @@ def test_a_worker_that_ignores_exit_is_killed(fresh):
     with within(2), pytest.raises(TimeoutError, match=str(pid)):
         sd.rmprocs(pid, waitfor=0.1)
     until(lambda: not is_alive(ospid) and pid not in sd.procs(), 5)
+    with pytest.raises(sd.ProcessExitedException, match="SIGKILL during its removal by rmprocs") as caught:
+        sd.remotecall_fetch(abs, pid, -1)
+    assert "memory" not in str(caught.value)
+    with pytest.raises(ValueError, match="waitfor"):
+        sd.rmprocs(fresh(1), waitfor=-1)
 
 
 def test_parameters(fresh, tmp_path):
@@ -315,3 +320,29 @@ def test_worker_id_from_socket(cluster):
     link = current_node().links[cluster[0]]
     assert sd.worker_id_from_socket(link.connection) == cluster[0]
     assert sd.worker_id_from_socket(sys.__stdin__) == -1
+
+
+def test_too_many_open_files():
+    """Wherever the limit strikes, the error says so, and nothing is left of what was under way."""
+    Script(
+        """
+import os, resource, shmdist as sd
+from tests.integration.helpers import children, until
+[pid] = sd.addprocs(1)
+sd.rmprocs(sd.addprocs(2))
+def state():
+    return len(os.listdir("/proc/self/fd")), len(children())
+before = state()
+for spare in range(1, 24):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[0] + spare, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    try:
+        pids = sd.addprocs(2)
+    except sd.LaunchWorkerError as error:
+        assert "open files" in str(error), error
+        pids = error.pids
+    assert sd.remotecall_fetch(abs, pid, -1) == 1
+    sd.rmprocs(*pids)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[0] + 99, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    until(lambda: state() == before, 5, f"{spare} to spare: {state()} and not {before}")
+"""
+    ).end(60).clean()

@@ -158,7 +158,9 @@ print("all there", flush=True)
 
 def test_where_it_is_ignored_it_stays_ignored():
     """As in a program behind `&` in a script; workers can be interrupted all the same."""
-    code = HEAD + """
+    code = (
+        HEAD
+        + """
 import signal
 assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 pids = sd.workers()
@@ -183,5 +185,6 @@ for function in (loop_for_ever, sleep_long):
     assert [sd.remotecall_fetch(abs, pid, -pid) for pid in pids] == pids
 assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 """
-    shell = "trap '' INT; exec \"$0\" -c \"$1\""
+    )
+    shell = 'trap \'\' INT; exec "$0" -c "$1"'
     Script(command=["sh", "-c", shell, sys.executable, code]).end().clean()

@@ -249,6 +249,13 @@ def test_a_child_of_the_worker_may_live_on(fresh, others):
         os.kill(child, signal.SIGKILL)
 
 
+def test_a_worker_that_becomes_another_program(fresh, others):
+    """Its link ends and its process does not; that is told as soon."""
+    [pid] = fresh()
+    error = exited(lambda: sd.remotecall_fetch(os.execv, pid, "/bin/sleep", ["sleep", "30"]), pid)
+    until(lambda: not is_alive(error.ospid))
+
+
 def test_many_die_at_once(fresh, others):
     pids = fresh(3)
     futures = [sd.remotecall(sleep_long, pid) for pid in pids]

@@ -43,6 +43,26 @@ def test_the_remote_traceback_is_in_the_text(pid):
         assert "runtime/task.py" not in text, "frames of the library help nobody"
 
 
+def test_source_that_only_the_caller_has(pid):
+    """As in a notebook, whose cells are files for `linecache` alone."""
+    import linecache
+
+    source = "def outer():\n    return inner()\n\ndef inner():\n    return {}['needle']  # in a cell\n"
+    linecache.cache["/no/cell.py"] = (len(source), None, source.splitlines(True), "/no/cell.py")
+    namespace = {"__name__": "__main__"}
+    exec(compile(source, "/no/cell.py", "exec"), namespace)
+    try:
+        for call in (sd.remotecall_fetch, lambda *a: sd.remotecall(*a).fetch(), lambda *a: sd.pmap(lambda _: a[0](), [1])):
+            with pytest.raises(KeyError) as caught:
+                call(namespace["outer"], pid)
+            text = str(caught.value)
+            assert '/no/cell.py", line 2, in outer\n    return inner()\n' in text
+            assert "/no/cell.py\", line 5, in inner\n    return {}['needle']  # in a cell\n" in text
+            assert text.count("in a cell") == 1
+    finally:
+        del linecache.cache["/no/cell.py"]
+
+
 def test_errors_on_this_process_have_two_faces_too():
     with pytest.raises(ValueError) as caught:
         sd.remotecall_fetch(int, 1, "x")

@@ -1,6 +1,7 @@
 """everywhere and remotecall_eval."""
 
 import sys
+import threading
 
 import pytest
 
@@ -101,3 +102,71 @@ def test_wrong_arguments(cluster):
         sd.everywhere(len)
     with pytest.raises(ValueError, match="no process 999"):
         sd.everywhere("1", [999])
+
+
+def test_code_is_compiled_as_it_stands(cluster):
+    sd.everywhere("def annotated(x: int): ...", cluster[0])
+    assert sd.everywhere("annotated.__annotations__['x'] is int", cluster[0])
+    sd.everywhere("from __future__ import annotations\ndef annotated(x: int): ...", cluster[0])
+    assert sd.everywhere("annotated.__annotations__['x']", cluster[0]) == "int"
+
+
+def test_code_may_be_indented(cluster):
+    code = """
+        number = 1
+        if number:
+            number += 1
+        number
+    """
+    assert sd.everywhere(code, cluster[0]) == 2 == sd.remotecall_eval("__main__", cluster[0], code)
+
+
+def test_methods_see_the_globals_where_they_run(cluster):
+    @sd.everywhere(set_by_the_binding=5)
+    class Seeing:
+        def tell(self):
+            return set_by_the_binding, set_later, helper(1)  # noqa: F821 - globals of __main__ there
+
+        @staticmethod
+        def tell_static():
+            return set_later  # noqa: F821
+
+        @classmethod
+        def tell_class(cls):
+            return cls.__name__, set_later  # noqa: F821
+
+        @property
+        def told(self):
+            return set_later  # noqa: F821
+
+    for value in (1, 2):
+        sd.everywhere("set_later = value", value=value)
+        assert sd.everywhere("Seeing().tell()", cluster[0]) == (5, value, 4)
+        assert sd.everywhere("Seeing.tell_static(), Seeing().told", cluster[0]) == (value, value)
+        assert sd.everywhere("Seeing.tell_class()", cluster[0]) == ("Seeing", value)
+    assert isinstance(sd.everywhere("Seeing()", cluster[0]), Seeing)
+
+
+def test_a_local_function_that_calls_itself(cluster):
+    @sd.everywhere
+    def factorial(n):
+        return 1 if n < 2 else n * factorial(n - 1)
+
+    assert factorial(5) == 120 == sd.everywhere("factorial(5)", cluster[0])
+
+
+def test_bindings_are_set_where_the_definition_is(cluster):
+    @sd.everywhere(cluster[:1], only_for_one=7)
+    def tell_one():
+        return only_for_one  # noqa: F821 - bound there
+
+    assert sd.everywhere("tell_one()", cluster[0]) == 7
+    assert not hasattr(sys.modules["__main__"], "only_for_one")
+    assert sd.everywhere("'tell_one' in globals()", cluster[1]) is False
+
+
+def test_what_cannot_be_sent_is_told_before_anything_runs(cluster):
+    with pytest.raises(sd.SerializationError, match="lock"):
+        sd.everywhere("ran_with_a_lock = 1", bound=threading.Lock())
+    for pid in [1, *cluster]:
+        assert sd.everywhere("'ran_with_a_lock' in globals()", pid) is False

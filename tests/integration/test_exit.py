@@ -119,6 +119,33 @@ def test_kill_9_of_the_program(busy):
         script.process.communicate()
 
 
+def test_kill_9_ends_what_workers_have_started():
+    """A Pool's processes have both ends of its pipes: nothing would ever wake them."""
+    script = Script(
+        HEAD
+        + """
+def pool(started):
+    import multiprocessing
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        pool.apply(abs, (-1,))
+        started.put(None)
+        pool.map(time.sleep, [1000] * 4)
+sd.remotecall(pool, 2, s)
+s.take()
+print("up", flush=True)
+threading.Event().wait()
+"""
+    )
+    try:
+        assert script.line() == "up"
+        assert len(marked(script.mark)) == 5
+        script.process.send_signal(signal.SIGKILL)
+        until(lambda: not marked(script.mark), 5.0, "nothing of a killed program is left")
+    finally:
+        script.kill_all()
+        script.process.communicate()
+
+
 def test_kill_9_of_a_program_whose_forked_child_lives():
     """The child has copies of the pipes and links; they must not keep workers alive."""
     script = Script(

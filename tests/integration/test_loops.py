@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shmdist as sd
-from tests.integration.helpers import within
+from tests.integration.helpers import settled_state, until, within
 
 
 def test_with_a_reducer(cluster):
@@ -146,6 +146,35 @@ def test_a_worker_dies(fresh):
 
     with within(5), pytest.raises(sd.ProcessExitedException):
         total(range(10))
+
+
+@pytest.mark.parametrize("failure", ["error", "death"])
+def test_a_failure_is_told_at_once(cluster, fresh, failure):
+    """Though the parts before it go on, and would for long."""
+    bad = fresh(1)[0]
+    gate = sd.RemoteChannel()
+    started = sd.RemoteChannel(lambda: sd.Channel(9))
+
+    @sd.distributed(pool=sd.WorkerPool([*cluster, 1, bad]))
+    def loop(i):
+        started.put(sd.myid())
+        if sd.myid() not in (bad, 1):
+            gate.take()
+        elif sd.myid() == bad:
+            sd.take(stop)
+            if failure == "death":
+                os._exit(1)
+            raise LookupError("deliberate")
+
+    stop = sd.RemoteChannel()
+    task = loop(range(5))
+    for _ in range(5):
+        started.take(timeout=5)
+    stop.put(None)
+    with within(1), pytest.raises(sd.ProcessExitedException if failure == "death" else LookupError):
+        task.fetch(timeout=5)
+    # The others were cancelled: they take nothing any more.
+    until(lambda: not any(sd.remotecall_fetch(settled_state, pid)["running"] for pid in cluster))
 
 
 def test_inside_a_worker(cluster):

@@ -366,3 +366,22 @@ def test_local_channels_hand_over_objects_themselves():
     assert sd.isempty(channel) and len(channel) == 0 and sd.isopen(channel)
     sd.close(channel)
     assert list(channel) == []
+
+
+def test_a_timeout_is_kept_while_others_get_their_answers(cluster):
+    channel = sd.RemoteChannel(cluster[0])
+    stop = threading.Event()
+
+    def busy():
+        while not stop.is_set():
+            sd.remotecall_fetch(abs, cluster[1], -1)
+
+    tasks = [sd.async_(busy) for _ in range(3)]
+    try:
+        for _ in range(10):
+            with within(1), pytest.raises(TimeoutError):
+                channel.take(timeout=0.01)
+    finally:
+        stop.set()
+    for task in tasks:
+        task.wait(timeout=5)

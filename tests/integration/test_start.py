@@ -89,7 +89,7 @@ def test_notebook(tmp_path):
         "sd.remotecall_fetch(f, pids[0], Box())",
         "def f(box):\n    return 'defined again'",
         "sd.remotecall_fetch(f, pids[0], Box())",
-        "sd.remotecall_fetch(int, pids[0], 'x')",
+        "def g(x):\n    return 1 / x  # in a cell\nsd.remotecall_fetch(g, pids[0], 0)",
         "async def g():\n    return await sd.remotecall(pow, pids[0], 2, 5)\nawait g()",
         "sd.rmprocs(*pids)\nsd.nprocs()",
     ]
@@ -106,7 +106,9 @@ def test_notebook(tmp_path):
     ]
     assert (results[2], results[4], results[6], results[7]) == ("6", "'defined again'", "32", "1")
     assert "printed there" in "".join(o.get("text", "") for o in notebook.cells[2].outputs)
-    assert "ValueError" in notebook.cells[5].outputs[0]["ename"]
+    error = notebook.cells[5].outputs[0]
+    assert "ZeroDivisionError" in error["ename"]
+    assert "return 1 / x  # in a cell" in error["evalue"], "the worker has no such file"
 
 
 def test_the_workers_find_what_the_program_finds(tmp_path):

@@ -79,6 +79,17 @@ def test_sync_and_an_error_of_its_block(cluster):
     assert len(caught.value.exceptions) == 2
 
 
+def test_sync_tells_what_is_no_exception_too(cluster):
+    def leave():
+        raise SystemExit(3)
+
+    with pytest.raises(sd.CompositeException) as caught, sd.sync():
+        sd.async_(leave)
+        sd.spawn(leave)
+    assert [type(error) for error in caught.value.exceptions] == [sd.RemoteException] * 2
+    assert [type(error.captured.ex) for error in caught.value.exceptions] == [SystemExit] * 2
+
+
 def test_sync_nests(cluster):
     with sd.sync():
         outer = sd.spawn(abs, -1)

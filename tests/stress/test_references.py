@@ -39,34 +39,53 @@ def test_a_thousand_times_round_a_ring_of_four(cluster, fresh):
     until(lambda: _left([1, *ring]) == before, 20)
 
 
+def _pass_about_and_kill(pid, owners, among):
+    """Have references of `owners` go about `among` others and `pid`, which is killed amid that."""
+    ospid = sd.remotecall_fetch(os.getpid, pid)
+    stop = threading.Event()
+
+    def pass_about():
+        while not stop.is_set():
+            try:
+                ref = sd.remotecall(list, random.choice(owners), "ab")
+                first, *path = among()
+                sd.remote_do(_throw_on, first, ref, path)
+                sd.RemoteChannel(pid)
+            except sd.ProcessExitedException:
+                return
+
+    threads = [threading.Thread(target=pass_about) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    until(lambda: sd.remotecall_fetch(reference_count, pid) > 5, 5)
+    os.kill(ospid, signal.SIGKILL)
+    stop.wait(0.05)
+    stop.set()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
 def test_holders_that_are_killed_in_between(cluster, fresh):
     before = _left([1, *cluster])
     for _ in range(10):
         [pid] = fresh()
-        ospid = sd.remotecall_fetch(os.getpid, pid)
-        stop = threading.Event()
+        _pass_about_and_kill(pid, cluster, lambda pid=pid: [*random.choices(cluster, k=3), pid])
+    until(lambda: _left([1, *cluster]) == before, 20)
 
-        def pass_about(pid=pid, stop=stop):
-            while not stop.is_set():
-                try:
-                    ref = sd.remotecall(list, random.choice(cluster), "ab")
-                    sd.remote_do(
-                        _throw_on, random.choice([pid, *cluster]), ref, [pid, *random.sample(cluster, 2), pid]
-                    )
-                    sd.RemoteChannel(pid)
-                except sd.ProcessExitedException:
-                    return
 
-        threads = [threading.Thread(target=pass_about) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        until(lambda pid=pid: sd.remotecall_fetch(reference_count, pid) > 5, 5)
-        os.kill(ospid, signal.SIGKILL)
-        stop.wait(0.05)
-        stop.set()
-        for thread in threads:
-            thread.join(10)
-            assert not thread.is_alive()
+def test_forwarders_that_are_killed_in_between(cluster, fresh):
+    """One killed between a count and what it counts leaves a count, which ends with its receiver."""
+    before = _left([1, *cluster])
+    receivers = fresh(2)
+    for _ in range(10):
+        [pid] = fresh()
+        _pass_about_and_kill(
+            pid,
+            cluster,
+            lambda pid=pid: [random.choice([pid, *cluster]), pid, *random.sample(receivers, 2), pid],
+        )
+    sd.rmprocs(receivers)
     until(lambda: _left([1, *cluster]) == before, 20)
 
 

@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 
+from shmdist.memory import limits
 from shmdist.memory import segment as module
 from shmdist.memory.segment import PAGE, Segment
 
@@ -186,7 +187,7 @@ class TestPrivateView:
 
 class TestAvailableMemory:
     def test_is_what_the_system_says_at_most(self):
-        assert 0 < module.available_memory() <= module.total_memory()
+        assert 0 < limits.available_memory() <= limits.total_memory()
 
     @pytest.mark.parametrize("version", [1, 2])
     def test_a_groups_limit_counts(self, tmp_path, monkeypatch, version):
@@ -212,5 +213,5 @@ class TestAvailableMemory:
             return real(moved if moved.exists() or "cgroup" in str(path) else path, *args, **kwargs)
 
         monkeypatch.setattr("builtins.open", opened)
-        assert module.available_memory() == 900
-        assert module.total_memory() == 1000
+        assert limits.available_memory() == 900
+        assert limits.total_memory() == 1000

@@ -1,0 +1,96 @@
+"""How large the batches of a run are, and how many of them a worker has.
+
+The size follows from what elements have cost so far: large enough that messages do not
+count, small enough that the end comes for all workers at about the same time.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+WINDOW = 2  # batches of a run that a worker has at a time, at least
+_DEEPEST = 32  # and at most, when they are short
+_AHEAD = 0.0005  # seconds of work that a worker should have waiting
+_MESSAGE = 15e-6  # seconds that a message costs its receiver, roughly
+_GROW = 16  # a batch is at most so many times as large as any that came back
+_LONG = 0.02  # seconds of work in a batch, at most
+_PROBED = 4096  # elements in the first batches, at most, when they are cheap to send
+_BRIEF = 0.002  # seconds of work that may go out in one batch at the end
+_SHORT = 0.0001  # seconds of work below which a smaller batch is not worth its message
+
+
+class Sizes:
+    """Decides about the batches of one run.
+
+    Parameters
+    ----------
+    total : int, optional
+        How many elements there are, if known.
+    fixed : int, optional
+        The size of all batches; default adaptive.
+    cheap : bool
+        Elements may well be sent twice.
+    """
+
+    __slots__ = ("cheap", "cost", "fixed", "largest", "last", "total")
+
+    def __init__(self, total: int | None, fixed: int | None, cheap: bool) -> None:
+        self.total = total
+        self.fixed = fixed
+        self.cheap = cheap
+        self.cost: float | None = None  # seconds an element takes, of late
+        self.last = 0  # the size of the batches in which the rest goes out, once that is decided
+        self.largest = 1  # as many elements have come back together, at most
+
+    def __repr__(self) -> str:
+        return f"<Sizes fixed={self.fixed} cost={self.cost} largest={self.largest}>"
+
+    def learn(self, seconds: float, count: int) -> None:
+        """Take note of what some elements took."""
+        cost = seconds / count
+        self.cost = cost if self.cost is None else 0.5 * (self.cost + cost)
+        if count > self.largest:
+            # Of those that came back, and not of those that went out: else many batches that
+            # go out at once would each be larger than the one before, whatever becomes of that.
+            self.largest = count
+
+    def next(self, drawn: int, workers: int) -> int:
+        """Return how many elements the next batch should have, when `drawn` are out or done."""
+        if self.fixed is not None:
+            return self.fixed
+        if self.cost is None:
+            # Unknown yet: some for the worker to try, for a while, if it costs little to send them again.
+            few = 1 if self.total is None else min(_PROBED, -(-self.total // (WINDOW * workers)))
+            return max(1, few) if self.cheap else 1
+        cost = max(self.cost, 1e-8)
+        size = _LONG / cost
+        if self.total is not None:
+            if self.last and cost * self.last < 2 * _BRIEF:
+                return self.last
+            share = (self.total - drawn) / workers
+            if cost * share < _BRIEF:
+                # The rest is little, and goes out in one batch each. The size is kept, for the
+                # share of the rest becomes smaller as one after the other gets his.
+                self.last = min(math.ceil(max(share, _SHORT / cost)), self.largest * _GROW)
+                return self.last
+            size = min(size, max(share / 2, _SHORT / cost))
+        return max(1, min(int(size), self.largest * _GROW))
+
+    def window(self, drawn: int, workers: int) -> int:
+        """Return how many batches a worker should have: some work ahead, but no more."""
+        if self.cost is None:
+            return WINDOW
+        one = self.cost * self.next(drawn, workers) + _MESSAGE
+        return max(WINDOW, min(_DEEPEST, int(_AHEAD / one)))
+
+
+def positive_integer(name: str, number: Any) -> int:
+    """Return a parameter that must be a positive integer, of numpy perhaps."""
+    if isinstance(number, bool) or not hasattr(number, "__index__") or number.__index__() < 1:
+        raise ValueError(f"{name} must be a positive integer or None, not {number!r:.80}")
+    return operator.index(number)
+
+
+__all__ = ["WINDOW", "Sizes", "positive_integer"]
