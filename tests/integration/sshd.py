@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -260,3 +261,13 @@ def refused(machines, **params):
     with within(30), pytest.raises(sd.LaunchWorkerError) as caught:
         sd.addprocs(machines, **params)
     return caught.value
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def threads_of_logins():
+    """The threads that are neither the program's own nor the runtime's for calls."""
+    names = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    return [name for name in names if not re.fullmatch(r"shmdist-\d+", name)]
