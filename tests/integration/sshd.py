@@ -90,6 +90,8 @@ KbdInteractiveAuthentication no
 AuthorizedKeysFile {folder}/authorized_keys
 PrintMotd no
 LogLevel VERBOSE
+ClientAliveInterval 5
+ClientAliveCountMax 2
 """)
         self.log = folder / "log"
         self.start()
@@ -167,7 +169,9 @@ class Host:
         self.prefix = ("ip", "netns", "exec", self.name)
 
     def remove(self):
-        # The line first: the namespace lives on in the processes that are in it.
+        inside = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True)
+        for ospid in inside.stdout.split():  # servers, which would not see that the line is gone
+            kill(int(ospid))
         subprocess.run(["ip", "link", "delete", self._line], check=False, capture_output=True)
         subprocess.run(["ip", "netns", "delete", self.name], check=False, capture_output=True)
 
