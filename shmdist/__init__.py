@@ -11,7 +11,7 @@ Top-level modules are what a user sees; folders are mechanism::
       owners                         the owner's side of references
     calls  cluster  evaluation     remotecall...; addprocs...; everywhere
       membership  places             process 1's side of the cluster; where a call is to run
-      relays                         process 1 joins two workers that have no way to each other
+      relays                         joining two workers that have no direct way
     tasks  pools  maps  loops      async_, sync; WorkerPool...; pmap; @distributed
       poolstate  shipping            a pool where it lives; a function sent once to each worker
       repeats                        arrays that go out many times in one map

@@ -368,6 +368,11 @@ class Dispatcher:
                 lock.acquire()
             self._main_cell = None
             cell.remove(lock)
+            if self._main_jobs and not self._baton.locked():
+                # Whoever let go of it may have left it to this thread, which now runs something else.
+                self._arm()
+                if self._inbox:
+                    self.poller.nudge()
             while self._main_jobs:
                 self._main_jobs.popleft()()
 

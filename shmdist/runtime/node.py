@@ -377,7 +377,8 @@ class Node(Ownership):
         if self.has_output:
             self.print_output()
         if reply.error is not None:
-            raise reply.error
+            # A copy, for the callers' frames hold the reply: they would hold each other, and all in them.
+            raise copy.copy(reply.error)
         frame = reply.frame
         assert frame is not None
         return self.read_result(frame, reply.pid, what)

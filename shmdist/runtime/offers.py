@@ -101,17 +101,13 @@ class Offers:
             if segment.owner not in self._sharing.node.graves:
                 return True
             peer.accepted[segment.owner].discard(segment.number)
-        for _ in range(2):
-            reply = self.offer(pid, segment)
-            if reply is not None:
-                self._sharing.node.wait_inside(reply)
-            peer = self.peers.get(pid)
-            if peer is None or (segment.owner, segment.number) in peer.refused:
-                return False
-            if segment.number in peer.accepted.get(segment.owner, ()):
-                return True
-            # Its owner died just now, and what was accepted before counts no more.
-        return False
+        reply = self.offer(pid, segment)
+        if reply is not None:
+            # What it says counts, not the table: when the owner is gone, others take it out again.
+            self._sharing.node.wait_inside(reply)
+            return reply.frame is not None and pickle.loads(reply.frame.body) is None
+        peer = self.peers.get(pid)
+        return peer is not None and segment.number in peer.accepted.get(segment.owner, ())
 
     def why_refused(self, pid: int, segment: Segment) -> str:
         """Return why a process has not mapped a segment."""

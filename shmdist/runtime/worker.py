@@ -265,6 +265,8 @@ class _Worker:
     def _on_hello(self, frame: Frame) -> None:
         hello: Hello = pickle.loads(frame.body)
         frame.link.pid = hello.pid
+        if hello.host != host_identity():  # relayed: no memory is shared with it, whatever the socket
+            frame.link.is_local, frame.link.sharing = False, None
         node = self.node
         with node.lock:
             node.all_links.setdefault(hello.pid, set()).add(frame.link)

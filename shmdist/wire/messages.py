@@ -30,7 +30,7 @@ EXIT     none                     leave the cluster and end                    n
 SEGMENT  (owner, number, size)    map this memory, whose descriptor is with    RESULT
                                   the frame; of size 0: forget it              none
 LEASES   ((serial, pid, n)..)     counts of blocks of ``call_id`` change       none
-RELAY    a process id             join the sender and that process             RESULT
+RELAY    pid                      join the sender and ``pid``, by process 1    RESULT
 ======== ======================== ============================================ =========
 
 A frame is a plain mutable record and not a frozen dataclass: one is made for every

@@ -7,6 +7,7 @@ import pytest
 
 import shmdist as sd
 from shmdist.runtime.node import current_node
+from shmdist.runtime.sharing import LINE
 from tests.integration.helpers import until
 from tests.integration.test_shared_memory import warm
 
@@ -45,7 +46,7 @@ def _forget(cluster):
 @pytest.fixture(params=SIZES)
 def array(request, cluster):
     array = np.arange(float(request.param))
-    if array.nbytes > 1 << 15:
+    if array.nbytes >= LINE:
         for pid in cluster:
             warm(pid, array.nbytes)
     return array

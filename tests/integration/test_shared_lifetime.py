@@ -403,7 +403,7 @@ def test_a_message_that_cannot_be_sent_or_read_keeps_no_block(cluster):
             sd.remotecall_fetch(lambda a: (a, Unreadable()), pid, big)
         with pytest.raises(sd.SerializationError):
             sd.pmap(len, sd.CachingPool([pid]), [big, [big, Unsendable()]])
-    del shared
+    shared = None
     nothing_is_lent(pid)
 
 
@@ -528,7 +528,7 @@ def test_a_worker_that_dies_while_it_is_sent_to(fresh, recwarn):
             while True:
                 sd.remotecall_fetch(lambda a, b: a, pid, big, shared)
         killer.join()
-        until(lambda: pid not in sd.procs(), 5)
+        until(lambda pid=pid: pid not in sd.procs(), 5)
         del shared
     nothing_is_lent()
     assert not [str(warning.message) for warning in recwarn]

@@ -263,6 +263,8 @@ def test_thousands_of_live_arrays_with_few_descriptors():
         """
         [pid] = sd.addprocs(1)
         for p in (1, pid): sd.remotecall_wait(limit, p, resource.RLIMIT_NOFILE, 128)
+        from shmdist.runtime import sharing
+        for p in (1, pid): sd.remotecall_wait(sd.remotecall_eval, p, "shmdist.runtime.sharing", p, "LINE = 1 << 15")
         there_and_back(pid, 100)
         arrays = sd.pmap(lambda n: np.full(5000, float(n)), range(3000))
         assert all(array[7] == n for n, array in enumerate(arrays))

@@ -11,7 +11,7 @@ from tests.integration.kinds import KINDS, VALUES, look, not_own, same, scribble
 
 KIB = 1 << 10
 #: In numbers of 8 bytes: a few bytes, and around the limits of the stream and of blocks.
-SIZES = [4, 1 * KIB, 4 * KIB - 4, 4 * KIB, 128 * KIB]
+SIZES = [4, 1 * KIB, 2 * KIB, 32 * KIB - 4, 32 * KIB, 128 * KIB]
 
 
 def blocks_taken():
@@ -114,7 +114,7 @@ ROADS = [
 def test_arrays(cluster, size):
     few = ("structured", "objects", "structure with objects", "text")  # they take long to make
     for kind, make in KINDS.items():
-        value = make(np.arange(float(min(size, 8 * KIB) if kind in few else size)))
+        value = make(np.arange(float(min(size, 40 * KIB) if kind in few else size)))
         before = value.copy()
         for _ in range(2):  # the second time there is a block for it
             back = argument_and_result(cluster[0], value)
@@ -128,8 +128,8 @@ def test_arrays(cluster, size):
 @pytest.mark.parametrize("road", ROADS)
 def test_roads(cluster, road):
     pid = cluster[1]
-    warm(pid, 64 * KIB)
-    for size in (100, 8 * KIB):
+    warm(pid, 512 * KIB)
+    for size in (100, 64 * KIB):
         take_road(road, pid, size)
 
 

@@ -110,6 +110,20 @@ def broadcasts(pids, stop, bad):
             bad.append(repr(error))
 
 
+def nothing_of(dead, pid, when):
+    """Wait until a process has nothing of dead ones."""
+    found = []
+
+    def nothing():
+        found[:] = sd.remotecall_fetch(whole, pid, dead)
+        return not found
+
+    try:
+        until(nothing, 5)
+    except AssertionError:
+        raise AssertionError(f"{when}: process {pid} still has {found}") from None
+
+
 def test_one_of_four_is_killed_at_any_moment(cluster, fresh):
     """Survivors' tables are whole, they have nothing of the dead and lend it nothing; memory comes back."""
     pids = set(fresh(4))
@@ -118,7 +132,7 @@ def test_one_of_four_is_killed_at_any_moment(cluster, fresh):
     stop, bad = threading.Event(), []
     thread = threading.Thread(target=broadcasts, args=(pids, stop, bad))
     thread.start()
-    dead = set()
+    dead, spare = set(), fresh(4)
     begun = time.monotonic()
     try:
         for kill in range(KILLS):
@@ -129,12 +143,12 @@ def test_one_of_four_is_killed_at_any_moment(cluster, fresh):
             dead.add(victim)
             until(lambda victim=victim: victim not in sd.procs(), 5)
             for pid in (1, *pids):
-                found = []
-                look = lambda: sd.remotecall_fetch(whole, pid, dead)  # noqa: B023, E731 - used in this turn alone
-                until(lambda: not found.append(look()) and not found[-1], 5, f"{kill}: process {pid}")  # noqa: B023
+                nothing_of(dead, pid, f"kill {kill}")
             if kill >= 20 and time.monotonic() - begun > 25:
                 break  # this machine is slow
-            [new] = fresh()
+            if not spare:
+                spare += fresh(8)  # together, for a start takes long beside such traffic
+            new = spare.pop()
             pids.add(new)
             sd.remote_do(exchange, new, 100 + kill)
     finally:
@@ -143,8 +157,7 @@ def test_one_of_four_is_killed_at_any_moment(cluster, fresh):
         for pid in pids:
             bad += sd.remotecall_fetch(stop_exchange, pid)
     assert not thread.is_alive() and not bad, bad
-    print(f"{len(dead)} were killed")
-    everybody = (1, *pids, *cluster)
+    everybody = (1, *pids, *spare, *cluster)
     lent = {}
 
     def nothing():
