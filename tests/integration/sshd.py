@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -89,6 +90,8 @@ KbdInteractiveAuthentication no
 AuthorizedKeysFile {folder}/authorized_keys
 PrintMotd no
 LogLevel VERBOSE
+ClientAliveInterval 5
+ClientAliveCountMax 2
 """)
         self.log = folder / "log"
         self.start()
@@ -166,7 +169,9 @@ class Host:
         self.prefix = ("ip", "netns", "exec", self.name)
 
     def remove(self):
-        # The line first: the namespace lives on in the processes that are in it.
+        inside = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True)
+        for ospid in inside.stdout.split():  # servers, which would not see that the line is gone
+            kill(int(ospid))
         subprocess.run(["ip", "link", "delete", self._line], check=False, capture_output=True)
         subprocess.run(["ip", "netns", "delete", self.name], check=False, capture_output=True)
 
@@ -260,3 +265,13 @@ def refused(machines, **params):
     with within(30), pytest.raises(sd.LaunchWorkerError) as caught:
         sd.addprocs(machines, **params)
     return caught.value
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def threads_of_logins():
+    """The threads that are neither the program's own nor the runtime's for calls."""
+    names = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    return [name for name in names if not re.fullmatch(r"shmdist-\d+", name)]

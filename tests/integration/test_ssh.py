@@ -1,8 +1,6 @@
 """Workers on other hosts, through real SSH servers on the loopback interface."""
 
 import os
-import re
-import threading
 
 import numpy as np
 import pytest
@@ -10,13 +8,9 @@ import pytest
 import shmdist as sd
 from tests.integration import helpers
 from tests.integration.helpers import until, within
-from tests.integration.sshd import Host, can_make_hosts, needs_sshd
+from tests.integration.sshd import Host, can_make_hosts, descriptors, needs_sshd, threads_of_logins
 
 pytestmark = needs_sshd
-
-
-def descriptors():
-    return len(os.listdir("/proc/self/fd"))
 
 
 # ---------------------------------------------------------------------- the road
@@ -110,9 +104,3 @@ def test_nothing_is_left_of_a_cluster(sshd):
         until(lambda: not any(map(helpers.is_alive, ospids)))  # noqa: B023 - called here alone
     until(lambda: descriptors() <= before, what=f"no more than {before} descriptors")
     until(lambda: not threads_of_logins(), what="no thread is left")
-
-
-def threads_of_logins():
-    """The threads that are neither the program's own nor the runtime's for calls."""
-    names = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-    return [name for name in names if not re.fullmatch(r"shmdist-\d+", name)]

@@ -10,7 +10,16 @@ import pytest
 
 import shmdist as sd
 from tests.integration.helpers import until, within
-from tests.integration.sshd import FakeServer, User, later, make_key, needs_sshd, refused
+from tests.integration.sshd import (
+    FakeServer,
+    User,
+    descriptors,
+    later,
+    make_key,
+    needs_sshd,
+    refused,
+    threads_of_logins,
+)
 
 pytestmark = needs_sshd
 
@@ -296,3 +305,23 @@ def test_many_logins_at_once(start, tmp_path):
     with within(40), sd.addprocs(names, **params) as pids:
         assert len(pids) == 12
     assert server.logins() == 12
+
+
+def test_nothing_is_left_of_launches_that_fail(sshd, start, tmp_path, monkeypatch):
+    monkeypatch.setenv("SHMDIST_WORKER_TIMEOUT", "0.7")
+    strange = start("strange")
+    other = make_key(tmp_path / "other")
+
+    def fail():
+        with FakeServer(lambda connection: connection.sendall(b"SSH-2.0-x\r\n")) as half_open:
+            refused([strange.text, f"127.0.0.1:{half_open.port}", "x.invalid"], **sshd.params())
+        refused([sshd.text], **sshd.params(key_filename=other))
+        refused([(sshd.text, 2)], **sshd.params(exename="/no/such/python"))
+        refused([(sshd.text, 2)], **sshd.params(exename=["sleep", "9"]))
+
+    fail()
+    before = descriptors()
+    for _ in range(2):
+        fail()
+    until(lambda: descriptors() <= before, what=f"no more than {before} descriptors")
+    until(lambda: not threads_of_logins(), what="no thread is left")
