@@ -54,6 +54,7 @@ class Cluster:
         self.node = node
         self.members: dict[int, Member] = {}  # under `changing`, but for reads of one entry
         self.changing = threading.RLock()  # guards adding and removing: one at a time
+        self.arriving: dict[int, PeerInfo] = {}  # workers that have joined and are not introduced yet
         self.next_pid = 2
         node.inquest = self.inquest
         node.lost_hooks.append(self.on_lost)
@@ -195,40 +196,28 @@ class Cluster:
             raise LaunchWorkerError(
                 f"worker {pid} ended while it joined: {error}", host=member.config.host, phase="join"
             ) from error
-        with node.lock:
-            if pid not in node.graves:
-                node.peers[pid] = info
+        self.arriving[pid] = info
 
     def _introduce(self, pids: list[int], topology: str, lazy: bool) -> None:
-        """Make the new workers known to all, and all to them."""
+        """Make the new workers known to all, and all to them.
+
+        Process 1 counts them among its peers when all have been told, no earlier: a call that
+        follows from that, on whichever process, finds that who is called is known there.
+        """
         node = self.node
-        idents = {self.members[pid].config.ident: pid for pid in pids if pid in self.members}
+        new = {pid: self.arriving.pop(pid) for pid in pids if pid in self.arriving}
+        _choose_links(new, {pid: self.members[pid].config for pid in pids if pid in self.members}, topology)
         with node.lock:
-            for pid in pids:
-                if pid not in node.peers:
-                    continue
-                links: frozenset[int] | None = None
-                if topology == "master_worker":
-                    links = frozenset()
-                elif topology == "custom":
-                    wanted = self.members[pid].config.connect_idents or ()
-                    links = frozenset(idents[ident] for ident in wanted if ident in idents)
-                node.peers[pid] = node.peers[pid]._replace(links=links)
-            if topology == "custom":  # a connection that either side names is one of both
-                for pid in pids:
-                    named = frozenset(
-                        p for p in pids if p in node.peers and pid in (node.peers[p].links or ())
-                    )
-                    if pid in node.peers:
-                        links = (node.peers[pid].links or frozenset()) | named
-                        node.peers[pid] = node.peers[pid]._replace(links=links)
-            everybody = tuple(node.peers.values())
+            new = {pid: info for pid, info in new.items() if pid not in node.graves}
+            everybody = (*node.peers.values(), *new.values())
         payload = codec.dumps(everybody)
         for pid in list(self.members):
             link = node.links.get(pid)
             if link is not None:
                 with contextlib.suppress(LinkClosed):
                     link.send(codec.frame(int(Kind.PEERS), 0, 0, 0, payload))
+        with node.lock:
+            node.peers.update((pid, info) for pid, info in new.items() if pid not in node.graves)
         for pid in pids:
             member = self.members.get(pid)
             if member is not None:
@@ -287,6 +276,7 @@ class Cluster:
             if other != pid:
                 node.post(link, int(Kind.LOST), 0, 0, payload)
         member = self.members.pop(pid, None)
+        self.arriving.pop(pid, None)
         if member is None:
             return
         for op in ("deregister", "finalize"):
@@ -377,6 +367,23 @@ class Cluster:
             node.print_output()
         node.closed = True
         node.dispatcher.close()
+
+
+def _choose_links(new: dict[int, PeerInfo], configs: dict[int, WorkerConfig], topology: str) -> None:
+    """Enter which other workers each of the new ones may be connected with."""
+    if topology == "all_to_all":
+        return
+    links: dict[int, frozenset[int]] = dict.fromkeys(new, frozenset())
+    if topology == "custom":
+        idents = {config.ident: pid for pid, config in configs.items()}
+        for pid, config in configs.items():
+            for ident in config.connect_idents or ():
+                other = idents.get(ident)
+                if other is not None:  # a connection that either side names is one of both
+                    links[pid] |= {other}
+                    links[other] |= {pid}
+    for pid in new:
+        new[pid] = new[pid]._replace(links=links[pid])
 
 
 def _connect_to(pids: list[int]) -> None:

@@ -365,7 +365,12 @@ class _Worker:
                     errors.append(f"{family} {place}: {error}")
                     continue
                 link = Link(connection, pid)
-                link.send(codec.frame(int(Kind.HELLO), 0, 0, 0, codec.dumps(Hello(node.pid, here))))
+                try:
+                    link.send(codec.frame(int(Kind.HELLO), 0, 0, 0, codec.dumps(Hello(node.pid, here))))
+                except LinkClosed as error:
+                    link.close()
+                    errors.append(f"{family} {place}: {error}")
+                    continue
                 return node.add_link(link)
             relayed = roads.by_master(node, pid)
             if not isinstance(relayed, str):

@@ -56,10 +56,10 @@ def settled_state():
     with node.lock:
         node.refs._check()
         entries = {tuple(rrid): repr(entry) for rrid, entry in list(node.refs.entries.items())}
-        links = sum(len(links) for links in node.all_links.values())
     running = [task for task in list(node.tasks.running.values()) if task.strand is not _my_strand()]
     node.sharing.pay()
     shared = node.sharing.state()
+    descriptors = _descriptors(node)
     return {
         "blocks lent": shared["lent"],
         "blocks held": shared["held"],
@@ -72,8 +72,24 @@ def settled_state():
         "running": [repr(task) for task in running],
         "queued": sorted(node.tasks.queued),
         "lanes": len(node.dispatcher._lanes),
-        "descriptors": len(os.listdir("/proc/self/fd")) - links - shared["descriptors"],
+        "descriptors": descriptors,
     }
+
+
+def _descriptors(node):
+    """Return how many descriptors are open besides those of links and of shared memory."""
+    found, known = 0, None
+    while True:  # memory may be given back, and a link end, while we count
+        former, known = known, _known_descriptors(node)
+        if known == former:
+            return found - known
+        found = len(os.listdir("/proc/self/fd"))
+
+
+def _known_descriptors(node):
+    with node.lock:
+        links = sum(len(links) for links in node.all_links.values())
+    return links + node.sharing.state()["descriptors"]
 
 
 def _my_strand():
