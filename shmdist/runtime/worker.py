@@ -8,6 +8,7 @@ whatever this process is doing:
 - the link to process 1 ends: whoever reads finds it, and ends the process;
 - process 1's own death is watched as well, for a child that it forked may still hold the
   link open;
+- the host of process 1 has been silent for too long (``runtime.heart``);
 - a thread that holds the interpreter for minutes lets nobody read.  So the pipe on which
   the cookie came is kept, and the system is asked to kill this process when its other
   end closes.
@@ -282,6 +283,7 @@ class _Worker:
         node = self.node
         node.pid = join.pid
         node.settings.update(join.settings)
+        node.heart.carried = bool(join.settings.get("carried"))
         me = PeerInfo(
             join.pid, host_identity(), socket.gethostname(), os.getpid(), tuple(self.addresses), None
         )
