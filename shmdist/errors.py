@@ -38,6 +38,8 @@ __all__ = [
 
 #: What a worker was lost in that was asked to go, and killed when it did not.
 REMOVAL = "its removal by rmprocs"
+#: What a worker was lost in whose host could not be heard any more.
+SILENCE = "a silence of its host"
 
 
 class ProcessExitedException(ShmdistError):
@@ -105,6 +107,9 @@ class ProcessExitedException(ShmdistError):
             text += f" was killed by {self.signal}"
         elif self.exitcode is not None:
             text += f" exited with code {self.exitcode}"
+        elif self.what == SILENCE:
+            text += " is lost: nothing came from its host for SHMDIST_HEARTBEAT_TIMEOUT seconds; "
+            return text + "is it switched off, suspended, or cut off?" + _tail_text(self.stderr_tail)
         else:
             text += " closed its connection"
         text += f" during {self.what}" if self.what else ""

@@ -18,7 +18,14 @@ from typing import Any
 
 from shmdist import relays
 from shmdist._log import Log
-from shmdist.errors import REMOVAL, LaunchWorkerError, ProcessExitedException, ShmdistError, describe_exit
+from shmdist.errors import (
+    REMOVAL,
+    SILENCE,
+    LaunchWorkerError,
+    ProcessExitedException,
+    ShmdistError,
+    describe_exit,
+)
 from shmdist.managers.base import ClusterManager, WorkerConfig
 from shmdist.managers.local import out_of_memory_kills
 from shmdist.runtime.node import Node, current_node
@@ -153,7 +160,7 @@ class Cluster:
                 member.pidfd = os.pidfd_open(config.process.pid)
                 # What it wrote is read to its end though a child of its own may hold the link open.
                 node.dispatcher.watch(member.pidfd, link.shut)
-        settings = {"lazy": params["lazy"], "topology": params["topology"]}
+        settings = {"lazy": params["lazy"], "topology": params["topology"], "carried": link.bridged}
         if config.process is not None:
             settings["parent"] = os.getpid()
         join = Join(pid, params["lazy"], params["topology"], tuple(node.peers.values()), settings)
@@ -247,7 +254,10 @@ class Cluster:
         process = member.config.process
         exitcode = signal_name = None
         oom = False
-        if process is not None:
+        silent = pid in node.heart.silent
+        if silent:
+            pass  # nobody is there to tell, and who waits has waited long enough
+        elif process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=_INQUEST)
             exitcode, signal_name = describe_exit(process.poll())
@@ -265,7 +275,7 @@ class Cluster:
             signal=signal_name,
             stderr_tail=() if member.leaving else node.outputs.tail(pid),
             oom=oom,
-            what=REMOVAL if member.leaving else None,
+            what=SILENCE if silent else REMOVAL if member.leaving else None,
         )
 
     def on_lost(self, pid: int) -> None:

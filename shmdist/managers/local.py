@@ -142,6 +142,7 @@ class _Launch:
             "path": [entry or os.getcwd() for entry in sys.path],
             "pythonpath": (environment.get("PYTHONPATH")),
             "local": bool(params["restrict"]),
+            "bind_addr": "auto",  # if it listens by TCP at all
             "parent": os.getpid(),
         }
         self.page = make_page()

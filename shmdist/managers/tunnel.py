@@ -1,6 +1,9 @@
 """A worker's connection carried by a login: a channel on one side, a real socket on the other.
 
 Two threads move the bytes, one for each direction.  Either end closes both.
+
+A third one, for each login, asks its server for a sign of life.  The server answers though the
+worker's interpreter is held for minutes, and from behind any number of jump hosts.
 """
 
 from __future__ import annotations
@@ -8,8 +11,11 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import weakref
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
+
+from shmdist.wire import pulse
 
 if TYPE_CHECKING:
     import paramiko
@@ -19,11 +25,61 @@ WINDOW = 1 << 24
 _CHUNK = 1 << 18  # bytes moved at once
 
 
+class Pulse:
+    """Asks the server of a login for signs of life, and counts its answers."""
+
+    def __init__(self, transport: paramiko.Transport, seconds: float) -> None:
+        self._transport = transport
+        self._pause = seconds / 4
+        self.answers = 0
+        threading.Thread(target=self._run, name="shmdist-ssh-pulse", daemon=True).start()
+
+    def _run(self) -> None:
+        transport = self._transport
+        with contextlib.suppress(Exception):
+            while transport.is_active():
+                # No server knows it, so each refuses it, and that is an answer.
+                transport.global_request("keepalive@openssh.com", wait=True)
+                if transport.is_active():
+                    self.answers += 1
+                transport.join(self._pause)  # a thread: so we sleep no longer than it lives
+
+    def end(self) -> None:
+        """Close the login without a word to its server."""
+        self._transport.packetizer.close()
+
+
+_pulses: weakref.WeakKeyDictionary[Any, Pulse] = weakref.WeakKeyDictionary()
+_finding = threading.Lock()  # guards `_pulses`
+
+
+def pulse_of(transport: paramiko.Transport) -> Pulse | None:
+    """Return the one that asks for a login's signs of life; None where none are wanted."""
+    seconds = pulse.timeout()
+    if not seconds:
+        return None
+    with _finding:
+        found = _pulses.get(transport)
+        if found is None:
+            found = _pulses[transport] = Pulse(transport, seconds)
+        return found
+
+
 class TunnelConnection(Connection):
     """A connection over a local socket whose other end is on another host."""
 
     #: Neither descriptors nor shared memory go this way, though the socket is a local one.
     bridged = True
+    pulse: Pulse | None = None
+
+    def heard(self) -> int | None:
+        """Return what changes with each sign of life from the other host."""
+        return self.pulse.answers if self.pulse is not None else None
+
+    def forsake(self) -> None:
+        """Close the login, whose host is gone: what waits to be sent there would wait for long."""
+        if self.pulse is not None:
+            self.pulse.end()
 
 
 def bridge(channel: paramiko.Channel) -> TunnelConnection:
@@ -37,7 +93,9 @@ def bridge(channel: paramiko.Channel) -> TunnelConnection:
         threading.Thread(
             target=_move, args=(job, theirs, channel), name=f"shmdist-tunnel-{name}", daemon=True
         ).start()
-    return TunnelConnection(ours.detach())
+    connection = TunnelConnection(ours.detach())
+    connection.pulse = pulse_of(channel.get_transport())
+    return connection
 
 
 def _move(job: Any, sock: socket.socket, channel: paramiko.Channel) -> None:

@@ -88,8 +88,7 @@ class Dispatcher:
         self.threads = Threads(self._stand_by)
         self.start, self.later = self.threads.start, self.threads.later  # run a job on another thread
         self._kicker = Kicker(self.poller.kick)
-        self._wait = self.poller.poll
-        self._arm, self._disarm = self.poller.arm, self.poller.disarm
+        self._wait, self._arm, self._disarm = self.poller.poll, self.poller.arm, self.poller.disarm
         self.closing = False
         self._links: dict[int, Link] = {}  # by descriptor
         self._watched: dict[int, Callable[[], None]] = {}  # descriptors of processes, by what to do
@@ -106,6 +105,8 @@ class Dispatcher:
         """Read `link` from now on."""
         if link.is_local:
             link.sharing = self._node.sharing
+        else:
+            self._node.heart.watch(link)
         self._links[link.fd] = link
         self.threads.ensure_standby()
         self.poller.add(link.fd)
@@ -472,6 +473,7 @@ class Dispatcher:
     def stop_serving(self) -> None:
         """Let the main thread leave :meth:`serve`."""
         self.closing = True
+        self._node.heart.close()
         self.threads.close()
         cell = self._main_cell
         if cell is not None:

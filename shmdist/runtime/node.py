@@ -41,6 +41,7 @@ from shmdist.errors import (
 )
 from shmdist.runtime import served
 from shmdist.runtime.dispatch import Dispatcher
+from shmdist.runtime.heart import Heart
 from shmdist.runtime.output import Outputs
 from shmdist.runtime.ownership import Ownership
 from shmdist.runtime.reftable import RRID, RefTable
@@ -128,6 +129,7 @@ class Node(Ownership):
         #: Files that a forked child must not keep open, lest this process seem alive.
         self.inherited: list[Any] = []
         self.dispatcher = Dispatcher(self)
+        self.heart = Heart(self)
         self.sharing = Sharing(self)
 
     def __repr__(self) -> str:

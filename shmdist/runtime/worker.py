@@ -8,6 +8,7 @@ whatever this process is doing:
 - the link to process 1 ends: whoever reads finds it, and ends the process;
 - process 1's own death is watched as well, for a child that it forked may still hold the
   link open;
+- the host of process 1 has been silent for too long (``runtime.heart``);
 - a thread that holds the interpreter for minutes lets nobody read.  So the pipe on which
   the cookie came is kept, and the system is asked to kill this process when its other
   end closes.
@@ -25,15 +26,16 @@ import socket
 import sys
 import threading
 import time
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from shmdist._log import Log
 from shmdist._version import __version__
 from shmdist.memory.segment import Page
 from shmdist.runtime import node as node_module
 from shmdist.runtime import roads
 from shmdist.runtime.node import Node
 from shmdist.runtime.strand import current
+from shmdist.runtime.surroundings import buffer_c_output_by_line, host_identity, own_address, prepare
 from shmdist.wire import codec, door
 from shmdist.wire.link import Link, LinkClosed
 from shmdist.wire.messages import Frame, Hello, Join, Kind, PeerInfo
@@ -42,20 +44,8 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from typing import TextIO
 
+_log = Log("worker")
 _PATIENCE = 0.2  # seconds a busy main thread gets to come back when the worker is told to end
-
-
-def host_identity() -> str:
-    """Return a text that is equal for processes that can share memory and local sockets."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            boot = file.read().strip()
-        # Abstract sockets belong to the network namespace, so it is part of the identity.
-        return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}/{os.getuid()}"
-    except OSError:
-        import uuid
-
-        return f"{uuid.getnode():x}/{socket.gethostname()}/{os.getuid()}"
 
 
 def start_worker(
@@ -80,7 +70,8 @@ def start_worker(
     out : file, optional
         Where the line ``shmdist_worker:PORT#ADDRESS`` is written; default ``sys.stdout``.
     bind_addr : str, optional
-        The address to listen on by TCP; default: one by which other hosts reach this one.
+        The address to listen on by TCP; default: the loopback interface. ``"auto"``: one by
+        which other hosts reach this one.
     port : int
         The TCP port; 0 lets the system choose.
     local : bool
@@ -104,7 +95,7 @@ def start_worker(
     Usually from a shell, with the cookie on standard input::
 
         $ echo mycookie | python -m shmdist worker
-        shmdist_worker:9009#192.168.1.20
+        shmdist_worker:9009#127.0.0.1
     """
     settings: dict[str, Any] = {}
     if cookie is None:
@@ -117,12 +108,12 @@ def start_worker(
         cookie = cookie.encode()
     local = settings.get("local", local)
     bind_addr = settings.get("bind_addr", bind_addr)
-    _prepare(settings, close_stdin, stderr_to_stdout)
+    prepare(settings, close_stdin, stderr_to_stdout)
     node = init_worker(cookie)
     if "page" in settings:
         page = node.settings["page"] = Page(settings["page"])
         page.close_fd()
-    me = _Worker(node)
+    me = node.settings["worker"] = _Worker(node)
     address = me.listen(local, bind_addr, port)
     out = out or sys.stdout
     out.write(f"shmdist_worker:{address}\n")
@@ -162,56 +153,6 @@ def init_worker(cookie: str | bytes, manager: object = None) -> Node:
     return node
 
 
-def _prepare(settings: dict[str, Any], close_stdin: bool, stderr_to_stdout: bool) -> None:
-    """Make this process a place where users' functions can run."""
-    if "path" in settings:
-        sys.path[:] = settings["path"]
-    if "pythonpath" in settings:  # ours was for finding shmdist; users' child processes get theirs
-        if settings["pythonpath"] is None:
-            os.environ.pop("PYTHONPATH", None)
-        else:
-            os.environ["PYTHONPATH"] = settings["pythonpath"]
-    if close_stdin:
-        _keep_lifeline(settings.get("parent"))
-    if stderr_to_stdout:
-        os.dup2(1, 2)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
-    main = ModuleType("__main__")
-    main.__dict__["__builtins__"] = __builtins__
-    sys.modules["__main__"] = main
-    sys.argv = [""]
-
-
-_lifeline = -1
-
-
-def _keep_lifeline(parent: int | None) -> None:
-    """Move standard input away, and die with its other end."""
-    global _lifeline
-    if parent is None:
-        return
-    try:
-        import fcntl
-
-        _lifeline = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 3)
-        null = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(null, 0)
-        os.close(null)
-        # Its process group, when that is its own: a Pool of the user's functions say, whose processes
-        # wait for ever for a worker that was killed.
-        owner = -os.getpid() if os.getpgrp() == os.getpid() else os.getpid()
-        fcntl.fcntl(_lifeline, fcntl.F_SETOWN, owner)
-        fcntl.fcntl(_lifeline, fcntl.F_SETSIG, int(signal.SIGKILL))
-        flags = fcntl.fcntl(_lifeline, fcntl.F_GETFL)
-        fcntl.fcntl(_lifeline, fcntl.F_SETFL, flags | os.O_ASYNC)
-    except (AttributeError, OSError, ImportError):
-        pass  # not Linux: the link's end and the watched parent remain
-    if os.getppid() != parent:
-        os._exit(1)  # it died before we could ask to be told
-
-
 class _Worker:
     """The threads and handlers of a worker around its node."""
 
@@ -244,7 +185,7 @@ class _Worker:
         self.addresses.append(("unix", unix))
         if local:
             return f"0#unix:{unix.replace(chr(0), '@')}"
-        host = bind_addr or _own_address()
+        host = own_address() if bind_addr == "auto" else bind_addr or "127.0.0.1"
         family = "AF_INET6" if ":" in host else "AF_INET"
         address = self._open(family, (host, port))
         self.addresses.append(("tcp", (host, address[1])))
@@ -282,6 +223,7 @@ class _Worker:
         node = self.node
         node.pid = join.pid
         node.settings.update(join.settings)
+        node.heart.carried = bool(join.settings.get("carried"))
         me = PeerInfo(
             join.pid, host_identity(), socket.gethostname(), os.getpid(), tuple(self.addresses), None
         )
@@ -403,7 +345,7 @@ class _Worker:
         if not self.node.pid:
             print(f"shmdist worker: nobody took it into a cluster within {timeout:g} s", file=sys.stderr)  # noqa: T201
             os._exit(1)
-        _buffer_c_output_by_line()
+        buffer_c_output_by_line()
 
     def _watch_parent(self, ospid: int) -> None:
         """End with the process that started this one."""
@@ -438,25 +380,6 @@ class _Worker:
         os._exit(0)
 
 
-def _buffer_c_output_by_line() -> None:
-    """Let what C code prints come out at each newline, as Python's own output does."""
-    with contextlib.suppress(Exception):
-        import ctypes
-
-        libc = ctypes.CDLL(None)
-        libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, 1, 0)
-
-
-def _own_address() -> str:
-    """Return the address of this host by which others reach it."""
-    # No packet is sent: connecting a datagram socket only chooses the interface.
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect(("192.0.2.1", 9))
-        address: str = sock.getsockname()[0]
-        return address
-    return "127.0.0.1"
-
-
 def process_messages(connection: Connection, incoming: bool = True) -> None:
     """Serve a connection that a custom transport made; returns at once.
 
@@ -465,7 +388,9 @@ def process_messages(connection: Connection, incoming: bool = True) -> None:
     connection : multiprocessing.connection.Connection
         Over a stream socket. It is the library's from now on.
     incoming : bool
-        True when the other side connected: it must prove the cookie first.
+        True when the other side speaks first, as process 1 always does: it must prove that it
+        knows the cookie. False when this one does, as to another worker that it connects to.
+        A connection whose other side does not know the cookie is closed.
 
     References
     ----------
@@ -482,12 +407,16 @@ def process_messages(connection: Connection, incoming: bool = True) -> None:
     worker = node.settings.get("worker")
     if worker is None:
         worker = node.settings["worker"] = _Worker(node)
-    from shmdist.wire.door import _exchange
-    from shmdist.wire.handshake import Acceptor
 
     def admit() -> None:
-        if incoming:
-            _exchange(connection, Acceptor(node.cookie, node.pid), b"", door.DEADLINE)
+        try:
+            if incoming:
+                door.check(connection, node.cookie, node.pid)
+            else:
+                door.prove(connection, node.cookie, node.pid)
+        except Exception as error:
+            _log.info("a connection of the manager's was refused: %s", error)
+            return
         worker._admit(connection)
 
     node.dispatcher.threads.ensure_standby()

@@ -5,8 +5,11 @@ challenge is not used: it is MD5 before Python 3.12, it is answered on the accep
 thread, and it has no deadline.
 
 A stranger can hold up nobody.  The accepting thread only accepts; each handshake runs on
-a thread of its own, with a deadline, and no more than `MOST` at once.  Nothing that a
-stranger sends is unpickled, and no length of his is believed (see ``handshake``).
+a thread of its own, with a deadline, and no more than `MOST` at once.  When one more comes, the
+oldest gives way to it: who knows the cookie is done in milliseconds, and who stalls is soon
+the oldest.  Nothing that a stranger sends is unpickled, no length of his is believed (see
+``handshake``), and descriptors that he sends along are dropped by the kernel, for nobody asks
+for them before he is known.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from shmdist._log import Log
 from shmdist.errors import AuthenticationError, VersionMismatch
 from shmdist.wire.handshake import Acceptor, Connector
 
-MOST = 64  # handshakes of strangers at once; further ones are turned away
+MOST = 64  # handshakes at once; the oldest gives way to a further one
 DEADLINE = 10.0  # seconds for a handshake
 _ABSTRACT = bool(sys.platform == "linux")  # AF_UNIX names that are no files
 _log = Log("door")
@@ -78,6 +81,23 @@ def prove(connection: Connection, cookie: bytes, pid: int, timeout: float = DEAD
     machine = Connector(cookie, pid)
     try:
         _exchange(connection, machine, machine.start(), timeout)
+    except BaseException:
+        connection.close()
+        raise
+    return machine
+
+
+def check(connection: Connection, cookie: bytes, pid: int, timeout: float | None = None) -> Acceptor:
+    """Run the accepting side of the handshake; the connection is closed when it fails.
+
+    Raises
+    ------
+    AuthenticationError, VersionMismatch, OSError
+        The other side does not know the cookie, or does not say so within `timeout` seconds.
+    """
+    machine = Acceptor(cookie, pid)
+    try:
+        _exchange(connection, machine, b"", DEADLINE if timeout is None else timeout)
     except BaseException:
         connection.close()
         raise
@@ -147,8 +167,9 @@ class Door:
         self._listener = Listener(address, family, backlog=128)
         self._unix = family == "AF_UNIX"
         self._cookie, self._pid, self._start, self._admit = cookie, pid, start, admit
-        self._count = threading.Lock()  # guards the two counts below
-        self._busy = 0  # handshakes that run
+        self._count = threading.Lock()  # guards the three below
+        self._greeted: dict[Connection, None] = {}  # handshakes that run, the oldest first
+        self._busy = 0  # the same, and those that gave way and whose threads have not seen it yet
         self.refused = 0  # strangers turned away
         self._ended = threading.Event()
 
@@ -177,7 +198,10 @@ class Door:
         """Have a stranger greeted, or turn him away; raises nothing that would end the accepting."""
         with self._count:
             self._busy += 1
-            full = self._busy > MOST
+            full = self._busy > 2 * MOST  # they come faster than threads end
+            self._greeted[connection] = None
+            if full or len(self._greeted) > MOST:
+                self._give_way()
         try:
             if full or (self._unix and not _same_user(connection)):
                 self._refuse(connection, "too many handshakes" if full else "it is another user's")
@@ -186,12 +210,28 @@ class Door:
         except Exception as error:  # out of descriptors, or of threads
             self._refuse(connection, error)
 
+    def _give_way(self) -> None:
+        """End the oldest handshake; `_count` is held, so its connection is open."""
+        oldest = next(iter(self._greeted))
+        del self._greeted[oldest]
+        with contextlib.suppress(OSError):
+            sock = socket.socket(fileno=os.dup(oldest.fileno()))
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # its thread sees the end, and closes it
+            sock.close()
+
+    def _leave(self, connection: Connection) -> None:
+        """Note that a handshake is over; `_count` is held."""
+        self._busy -= 1
+        self._greeted.pop(connection, None)
+
     def _refuse(self, connection: Connection, reason: object) -> None:
         with self._count:
-            self._busy -= 1
+            self._leave(connection)
             self.refused += 1
+            count = self.refused
         connection.close()
-        _log.info("a connection was refused: %s", reason)
+        _log.info("a connection was refused, the %d. so far: %s", count, reason)
 
     def _greet(self, connection: Connection) -> None:
         """Run the accepting side of the handshake."""
@@ -201,7 +241,7 @@ class Door:
             self._refuse(connection, error)
             return
         with self._count:
-            self._busy -= 1
+            self._leave(connection)
         self._admit(connection)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from shmdist.wire.messages import BROKEN, HAS_REFS, IN_BLOCK, TOKEN, Frame
 
+_MOST = 1 << 24  # buffers of a frame: many more than anybody sends, and still a table that fits
 _NUMPY_FROM = 1 << 16  # bytes from which numpy's uncleared memory is worth asking for
 _SCRATCH = memoryview(bytearray(1 << 16))  # where bytes go that nobody will see
 
@@ -36,6 +37,8 @@ class Incoming:
 
     def __init__(self, header: tuple[int, ...]) -> None:
         kind, flags, _, lane, nbuf, call_id, body_len = header
+        if nbuf > _MOST:
+            raise OSError("a frame has more buffers than make sense")
         self.frame = Frame(kind, flags, lane, call_id, b"", [])
         self.broken = False
         self.sections: list[Any] = []  # body and buffers, as far as they are begun

@@ -50,6 +50,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from shmdist.wire import pulse
 from shmdist.wire.incoming import Incoming
 from shmdist.wire.messages import HEADER, Frame, Parts
 
@@ -116,9 +117,11 @@ class Link:
         self._sock.setblocking(False)
         unix = self._sock.family == getattr(socket, "AF_UNIX", None)
         # Descriptors and shared memory go by it; not so where it is carried on to another host.
-        self.is_local = unix and not getattr(connection, "bridged", False)
+        self.bridged = getattr(connection, "bridged", False)
+        self.is_local = unix and not self.bridged
         if not unix:
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            pulse.keep_alive(self._sock, pulse.timeout())
         #: What places buffers in shared memory, when this link may use it; set by who adds it.
         self.sharing: Sharing | None = None
         # -- reading: the baton's holder only
@@ -142,7 +145,17 @@ class Link:
         state = "closed" if self.closed else "open"
         return f"<Link to process {self.pid}, {state}, fd {self.fd}, {len(self._outbox)} parts posted>"
 
+    @property
+    def socket(self) -> socket.socket:
+        """The socket, for looking at."""
+        return self._sock
+
     # ------------------------------------------------------------------ writing
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether something is being written, or waits to be."""
+        return bool(self._outbox) or self._write.locked()
 
     def send(self, parts: list[Part], interrupted: Callable[[], bool] = lambda: False, fd: int = -1) -> None:
         """Write one or more whole frames, and wait until the system has taken them.

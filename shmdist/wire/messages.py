@@ -31,6 +31,7 @@ SEGMENT  (owner, number, size)    map this memory, whose descriptor is with    R
                                   the frame; of size 0: forget it              none
 LEASES   ((serial, pid, n)..)     counts of blocks of ``call_id`` change       none
 RELAY    pid                      join the sender and ``pid``, by process 1    RESULT
+BEAT     none                     the sender is alive (``runtime.heart``)      none
 ======== ======================== ============================================ =========
 
 A frame is a plain mutable record and not a frozen dataclass: one is made for every
@@ -69,6 +70,7 @@ class Kind(IntEnum):
     SEGMENT = 14
     LEASES = 15
     RELAY = 16
+    BEAT = 17
 
 
 # Flags of any frame.

@@ -4,6 +4,9 @@ import contextlib
 import os
 import pickle
 import socket
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,8 @@ import pytest
 import shmdist as sd
 from shmdist.runtime.node import current_node
 from shmdist.wire import door
-from tests.integration.helpers import until, within
+from shmdist.wire.handshake import Connector
+from tests.integration.helpers import ROOT, run_script, until, within
 
 
 @pytest.fixture(params=["unix", "tcp"])
@@ -98,6 +102,137 @@ def test_silent_strangers_hold_up_nobody(address):
             return True
 
     until(let_in, 5)
+
+
+def state_of_worker():
+    node = current_node()
+    with open("/proc/self/statm") as file:
+        resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    me = node.settings["worker"]
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+        "resident": resident,
+        "refused": sum(door.refused for door in me.doors),
+        "busy": sum(door._busy for door in me.doors),
+    }
+
+
+def test_five_hundred_that_stall(address, cluster):
+    pid, where = address
+    assert sd.remotecall_fetch(abs, pid, -1) == 1
+    before = sd.remotecall_fetch(state_of_worker, pid)
+    hello = Connector(b"a guess", 99).start()
+    with contextlib.ExitStack() as stack:
+        for number in range(500):
+            sock = stack.enter_context(dial(where))
+            with contextlib.suppress(OSError):
+                sock.sendall((b"", hello[:-1], hello, b"\xff" * 127)[number % 4])
+        with within(2):
+            assert [sd.remotecall_fetch(abs, pid, -n) for n in range(20)] == list(range(20))
+        with within(3):  # one that is new to it, while they all stand there
+            assert sd.remotecall_fetch(sd.remotecall_fetch, cluster[0], abs, pid, -4) == 4
+        during = sd.remotecall_fetch(state_of_worker, pid)
+        assert during["busy"] <= 130 and during["threads"] < 160
+        assert during["resident"] - before["resident"] < 32 << 20
+
+    def recovered():
+        now = sd.remotecall_fetch(state_of_worker, pid)
+        return (
+            now["busy"] == 0
+            and now["refused"] - before["refused"] == 500
+            and now["descriptors"] <= before["descriptors"] + 1  # the other worker's link
+            and now["threads"] <= before["threads"] + 8
+        )
+
+    until(recovered, 10, "descriptors and threads are back")
+    assert sd.remotecall_fetch(state_of_worker, pid)["resident"] - before["resident"] < 16 << 20
+
+
+def test_refusals_are_counted_in_the_log(fresh):
+    [pid] = fresh()
+    sd.remotecall_eval("__main__", pid, LOG)
+    where = current_node().peers[pid].addresses[0]
+    for _ in range(3):
+        with pytest.raises((sd.ShmdistError, OSError)):
+            door.prove(door.knock(where), b"wrong", 99)
+
+    def logged():
+        return len(sd.remotecall_eval("__main__", pid, "list(logged)")) == 3
+
+    until(logged, 5)
+    last = sd.remotecall_eval("__main__", pid, "logged[-1]")
+    assert last.startswith("a connection was refused, the 3. so far: ")
+
+
+LOG = """
+import logging
+logged = []
+class Keep(logging.Handler):
+    def emit(self, record):
+        logged.append(record.getMessage())
+logging.getLogger("shmdist.door").addHandler(Keep())
+logging.getLogger("shmdist.door").setLevel("INFO")
+"""
+
+
+def test_a_recorded_handshake_opens_nothing(address):
+    _, where = address
+    sent = []
+
+    class Recorder(Connector):
+        def start(self):
+            sent.append(super().start())
+            return sent[-1]
+
+        def feed(self, data):
+            sent.append(super().feed(data))
+            return sent[-1]
+
+    connection, machine = door.knock(where), Recorder(current_node().cookie, 99)
+    door._exchange(connection, machine, machine.start(), 5)
+    connection.close()
+    with dial(where) as sock:
+        sock.sendall(sent[0])
+        assert len(sock.recv(160, socket.MSG_WAITALL)) == 160
+        with contextlib.suppress(OSError):
+            sock.sendall(sent[1])
+            assert b"cookie refused" in sock.recv(128, socket.MSG_WAITALL)
+            assert sock.recv(1) == b""
+
+
+def test_half_open_ones_are_given_up(address):
+    pid, where = address
+    sd.remotecall_eval("shmdist.wire.door", pid, "DEADLINE = 0.3")
+    for sent in (b"", Connector(b"x", 99).start()[:64], Connector(b"x", 99).start()):
+        with dial(where) as sock:
+            sock.sendall(sent)
+            with within(3):  # we go on listening, and it has closed
+                while sock.recv(1000):
+                    pass
+
+
+def test_a_worker_started_by_hand_listens_on_loopback(tmp_path):
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "shmdist", "worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    try:
+        worker.stdin.write("a cookie\n")
+        worker.stdin.flush()
+        assert worker.stdout.readline().rstrip().endswith("#127.0.0.1")
+    finally:
+        worker.kill()
+        worker.communicate()
+
+
+def test_the_cookie_is_random():
+    script = "import shmdist as sd; print(sd.cluster_cookie())"
+    cookies = {run_script(script).clean().strip() for _ in range(2)}
+    assert len(cookies) == 2 and all(len(bytes.fromhex(cookie)) == 32 for cookie in cookies)
 
 
 def test_a_member_can_join_past_silent_strangers(cluster, fresh):

@@ -1,0 +1,152 @@
+"""Hosts that fall silent: found, and their processes given up, whatever anybody is doing.
+
+A cable that is pulled or a machine that is suspended ends no connection: nothing comes any
+more, and nothing says so.  Each process looks at its links to other hosts, ten times within
+`SHMDIST_HEARTBEAT_TIMEOUT`, and shuts those on which nothing has come for nearly so long.  The
+rest follows as from any link that ends: who waits for that process gets
+`ProcessExitedException`, with calls under way or none, and a write that is blocked there ends.
+
+What is a sign of life, by road:
+
+======================= ==================================== ===================================
+road                    process 1 hears                      the worker hears
+======================= ==================================== ===================================
+direct TCP              the kernel there (``wire.pulse``)    the kernel there
+through a login         the SSH server there, which it asks  BEAT, sent every third of the
+                        (``connection.heard``)               time: see below
+relayed by process 1    nothing of its own: process 1 hears whether the two workers live, and
+                        tells each when the other does not
+AF_UNIX                 nothing: both ends have one kernel, which ends the link with the process
+a manager's own         ``connection.heard()``, a value that BEAT
+                        changes with each sign, if it is
+                        there
+======================= ==================================== ===================================
+
+So in all the cases that matter:
+
+- *cut off, suspended, switched off*: no kernel and no server answers; silent.
+- *stopped, or holding its interpreter for minutes*: kernel and server answer; alive.
+- *not reading*, so that a write to it is blocked: its kernel goes on asking whether we are
+  alive, and these questions count as signs; alive.
+- *held up ourselves*: a look counts for no more than the time between two looks.
+
+Through a login the worker's own kernel talks with the SSH server beside it, which does not
+tell that its client is gone.  So process 1 sends BEAT there, and the worker counts bytes that
+came.  There, and only there, a process 1 that is stopped or holds its interpreter for longer than
+the timeout is taken for dead by its workers.
+
+A worker that cannot hear process 1 any more ends itself: nothing of a cluster outlives its
+road.  One thread does all this, in processes that have such links; it sleeps between looks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from shmdist._log import Log
+from shmdist.wire import pulse
+from shmdist.wire.messages import Kind
+
+if TYPE_CHECKING:
+    from shmdist.runtime.node import Node
+    from shmdist.wire.link import Link
+
+_LOOKS = 10  # within the timeout
+_LIMIT = 0.85  # of the timeout: with a look and the telling, it is not exceeded
+_BEATS = 3  # looks between two beats
+_log = Log("heart")
+
+
+class Heart:
+    """Looks after the links of a process to other hosts; see the module's docstring."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._links: dict[Link, pulse.Silence | None] = {}
+        self._lock = threading.Lock()  # guards `_links` and `_running`
+        self._running = False
+        self._closed = threading.Event()
+        #: Process ids of members whose hosts have fallen silent.
+        self.silent: set[int] = set()
+        #: Whether only bytes of process 1 tell that it lives: its road has an SSH server in it.
+        self.carried = False
+
+    def __repr__(self) -> str:
+        return f"<Heart: {len(self._links)} links, silent {sorted(self.silent)}>"
+
+    def watch(self, link: Link) -> None:
+        """Look after a link to another host from now on."""
+        if not pulse.timeout():
+            return
+        with self._lock:
+            self._links[link] = None
+            if self._running or self._closed.is_set():
+                return
+            self._running = True
+        self._node.dispatcher.start(self._run)
+
+    def close(self) -> None:
+        """Let the thread end."""
+        self._closed.set()
+
+    # ------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        timeout = pulse.timeout()
+        pause = timeout / _LOOKS
+        turn = 0
+        while not self._closed.wait(pause):
+            turn += 1
+            with self._lock:
+                for link in [link for link in self._links if link.closed]:
+                    del self._links[link]
+                links = list(self._links)
+                if not links:
+                    self._running = False
+                    return
+            now = time.monotonic()
+            for link in links:
+                if self._look(link, now, pause, timeout):
+                    self._give_up(link, timeout)
+                elif turn % _BEATS == 0:
+                    self._beat(link)
+
+    def _look(self, link: Link, now: float, pause: float, timeout: float) -> bool:
+        """Tell whether nothing has come on a link for too long."""
+        heard = self._heard(link)
+        if heard is None:
+            return False
+        silence = self._links.get(link)
+        if silence is None:
+            silence = self._links[link] = pulse.Silence(pause, timeout * _LIMIT)
+        return silence.look(now, heard)
+
+    def _heard(self, link: Link) -> Any:
+        """Return what changes with each sign of life; None where there is nothing to hear."""
+        ask = getattr(link.connection, "heard", None)
+        if ask is not None:
+            return ask()
+        carried = self.carried and link.pid == 1
+        counts = pulse.counts(link.socket)
+        return counts[carried] if counts is not None else None
+
+    def _beat(self, link: Link) -> None:
+        """Let the other side hear this process, where no kernel does that."""
+        # Bytes that are under way are as good, and what is stuck is not to be added to.
+        if self._node.pid == 1 and link.bridged and not link.is_writing:
+            self._node.post(link, int(Kind.BEAT), 0, 0)
+
+    def _give_up(self, link: Link, timeout: float) -> None:
+        _log.warning("nothing has come from the host of process %d for %g s", link.pid, timeout)
+        self.silent.add(link.pid)
+        forsake = getattr(link.connection, "forsake", None)
+        if forsake is not None:  # what carries the link must not hold up those who end it
+            with contextlib.suppress(Exception):
+                forsake()
+        link.shut()
+
+
+__all__ = ["Heart"]
