@@ -214,10 +214,7 @@ class Dispatcher:
     def _release(self, *, promote: bool) -> None:
         """Let go of the baton, and see to it that somebody reads.
 
-        Parameters
-        ----------
-        promote : bool
-            Wake a follower to read.  False when this thread will soon be back.
+        `promote` wakes a follower to do so; without it this thread will soon be back.
         """
         # Asked while the baton is still held: the inbox is its holder's.
         left = bool(self._inbox)

@@ -1,7 +1,16 @@
 """References dropped by finalizers: told soon, whoever asked first and whoever was faster."""
 
+import pytest
+
 from shmdist.runtime.node import Node
 from shmdist.runtime.reftable import RRID
+
+
+@pytest.fixture
+def node():
+    node = Node(1)
+    yield node
+    node.dispatcher.close()
 
 
 def asked(node):
@@ -11,8 +20,7 @@ def asked(node):
     return wakes
 
 
-def test_drops_that_come_together_wake_once():
-    node = Node(1)
+def test_drops_that_come_together_wake_once(node):
     wakes = asked(node)
     for number in range(5):
         node.release(1, RRID(1, number))
@@ -23,9 +31,8 @@ def test_drops_that_come_together_wake_once():
     assert len(wakes) == 2
 
 
-def test_who_comes_too_late_leaves_the_way_free():
+def test_who_comes_too_late_leaves_the_way_free(node):
     """Another thread has told them meanwhile: the next drop must wake somebody all the same."""
-    node = Node(1)
     wakes = asked(node)
     node.release(1, RRID(1, 1))
     node.released.clear()
@@ -34,8 +41,7 @@ def test_who_comes_too_late_leaves_the_way_free():
     assert len(wakes) == 2
 
 
-def test_an_errand_is_run():
-    node = Node(1)
+def test_an_errand_is_run(node):
     wakes, done = asked(node), []
     node.errand(lambda: done.append(True))
     assert len(wakes) == 1
