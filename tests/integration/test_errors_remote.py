@@ -52,7 +52,11 @@ def test_source_that_only_the_caller_has(pid):
     namespace = {"__name__": "__main__"}
     exec(compile(source, "/no/cell.py", "exec"), namespace)
     try:
-        for call in (sd.remotecall_fetch, lambda *a: sd.remotecall(*a).fetch(), lambda *a: sd.pmap(lambda _: a[0](), [1])):
+        for call in (
+            sd.remotecall_fetch,
+            lambda *a: sd.remotecall(*a).fetch(),
+            lambda *a: sd.pmap(lambda _: a[0](), [1]),
+        ):
             with pytest.raises(KeyError) as caught:
                 call(namespace["outer"], pid)
             text = str(caught.value)

@@ -7,6 +7,7 @@ import pytest
 
 import shmdist as sd
 from shmdist.runtime.node import current_node
+from shmdist.runtime.sharing import LINE
 from tests.integration.helpers import until
 from tests.integration.test_shared_memory import warm
 
@@ -45,7 +46,7 @@ def _forget(cluster):
 @pytest.fixture(params=SIZES)
 def array(request, cluster):
     array = np.arange(float(request.param))
-    if array.nbytes > 1 << 15:
+    if array.nbytes >= LINE:
         for pid in cluster:
             warm(pid, array.nbytes)
     return array
@@ -351,7 +352,7 @@ def test_recycled_blocks_do_not_show_through(cluster):
     def traffic(number, pid):
         kept_here = []
         for turn in range(25):
-            value = np.full(4096 + 512 * ((number + turn) % 7), number * 100.0 + turn)
+            value = np.full(LINE // 8 + 512 * ((number + turn) % 7), number * 100.0 + turn)
             one, two = sd.remotecall_fetch(mirror, pid, value)
             kept_here = [*kept_here[-3:], (one, number * 100.0 + turn), (two, number * 100.0 + turn + 1)]
             wrong.extend((number, turn) for each, content in kept_here if not np.all(each == content))
