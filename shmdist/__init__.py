@@ -11,6 +11,7 @@ Top-level modules are what a user sees; folders are mechanism::
       owners                         the owner's side of references
     calls  cluster  evaluation     remotecall...; addprocs...; everywhere
       membership  places             process 1's side of the cluster; where a call is to run
+      relays                         joining two workers that have no direct way
     tasks  pools  maps  loops      async_, sync; WorkerPool...; pmap; @distributed
       poolstate  shipping            a pool where it lives; a function sent once to each worker
       repeats                        arrays that go out many times in one map
@@ -20,7 +21,6 @@ A call goes ``calls`` -> ``runtime.node`` -> ``wire.codec`` -> ``wire.link``, an
 side ``wire.link`` -> ``runtime.dispatch`` -> ``runtime.task`` -> the function.
 """
 
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +33,15 @@ else:
 
     def __getattr__(name: str) -> Any:
         """Load the public names on first use: start-up time of workers is a feature."""
-        # A module's name: the import system asks for it here before it looks for the file.
-        home = os.path.join(os.path.dirname(__file__), name)
-        module = os.path.exists(f"{home}.py") or os.path.isdir(home)
-        import importlib
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(name)
+        import importlib.util
 
         if name == "shared":  # the one module that is a public name
             return importlib.import_module("shmdist.shared")
-        if module or (name.startswith("__") and name != "__all__"):
+        # A module's name: the import system asks for it here before it looks for the module.
+        # It need not be a file: on another host the source may have come by the connection.
+        if importlib.util.find_spec(f"shmdist.{name}") is not None:
             raise AttributeError(name)
         public = importlib.import_module("shmdist.public")  # a from-import would ask us again
         for each in public.__all__:

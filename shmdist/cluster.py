@@ -9,6 +9,7 @@ from typing import Any
 from shmdist.errors import ShmdistError
 from shmdist.managers.base import ClusterManager
 from shmdist.managers.local import LocalManager
+from shmdist.managers.ssh import SSHManager
 from shmdist.membership import Cluster
 from shmdist.runtime.node import current_node
 from shmdist.runtime.strand import current
@@ -62,9 +63,11 @@ def addprocs(what: Any = None, /, **params: Any) -> WorkerList:
 
     Parameters
     ----------
-    what : int, ClusterManager, or None
+    what : int, list, ClusterManager, or None
         How many workers on this host; ``None``: one per CPU that this process may use. Or
-        a manager that launches them.
+        machines to be reached by SSH, each ``"[user@]host[:port] [bind_addr[:port]]"`` or
+        such a text and a count: ``["node1", ("me@node2", 4), ("node3", "auto")]``; see
+        `SSHManager` for the parameters it takes. Or a manager that launches them.
     topology : {"all_to_all", "master_worker", "custom"}
         Which workers may be connected with one another.
     lazy : bool
@@ -114,8 +117,12 @@ def addprocs(what: Any = None, /, **params: Any) -> WorkerList:
         manager: ClusterManager = LocalManager(what)
     elif isinstance(what, ClusterManager):
         manager = what
+    elif isinstance(what, (list, tuple, str)):
+        manager = SSHManager(what)
     else:
-        raise TypeError(f"addprocs() takes a number of workers or a ClusterManager, not {what!r:.80}")
+        raise TypeError(
+            f"addprocs() takes a number of workers, a list of machines or a ClusterManager, not {what!r:.80}"
+        )
     known = manager.default_params()
     for name in params:
         if name not in known:

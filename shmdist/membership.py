@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from shmdist import relays
 from shmdist._log import Log
 from shmdist.errors import REMOVAL, LaunchWorkerError, ProcessExitedException, ShmdistError, describe_exit
 from shmdist.managers.base import ClusterManager, WorkerConfig
@@ -56,6 +57,9 @@ class Cluster:
         self.next_pid = 2
         node.inquest = self.inquest
         node.lost_hooks.append(self.on_lost)
+        node.controls[Kind.RELAY] = lambda frame: node.dispatcher.start(
+            lambda: relays.serve(node, self.members, frame)
+        )
         me = PeerInfo(1, host_identity(), _hostname(), os.getpid(), (), None)
         node.peers[1] = me
         atexit.register(self.at_exit)
@@ -72,27 +76,36 @@ class Cluster:
         first = self.next_pid  # whatever happens, no half-made member stays
         joined: list[tuple[int, Any]] = []
         pids: list[int] = []
-        failure: LaunchWorkerError | None = None
+        failures: list[LaunchWorkerError] = []
         try:
             launching = manager.launch({**params, "cookie": self.node.cookie.decode()})
             try:
                 for config in launching:
-                    pid, reply = self._connect(manager, config, params)
-                    joined.append((pid, reply))
+                    try:
+                        joined.append(self._connect(manager, config, params))
+                    except LaunchWorkerError as error:
+                        failures.append(error)  # the others are none the worse for it
             except LaunchWorkerError as error:
-                failure = error
+                failures.append(error)
             finally:
                 if hasattr(launching, "close"):
                     launching.close()  # ends what has been started and is not up
             for pid, reply in joined:
-                self._take_in(pid, reply)
-                pids.append(pid)
+                try:
+                    self._take_in(pid, reply)
+                    pids.append(pid)
+                except LaunchWorkerError as error:
+                    failures.append(error)
+                    self._end([pid], 0.0)
         except BaseException:
             with contextlib.suppress(Exception):
                 self._end([pid for pid in list(self.members) if pid >= first], 0.0)
             raise
         self._introduce(pids, topology, params["lazy"])
-        if failure is not None:
+        if failures:
+            failure = failures[0]
+            if len(failures) > 1:
+                failure = LaunchWorkerError(f"{len(failures)} launches failed", causes=failures)
             failure.pids = tuple(pids)
             raise failure
         return pids
@@ -113,16 +126,17 @@ class Cluster:
     ) -> tuple[int, Any]:
         node = self.node
         pid, self.next_pid = self.next_pid, self.next_pid + 1
+        phase = "connect"
         try:
             connection = manager.connect(pid, config)
+            phase = "handshake"
             door.prove(connection, node.cookie, 1)
         except Exception as error:
-            with contextlib.suppress(Exception):
-                manager.kill(pid, config)
+            self._dismiss(manager, pid, config)
             raise LaunchWorkerError(
                 f"worker {pid} was launched, but could not be reached: {error}",
                 host=config.host,
-                phase="connect",
+                phase=phase,
             ) from error
         member = self.members[pid] = Member(manager, config)
         if hasattr(config.userdata, "close"):
@@ -144,6 +158,22 @@ class Cluster:
         join = Join(pid, params["lazy"], params["topology"], tuple(node.peers.values()), settings)
         return pid, node.request(pid, int(Kind.JOIN), 0, codec.dumps(join))
 
+    @staticmethod
+    def _dismiss(manager: ClusterManager, pid: int, config: WorkerConfig) -> None:
+        """End a worker that was launched and is not to be a member."""
+        with contextlib.suppress(Exception):
+            manager.kill(pid, config)
+        with contextlib.suppress(Exception):
+            manager.manage(pid, config, "finalize")
+        for fd in config.io or ():
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        if config.page is not None:
+            config.page.close()
+        if hasattr(config.userdata, "close"):
+            with contextlib.suppress(OSError):
+                config.userdata.close()
+
     def _take_in(self, pid: int, reply: Any) -> None:
         """Wait for a worker's answer to the invitation."""
         node = self.node
@@ -157,7 +187,7 @@ class Cluster:
             strand.leave()
         if not joined:
             raise LaunchWorkerError(
-                f"worker {pid} did not join within {timeout:g} s", host=member.config.host
+                f"worker {pid} did not join within {timeout:g} s", host=member.config.host, phase="join"
             )
         try:
             info, _versions = node.open(reply, "joining the cluster")
@@ -233,6 +263,8 @@ class Cluster:
                 process.wait(timeout=_INQUEST)
             exitcode, signal_name = describe_exit(process.poll())
             oom = signal_name == "SIGKILL" and out_of_memory_kills() > member.oom_before
+        elif hasattr(member.config.userdata, "wait"):  # its login tells, and has its last words
+            exitcode, signal_name = describe_exit(member.config.userdata.wait(1.0))
         node.outputs.drain(pid)
         if member.config.page is not None:
             node.last_words[pid] = member.config.page.copy()

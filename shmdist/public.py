@@ -52,6 +52,7 @@ from shmdist.futures import Cancelled, Future
 from shmdist.loops import DistributedLoop, distributed, splitrange
 from shmdist.managers.base import ClusterManager, WorkerConfig
 from shmdist.managers.local import LocalManager
+from shmdist.managers.ssh import SSHManager
 from shmdist.maps import ExponentialBackOff, pgenerate, pmap
 from shmdist.pools import (
     AbstractWorkerPool,
@@ -99,6 +100,7 @@ __all__ = [
     "ProcessExitedException",
     "RemoteChannel",
     "RemoteException",
+    "SSHManager",
     "SerializationError",
     "ShmdistError",
     "Task",

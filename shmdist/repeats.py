@@ -20,14 +20,17 @@ class Repeated:
     ----------
     bases : list of ndarray
         Contiguous arrays, which nobody writes to as long as the map runs.
+    often : list of bool
+        Of each, whether at least twice its bytes are going to be sent.
     """
 
-    def __init__(self, bases: list[Any]) -> None:
+    def __init__(self, bases: list[Any], often: list[bool]) -> None:
         self._sharing = current_node().sharing
         self._spans = sorted(
             (base.__array_interface__["data"][0], base.nbytes, index) for index, base in enumerate(bases)
         )
         self._bases = bases
+        self._often = often
         self._copies: dict[int, Hold | None] = {}
         self._lock = threading.Lock()  # guards `_copies`: a base is copied once
 
@@ -41,7 +44,7 @@ class Repeated:
                 with self._lock:
                     if index not in self._copies:
                         raw = memoryview(self._bases[index].reshape(-1, order="A").view("B"))
-                        self._copies[index] = self._sharing.copy_for_many(raw)
+                        self._copies[index] = self._sharing.copy_for_many(raw, grow=self._often[index])
                 hold = self._copies[index]
                 if hold is None:
                     return None
@@ -66,14 +69,15 @@ def find_repeated(iterables: tuple[Any, ...]) -> Repeated | None:
         if type(iterable) not in (list, tuple) or not iterable or type(iterable[0]) is not numpy.ndarray:
             continue
         for element in iterable:
-            if type(element) is numpy.ndarray and element.nbytes >= LINE:
+            if type(element) is numpy.ndarray and element.nbytes >= LINE and element.flags.forc:
                 base = _base(element, numpy.ndarray)
                 bases[id(base)] = base
                 sent[id(base)] = sent.get(id(base), 0) + element.nbytes
     repeated = [
         base for key, base in bases.items() if sent[key] > base.nbytes and base.flags.forc and _is_plain(base)
     ]
-    return Repeated(repeated) if repeated else None
+    often = [sent[id(base)] >= 2 * base.nbytes for base in repeated]
+    return Repeated(repeated, often) if repeated else None
 
 
 def _base(array: Any, ndarray: type) -> Any:

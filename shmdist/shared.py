@@ -7,6 +7,8 @@ process on another host it goes as a value, like any other array.
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import TYPE_CHECKING, Any
 
 from shmdist.runtime.node import current_node
@@ -26,12 +28,10 @@ def _make(shape: Any, dtype: DTypeLike, order: str) -> tuple[NDArray[Any], bool]
         raise TypeError(f"an array of dtype {kind} holds Python objects, which cannot be shared")
     if order not in ("C", "F"):
         raise ValueError(f"order must be 'C' or 'F', not {order!r}")
-    sizes = (shape,) if hasattr(shape, "__index__") else tuple(shape)
-    if any(size.__index__() < 0 for size in sizes):
+    sizes = tuple(map(operator.index, (shape,) if hasattr(shape, "__index__") else shape))
+    if any(size < 0 for size in sizes):
         raise ValueError(f"negative dimensions are not allowed: {shape!r}")
-    nbytes = kind.itemsize
-    for size in sizes:
-        nbytes *= size.__index__()
+    nbytes = max(1, kind.itemsize * math.prod(sizes))  # an empty one has a place as well
     strand = current()
     strand.enter()  # an interrupt must not come between a block and the hold of it
     try:

@@ -27,6 +27,7 @@ FLOORS = (
     ("refs",),
     ("places", "shipping"),
     ("calls",),
+    ("relays",),
     ("membership",),
     ("cluster", "shared"),
     ("tasks", "evaluation"),
@@ -39,7 +40,7 @@ FLOORS = (
     ("maps", "loops"),
     ("adapters",),
     ("public",),
-    ("__main__",),
+    ("__main__", "_remote"),  # the programs that workers are
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 

@@ -278,7 +278,7 @@ def _command(params: dict[str, Any]) -> list[str]:
         )
     command = [executable] if isinstance(executable, str) else list(executable)
     if params["exename"] is None:
-        command += _own_flags()
+        command += own_flags()
     # -P: the current directory must not come before the standard library.
     return [*command, "-P", *flags, "-m", "shmdist", "worker"]
 
@@ -287,7 +287,7 @@ def _command_text(params: dict[str, Any]) -> str:
     return " ".join(_command(params))
 
 
-def _own_flags() -> list[str]:
+def own_flags() -> list[str]:
     """Return the flags that make a worker's interpreter behave as this one does."""
     flags = []
     if sys.flags.optimize:
@@ -322,4 +322,4 @@ def out_of_memory_kills() -> int:
         return 0
 
 
-__all__ = ["LocalManager", "out_of_memory_kills"]
+__all__ = ["LocalManager", "out_of_memory_kills", "own_flags"]

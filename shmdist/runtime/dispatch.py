@@ -33,8 +33,8 @@ will look by itself. Threads that wait for answers cut the nap short.
 
 Death
 -----
-The end of a link, and the death of a watched process, are found by whoever reads; what
-follows happens on another thread (``node.link_ended``): it may wait for an exit code.
+Whoever reads finds the end of a link or of a watched process; what follows is another
+thread's (``node.link_ended``): it may wait for an exit code.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 
 SPIN = 50e-6  # seconds a reader polls before it sleeps
 GRACE = 1e-3  # seconds a call may run before the reading is taken over from it
+_NAPS = 20  # so many times that, when the thread that had the reading runs no call
 _CALL, _OP, _RESULT, _CANCEL = int(Kind.CALL), int(Kind.OP), int(Kind.RESULT), int(Kind.CANCEL)
 _log = Log("dispatch")
 _now = time.perf_counter
@@ -80,12 +81,12 @@ class Dispatcher:
         self._turns = 0  # how often the baton was let go, more or less: it is counted without a lock
         self._last = 0.0  # when it was, last
         self._napping = False  # a standby thread is awake and will try the baton
+        self._main: Strand | None = None  # a worker's main thread
         self._main_cell: Cell | None = None  # a worker's main thread, waiting for the baton or a job
         self._main_jobs: deque[Callable[[], None]] = deque()
         self._lanes = Lanes()
         self.threads = Threads(self._stand_by)
-        #: Run a job on another thread of the runtime, now or some seconds later.
-        self.start, self.later = self.threads.start, self.threads.later
+        self.start, self.later = self.threads.start, self.threads.later  # run a job on another thread
         self._kicker = Kicker(self.poller.kick)
         self._wait = self.poller.poll
         self._arm, self._disarm = self.poller.arm, self.poller.disarm
@@ -353,7 +354,7 @@ class Dispatcher:
 
     def serve(self) -> None:
         """Serve as a worker's main thread until the node is closed."""
-        strand = current()
+        strand = self._main = current()
         strand.depth = 1
         cell = Cell()
         while not self.closing:
@@ -364,7 +365,7 @@ class Dispatcher:
             lock.acquire()
             cell.add(lock)
             self._main_cell = cell
-            if self._must_sleep():
+            if not (self._main_jobs or not self._baton.locked() or bool(self.closing)):
                 lock.acquire()
             self._main_cell = None
             cell.remove(lock)
@@ -375,10 +376,6 @@ class Dispatcher:
                     self.poller.nudge()
             while self._main_jobs:
                 self._main_jobs.popleft()()
-
-    def _must_sleep(self) -> bool:
-        """Tell whether the main thread has nothing to do until it is woken."""
-        return not self.closing and not self._main_jobs and self._baton.locked()
 
     def _serve(self, strand: Strand, cell: Cell, *, forever: bool) -> None:
         """Read and run calls with the baton held; returns without it."""
@@ -458,9 +455,14 @@ class Dispatcher:
     def _nap(self) -> None:
         """Leave the reading to the thread that had the baton a moment ago."""
         self._napping = True
-        turns = -1
-        while turns != self._turns and not self.closing and not self._followers:
-            turns = self._turns
+        turns, naps = -1, 0
+        while not self.closing and not self._followers:
+            # A worker's main thread that runs no user code is about to be back, though the system may
+            # let it wait: calls had better run there, where interrupts reach all of them.
+            main = self._main
+            if turns == self._turns and (main is None or not main.depth or naps > _NAPS):
+                break
+            turns, naps = self._turns, naps + 1
             # Where many calls block, each new one is probably going to block as well.
             time.sleep(GRACE if len(self.threads) < 8 else GRACE / 10)
         self._napping = False

@@ -232,8 +232,17 @@ class Keeper:
         if over or idle:
             self._cool()
 
-    def _provide(self, nbytes: int, pid: int) -> None:
-        """Make sure that there is a warm block of `nbytes`."""
+    def provide_now(self, nbytes: int) -> None:
+        """Try to see to it that there is a warm block, on this thread: many are going to need it."""
+        if nbytes <= self.limit and time.monotonic() >= self._retry_at:
+            try:
+                self._provide(nbytes, None)
+            except MemoryError as error:
+                self._retry_at = time.monotonic() + _BACK_OFF
+                self.trouble("memory", str(error))
+
+    def _provide(self, nbytes: int, pid: int | None) -> None:
+        """Make sure that there is a warm block of `nbytes`, and offer what is made for it to a process."""
         sharing = self._sharing
         with sharing.lock:
             sharing.settle()
@@ -256,7 +265,8 @@ class Keeper:
         _touch(segment, 0, segment.size)
         with sharing.lock:
             sharing.add_segment(segment)
-        sharing.offers.offer(pid, segment)
+        if pid is not None:
+            sharing.offers.offer(pid, segment)
 
     def warm(self, nbytes: int, *, touch: bool = True) -> bool:
         """Warm a block that was given back to the system; False when there is none so large.

@@ -106,7 +106,7 @@ class Ownership:
 
     def flush_released(self) -> None:
         """Tell the owners which references were dropped here."""
-        self._flush_asked = False
+        self._flush_asked = False  # first: what is dropped from here on is asked for anew
         by_owner: dict[int, dict[RRID, int]] = {}
         while self.released:
             owner, rrid = self.released.popleft()
@@ -119,9 +119,10 @@ class Ownership:
         """Do what was asked for by finalizers; on a standby thread."""
         if self.released or self.errands:
             threading.Event().wait(_FLUSH_DELAY)  # more of them come together
-            self.flush_released()
-            while self.errands:
-                self.errands.popleft()()
+        # Also when another thread was faster: who asked us must be able to ask again.
+        self.flush_released()
+        while self.errands:
+            self.errands.popleft()()
 
     def create(self, rrid: RRID, kind: Any, client: int | None) -> Entry:
         """Enter a reference that lives here from now on."""

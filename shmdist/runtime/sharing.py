@@ -283,9 +283,15 @@ class Sharing:
             self.keeper.used()
         return block
 
-    def copy_for_many(self, source: Any) -> Hold | None:
-        """Copy a buffer into a block that several processes will see; None when there is no warm one."""
+    def copy_for_many(self, source: Any, grow: bool = False) -> Hold | None:
+        """Copy a buffer into a block that several processes will see; None when there is no warm one.
+
+        `grow` makes one: dearer than the stream to one receiver, and cheaper than that to several.
+        """
         block = self._take(len(source))
+        if block is None and grow:
+            self.keeper.provide_now(len(source))
+            block = self._take(len(source))
         if block is None:
             return None
         segment = self.holds.segments[self.pid, block.segment]

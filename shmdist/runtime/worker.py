@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from shmdist._version import __version__
 from shmdist.memory.segment import Page
 from shmdist.runtime import node as node_module
+from shmdist.runtime import roads
 from shmdist.runtime.node import Node
 from shmdist.runtime.strand import current
 from shmdist.wire import codec, door
@@ -264,6 +265,8 @@ class _Worker:
     def _on_hello(self, frame: Frame) -> None:
         hello: Hello = pickle.loads(frame.body)
         frame.link.pid = hello.pid
+        if hello.host != host_identity():  # relayed: no memory is shared with it, whatever the socket
+            frame.link.is_local, frame.link.sharing = False, None
         node = self.node
         with node.lock:
             node.all_links.setdefault(hello.pid, set()).add(frame.link)
@@ -354,11 +357,9 @@ class _Worker:
             peer = node.peers[pid]
             here = node.peers[node.pid].host
             errors = []
-            for family, place in peer.addresses:
-                if family == "unix" and peer.host != here:
-                    continue
+            for family, place in roads.reachable(peer, here):
                 try:
-                    connection = door.knock((family, place))
+                    connection = door.knock((family, place), roads.DIRECT)
                     door.prove(connection, node.cookie, node.pid)
                 except Exception as error:
                     errors.append(f"{family} {place}: {error}")
@@ -366,6 +367,10 @@ class _Worker:
                 link = Link(connection, pid)
                 link.send(codec.frame(int(Kind.HELLO), 0, 0, 0, codec.dumps(Hello(node.pid, here))))
                 return node.add_link(link)
+            relayed = roads.by_master(node, pid)
+            if not isinstance(relayed, str):
+                return relayed
+            errors.append(relayed)
         node.hearsay(pid)  # it may be gone, and the news of it on its way
         if pid in node.graves or pid in node.news:
             raise copy.copy(node.graves.get(pid) or node.news[pid])

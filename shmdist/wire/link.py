@@ -114,8 +114,10 @@ class Link:
         self.fd = connection.fileno()
         self._sock = socket.socket(fileno=self.fd)
         self._sock.setblocking(False)
-        self.is_local = self._sock.family == getattr(socket, "AF_UNIX", None)
-        if not self.is_local:
+        unix = self._sock.family == getattr(socket, "AF_UNIX", None)
+        # Descriptors and shared memory go by it; not so where it is carried on to another host.
+        self.is_local = unix and not getattr(connection, "bridged", False)
+        if not unix:
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         #: What places buffers in shared memory, when this link may use it; set by who adds it.
         self.sharing: Sharing | None = None

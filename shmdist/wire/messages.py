@@ -30,6 +30,7 @@ EXIT     none                     leave the cluster and end                    n
 SEGMENT  (owner, number, size)    map this memory, whose descriptor is with    RESULT
                                   the frame; of size 0: forget it              none
 LEASES   ((serial, pid, n)..)     counts of blocks of ``call_id`` change       none
+RELAY    pid                      join the sender and ``pid``, by process 1    RESULT
 ======== ======================== ============================================ =========
 
 A frame is a plain mutable record and not a frozen dataclass: one is made for every
@@ -67,6 +68,7 @@ class Kind(IntEnum):
     EXIT = 13
     SEGMENT = 14
     LEASES = 15
+    RELAY = 16
 
 
 # Flags of any frame.

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import shmdist as sd
 from shmdist.runtime.node import current_node
 from tests.integration import helpers
+from tests.integration import sshd as sshd_module
 
 WORKERS = 3
 _reports = pytest.StashKey()
@@ -90,7 +92,9 @@ def nothing_left(request):
     if "_cluster" in request.fixturenames:
         request.getfixturevalue("_cluster")
     shm = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
-    before = _states() if current_node().links else {}
+    before = _states()
+    if not current_node().links:
+        before[1]["descriptors"] = sys.maxsize  # what the first worker brings stays
     children = helpers.children()
     yield
     report = request.node.stash.get(_reports, {}).get("call")
@@ -114,3 +118,31 @@ def nothing_left(request):
 
 def _of_members():
     return {peer.ospid for peer in list(current_node().peers.values())}
+
+
+@pytest.fixture(scope="session")
+def user_key(tmp_path_factory):
+    return sshd_module.make_key(tmp_path_factory.mktemp("keys") / "id_ed25519")
+
+
+@pytest.fixture(scope="session")
+def sshd(tmp_path_factory, user_key):
+    """The server of the tests that need nothing special of it."""
+    sd.default_worker_pool()  # made on first use, and it has a channel
+    server = sshd_module.Sshd(tmp_path_factory.mktemp("sshd"), user_key)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def start(tmp_path, user_key):
+    """Starts further servers for one test."""
+    started = []
+
+    def start(name="other", settings="", **options):
+        started.append(sshd_module.Sshd(tmp_path / name, user_key, settings, **options))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()

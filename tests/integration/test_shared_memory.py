@@ -115,7 +115,7 @@ ROADS = [
 def test_arrays(cluster, size):
     few = ("structured", "objects", "structure with objects", "text")  # they take long to make
     for kind, make in KINDS.items():
-        value = make(np.arange(float(min(size, 8 * KIB) if kind in few else size)))
+        value = make(np.arange(float(min(size, 40 * KIB) if kind in few else size)))
         before = value.copy()
         for _ in range(2):  # the second time there is a block for it
             back = argument_and_result(cluster[0], value)
