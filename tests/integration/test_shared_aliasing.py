@@ -352,7 +352,7 @@ def test_recycled_blocks_do_not_show_through(cluster):
     def traffic(number, pid):
         kept_here = []
         for turn in range(25):
-            value = np.full(4096 + 512 * ((number + turn) % 7), number * 100.0 + turn)
+            value = np.full(LINE // 8 + 512 * ((number + turn) % 7), number * 100.0 + turn)
             one, two = sd.remotecall_fetch(mirror, pid, value)
             kept_here = [*kept_here[-3:], (one, number * 100.0 + turn), (two, number * 100.0 + turn + 1)]
             wrong.extend((number, turn) for each, content in kept_here if not np.all(each == content))

@@ -10,7 +10,7 @@ import pytest
 
 import shmdist as sd
 from shmdist.runtime.node import current_node
-from tests.integration.helpers import anonymous_bytes, run_script, settled_state, shared_bytes, until
+from tests.integration.helpers import anonymous_bytes, settled_state, shared_bytes, until
 from tests.integration.test_shared_aliasing import forget, keep
 from tests.integration.test_shared_memory import warm
 
@@ -82,19 +82,34 @@ def test_a_shared_array_outlives_its_owner_and_is_passed_on(cluster, fresh):
     until(lambda: all(not sd.remotecall_fetch(settled_state, pid)["blocks held"] for pid in (a, b)))
 
 
-def test_memory_of_a_shared_array_comes_back_with_its_last_view(cluster):
+def test_memory_goes_back_when_nobody_uses_it(cluster):
+    """Of shared arrays, of blocks, and what receivers of a broadcast wrote into their own mappings."""
     a, b = cluster[:2]
-    before = shared_bytes(ospids())
+    array = np.ones(4 * MIB)
+    before = {pid: anonymous_bytes(current_node().peers[pid].ospid) for pid in (a, b)}
+    segments = sd.remotecall_fetch(count_segments, b)
+    warm(a, array.nbytes)
+    sd.pmap(lambda n: array.__setitem__(slice(None), n), sd.CachingPool([a, b]), range(4), batch_size=1)
     shared = sd.shared.ones(64 * MIB, "B")
+    assert shared_bytes(ospids()) > 90 * MIB
     sd.remotecall_wait(keep, a, "view", shared[5:6])
-    sd.remotecall_wait(len, b, shared)
-    assert shared_bytes(ospids()) - before > 60 * MIB
+    # Its owner does not know to whom it was passed on.
+    sd.remotecall_fetch(lambda array: sd.remotecall_fetch(len, b, array), a, shared)
     del shared
-    assert list(lent().values()) == [{a: 1}]
+    until(lambda: {a: 1} in lent().values())  # and not b any more
     sd.remotecall_wait(forget, a)
     until(lambda: not lent())
-    # What nobody uses goes back to the system.
-    until(lambda: shared_bytes(ospids()) - before < 8 * MIB, 12)
+
+    def all_is_back():
+        private = [anonymous_bytes(current_node().peers[pid].ospid) - before[pid] for pid in (a, b)]
+        mapped = sd.remotecall_fetch(count_segments, b)
+        return shared_bytes(ospids()) < 8 * MIB and max(private) < 16 * MIB and mapped <= segments
+
+    until(all_is_back, 12)
+
+
+def count_segments():
+    return len(current_node().sharing.holds.segments)
 
 
 def test_a_thousand_rounds_leave_memory_as_it_was(cluster):
@@ -114,26 +129,6 @@ def test_a_thousand_rounds_leave_memory_as_it_was(cluster):
     assert not lent() and not lent(pid)
 
 
-def test_memory_goes_back_when_nothing_goes_on(cluster):
-    """Blocks, and what receivers of a broadcast wrote into their own mappings of one."""
-    pids = cluster[:2]
-    array = np.ones(4 * MIB)
-    anonymous = [anonymous_bytes(current_node().peers[pid].ospid) for pid in pids]
-    for _ in range(3):
-        with_pool = sd.CachingPool(pids)
-        warm(pids[0], array.nbytes)
-        sd.pmap(lambda n: array.__setitem__(slice(None), n), with_pool, range(4), batch_size=1)
-        with_pool.clear()
-        del with_pool
-    until(lambda: shared_bytes(ospids()) < 8 * MIB, 12)
-
-    def back():
-        now = [anonymous_bytes(current_node().peers[pid].ospid) for pid in pids]
-        return all(later - first < 16 * MIB for first, later in zip(anonymous, now, strict=True))
-
-    until(back, 12, "what was written to the broadcast is given back")
-
-
 def test_many_small_shared_arrays_cost_few_descriptors(cluster):
     pid = cluster[0]
     before = len(os.listdir("/proc/self/fd"))
@@ -143,217 +138,6 @@ def test_many_small_shared_arrays_cost_few_descriptors(cluster):
     assert len(os.listdir("/proc/self/fd")) - before < 40
     assert sd.remotecall_fetch(lambda: len(os.listdir("/proc/self/fd")), pid) - there < 40
     assert len(lent()) == 2000
-
-
-def test_dropped_shared_arrays_are_unmapped_by_who_got_them_from_others(cluster):
-    """Their owner does not know to whom they were passed on."""
-    a, b = cluster[:2]
-
-    def segments():
-        from shmdist.runtime.node import current_node
-
-        return len(current_node().sharing.holds.segments)
-
-    before = sd.remotecall_fetch(segments, b)
-    for _ in range(3):
-        shared = sd.shared.zeros(16 * MIB, "B")
-        sd.remotecall_fetch(lambda array: sd.remotecall_fetch(len, b, array), a, shared)
-    del shared
-    until(lambda: sd.remotecall_fetch(segments, b) <= before, 12)
-
-
-# ---------------------------------------------------------------------- the end of the program
-
-HEAD = """
-import builtins, gc, os, signal, sys, threading
-import numpy as np, shmdist as sd
-from shmdist.runtime.node import current_node
-from tests.integration.helpers import until
-def warm(pid, nbytes=1 << 20):
-    def there():
-        before = sd.remotecall_fetch(lambda: current_node().sharing.arena._serial, pid)
-        sd.remotecall_fetch(lambda n: np.ones(n, "B"), pid, nbytes)
-        return sd.remotecall_fetch(lambda: current_node().sharing.arena._serial, pid) > before
-    until(there, 10)
-    until(lambda: (sd.remotecall_fetch(len, pid, np.ones(nbytes, "B")), current_node().sharing.arena._serial)[1], 10)
-a, b = sd.addprocs(2)
-warm(a)
-value = sd.remotecall_fetch(lambda: np.ones(1 << 20, "B"), a)
-shared = sd.shared.ones(1 << 20)
-theirs = sd.remotecall_fetch(sd.shared.ones, b, 1 << 20)
-builtins.kept_value, builtins.kept_view = value, value[5:]
-sys.kept = memoryview(value), shared[::2], theirs[1:]
-class Cycle:
-    def __init__(self): self.me, self.array = self, (value, shared, theirs)
-cycle = Cycle()
-sd.everywhere("import builtins; builtins.kept = kept", kept=(value, shared, theirs))
-"""
-
-ENDS = {
-    "falls off the end": "",
-    "sys.exit": "sys.exit(0)",
-    "removes all workers": "sd.rmprocs(a, b); value += 1; shared += 1; theirs += 1; print(int(theirs[0]))",
-    "closes in a thread": "t = threading.Thread(target=lambda: value.sum()); t.start()",
-    "workers die": "[os.kill(current_node().peers[p].ospid, 9) for p in (a, b)]; until(lambda: sd.nprocs() == 1); theirs += 1",
-    "broadcast held": """
-def closure(): return value
-pool = sd.CachingPool([a])
-print(len(sd.remotecall_fetch(closure, pool)))
-builtins.broadcast = sd.remotecall_fetch(lambda: [sd.pmap(lambda n: value, sd.CachingPool([b]), range(2)), value], a)
-""",
-}
-
-
-@pytest.mark.parametrize("end", ENDS)
-def test_a_program_that_ends_with_arrays_in_its_hands_says_nothing(end):
-    run_script(HEAD + ENDS[end]).clean()
-
-
-def test_a_killed_program_leaves_nothing():
-    ended = run_script(HEAD + "os.kill(os.getpid(), signal.SIGKILL)")
-    assert ended.code == -signal.SIGKILL and ended.err == "", ended
-
-
-# ---------------------------------------------------------------------- forks
-
-FORK = (
-    HEAD
-    + """
-def child(body):
-    reads, writes = os.pipe()
-    pid = os.fork()
-    if not pid:
-        try:
-            os.close(writes)
-            assert os.read(reads, 1) == b"g"
-            body()
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    os.close(reads)
-    def go():
-        os.write(writes, b"g")
-        os.close(writes)
-        assert os.waitpid(pid, 0)[1] == 0
-    return go
-def churn():
-    for n in range(30):
-        sd.remotecall_fetch(lambda a: a * 0 + 77, a, np.full(1 << 20, 77, "B"))
-def no_leases():
-    gc.collect()
-    current_node().sharing.pay()
-    return not current_node().sharing.state()["held"]
-"""
-)
-
-FORKS = {
-    "values stay as they were, though the parent drops them": """
-def body(value=value):
-    assert np.all(value == 1), "the block was used again under the child's feet"
-    value[:] = 9
-go = child(body)
-del body, value, builtins.kept_value, builtins.kept_view, cycle, sys.kept, builtins.kept, kept
-gc.collect()
-churn()
-go()
-del shared, theirs
-until(no_leases)
-""",
-    "what the child writes to a value the parent does not see": """
-def body():
-    value[:] = 9
-    assert value[0] == 9 and builtins.kept_view[0] == 9
-go = child(body)
-churn()
-go()
-assert np.all(value == 1)
-assert sd.remotecall_fetch(np.sum, a, value) == value.sum()
-""",
-    "shared arrays stay shared": """
-def body():
-    assert shared[0] == 2 and theirs[0] == 2
-    shared[1] = theirs[1] = 5
-go = child(body)
-shared[0] = theirs[0] = 2
-go()
-assert shared[1] == theirs[1] == 5
-assert sd.remotecall_fetch(lambda x: float(x[1]), a, theirs) == 5
-""",
-    "a broadcast is the child's own": """
-def closure():
-    value[0] += 1
-    pid = os.fork()
-    if not pid:
-        value[1] = 200
-        os._exit(int(value[0] != 2))
-    status = os.waitpid(pid, 0)[1]
-    return status, int(value[0]), int(value[1])
-pool = sd.CachingPool([a, b])
-assert sd.remotecall_fetch(closure, pool) == (0, 2, 1)
-assert value[0] == 1
-""",
-    "multiprocessing": """
-import multiprocessing
-context = multiprocessing.get_context("fork")
-def read(n):
-    value[n] = 50
-    return int(value[n + 1])
-with context.Pool(2) as pool:
-    assert pool.map(read, range(0, 100, 2)) == [1] * 50
-    churn()
-    assert pool.map(read, range(0, 100, 2)) == [1] * 50
-assert np.all(value == 1)
-""",
-    "many forks while arrays go round": """
-stop = threading.Event()
-wrong = []
-def traffic(pid):
-    n = 0
-    while not stop.is_set():
-        n += 1
-        back = sd.remotecall_fetch(lambda a: a, pid, np.full(1 << 18, n % 200, "B"))
-        if not np.all(back == n % 200): wrong.append(n)
-threads = [threading.Thread(target=traffic, args=(p,)) for p in (a, b)]
-for t in threads: t.start()
-for _ in range(20):
-    child(lambda: np.testing.assert_array_equal(value, 1))()
-stop.set()
-for t in threads: t.join()
-assert not wrong
-""",
-    "no descriptors left for the fork": """
-import resource
-resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, 4096))
-pid = os.fork()
-if not pid: os._exit(0)
-assert os.waitpid(pid, 0)[1] == 0
-resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
-churn()
-assert np.all(value == 1)
-""",
-    "the child has a cluster of its own": """
-def body():
-    [p] = sd.addprocs(1)
-    assert sd.remotecall_fetch(np.sum, p, value) == 1 << 20
-    mine = sd.shared.zeros(10)
-    assert not sd.shared.is_shared(shared) and sd.shared.is_shared(mine)
-    sd.remotecall_wait(lambda x: x.fill(3), p, shared)
-    assert shared[0] == 1
-    sd.rmprocs(p)
-go = child(body)
-churn()
-go()
-""",
-}
-
-
-@pytest.mark.parametrize("fork", FORKS)
-def test_forks(fork):
-    run_script(
-        "import warnings; warnings.simplefilter('ignore', DeprecationWarning)\n" + FORK + FORKS[fork]
-    ).clean()
 
 
 # ---------------------------------------------------------------------- nothing stays lent
@@ -398,12 +182,12 @@ def test_a_message_that_cannot_be_sent_or_read_keeps_no_block(cluster):
         with pytest.raises(ArithmeticError, match="cannot be read"):
             sd.remotecall_fetch(len, pid, big, Unreadable(), big)
         with pytest.raises(sd.SerializationError):
-            sd.remotecall_fetch(lambda a: (a, shared, Unsendable()), pid, big)
+            sd.remotecall_fetch(lambda a, b: (a, b, Unsendable()), pid, big, shared)
         with pytest.raises(sd.SerializationError):
             sd.remotecall_fetch(lambda a: (a, Unreadable()), pid, big)
         with pytest.raises(sd.SerializationError):
             sd.pmap(len, sd.CachingPool([pid]), [big, [big, Unsendable()]])
-    shared = None
+    del shared
     nothing_is_lent(pid)
 
 
@@ -515,7 +299,7 @@ def test_a_caller_need_not_wait_for_a_worker_that_stands_still(fresh):
 
 
 def test_a_worker_that_dies_while_it_is_sent_to(fresh, recwarn):
-    for n in range(6):
+    for n in range(4):
         [pid] = fresh()
         ospid = current_node().peers[pid].ospid
         shared = sd.shared.zeros(1000)

@@ -5,13 +5,14 @@ import pytest
 
 import shmdist as sd
 from shmdist.runtime.node import current_node
+from shmdist.runtime.sharing import LINE
 from tests.integration import kinds
 from tests.integration.helpers import until
 from tests.integration.kinds import KINDS, VALUES, look, not_own, same, scribble
 
 KIB = 1 << 10
-#: In numbers of 8 bytes: a few bytes, and around the limits of the stream and of blocks.
-SIZES = [4, 1 * KIB, 2 * KIB, 32 * KIB - 4, 32 * KIB, 128 * KIB]
+EDGE = LINE // 8  # numbers of 8 bytes from which on a value goes through a block
+SIZES = [4, 4 * KIB, EDGE - 4, EDGE, 4 * EDGE]  # of such numbers
 
 
 def blocks_taken():
@@ -128,8 +129,8 @@ def test_arrays(cluster, size):
 @pytest.mark.parametrize("road", ROADS)
 def test_roads(cluster, road):
     pid = cluster[1]
-    warm(pid, 512 * KIB)
-    for size in (100, 64 * KIB):
+    warm(pid, 16 * EDGE)
+    for size in (100, 2 * EDGE):
         take_road(road, pid, size)
 
 
