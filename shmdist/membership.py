@@ -202,6 +202,9 @@ class Cluster:
             raise LaunchWorkerError(
                 f"worker {pid} ended while it joined: {error}", host=member.config.host, phase="join"
             ) from error
+        place = member.config.connect_at
+        if not info.addresses and place is not None:  # a manager's own, which its workers may know to use
+            info = info._replace(addresses=(place,))
         with node.lock:
             if pid not in node.graves:
                 node.peers[pid] = info

@@ -132,7 +132,8 @@ def init_worker(cookie: str | bytes, manager: object = None) -> Node:
     cookie : str or bytes
         The cluster's cookie.
     manager : ClusterManager, optional
-        Connects this worker with others, instead of the built-in sockets.
+        Its ``connect`` makes this worker's connections to others. Where it cannot, or there is
+        none, process 1 joins them.
 
     Raises
     ------
@@ -174,6 +175,7 @@ class _Worker:
             }
         )
         self.stopping = False
+        self.serving = False  # on the main thread, which ends the process in order
         self._known: dict[int, PeerInfo] = {}
 
     # ------------------------------------------------------------------ listening
@@ -298,14 +300,8 @@ class _Worker:
                 )
             peer = node.peers[pid]
             here = node.peers[node.pid].host
-            errors = []
-            for family, place in roads.reachable(peer, here):
-                try:
-                    connection = door.knock((family, place), roads.DIRECT)
-                    door.prove(connection, node.cookie, node.pid)
-                except Exception as error:
-                    errors.append(f"{family} {place}: {error}")
-                    continue
+            errors: list[str] = []
+            for connection in roads.connections(node, peer, errors):
                 link = Link(connection, pid)
                 link.send(codec.frame(int(Kind.HELLO), 0, 0, 0, codec.dumps(Hello(node.pid, here))))
                 return node.add_link(link)
@@ -323,6 +319,7 @@ class _Worker:
     def serve(self) -> None:
         """Serve on the main thread, then end the process."""
         node = self.node
+        self.serving = True
         strand = current()
         strand.main = False
         strand.signalled = True
@@ -357,7 +354,7 @@ class _Worker:
     def _end_late(self) -> None:
         """End though the main thread is busy."""
         time.sleep(_PATIENCE)
-        if self.node.tasks.running:
+        if self.node.tasks.running or not self.serving:
             self.end_now()
         time.sleep(2.0)  # the main thread is at its atexit handlers
         self.end_now()
@@ -378,6 +375,8 @@ class _Worker:
 def process_messages(connection: Connection, incoming: bool = True) -> None:
     """Serve a connection that a custom transport made; returns at once.
 
+    The program then waits, for ever: it ends when process 1 says so, or is gone.
+
     Parameters
     ----------
     connection : multiprocessing.connection.Connection
@@ -397,6 +396,7 @@ def process_messages(connection: Connection, incoming: bool = True) -> None:
 
         init_worker(cookie)
         process_messages(my_connection)
+        threading.Event().wait()
     """
     node = node_module.current_node()
     worker = node.settings.get("worker")
