@@ -29,7 +29,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from shmdist._log import Log
-from shmdist._version import __version__
 from shmdist.memory.segment import Page
 from shmdist.runtime import node as node_module
 from shmdist.runtime import roads
@@ -39,6 +38,7 @@ from shmdist.runtime.surroundings import buffer_c_output_by_line, host_identity,
 from shmdist.wire import codec, door
 from shmdist.wire.link import Link, LinkClosed
 from shmdist.wire.messages import Frame, Hello, Join, Kind, PeerInfo
+from shmdist.wire.versions import own_versions
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -232,8 +232,9 @@ class _Worker:
         self._learn(join.peers)
         if frame.link.pid == -1:
             self._on_hello_from_master(frame.link)
-        versions = (__version__, sys.version_info[:3])
-        node.post(frame.link, int(Kind.RESULT), 0, frame.call_id, codec.dumps((me, versions)))
+        # Where the interpreter is process 1's own, so is its numpy: no need to look for that.
+        mine = own_versions(numpy=join.settings.get("prefix") != sys.prefix)
+        node.post(frame.link, int(Kind.RESULT), 0, frame.call_id, codec.dumps((me, tuple(mine))))
         if "parent" in join.settings:
             self._watch_parent(join.settings["parent"])
 
