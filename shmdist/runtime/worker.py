@@ -300,12 +300,9 @@ class _Worker:
                     f"call from process 1, or add workers with topology='all_to_all'"
                 )
             peer = node.peers[pid]
-            here = node.peers[node.pid].host
             errors: list[str] = []
             for connection in roads.connections(node, peer, errors):
-                link = Link(connection, pid)
-                link.send(codec.frame(int(Kind.HELLO), 0, 0, 0, codec.dumps(Hello(node.pid, here))))
-                return node.add_link(link)
+                return self.introduce(connection, pid)
             relayed = roads.by_master(node, pid)
             if not isinstance(relayed, str):
                 return relayed
@@ -314,6 +311,14 @@ class _Worker:
         if pid in node.graves or pid in node.news:
             raise copy.copy(node.graves.get(pid) or node.news[pid])
         raise ConnectionError(f"process {node.pid} cannot connect to process {pid}: {'; '.join(errors)}")
+
+    def introduce(self, connection: Connection, pid: int) -> Link:
+        """Say who we are by a connection that we have made, and that is proven; it is a link now."""
+        node = self.node
+        link = Link(connection, pid)
+        hello = Hello(node.pid, node.peers[node.pid].host)
+        link.send(codec.frame(int(Kind.HELLO), 0, 0, 0, codec.dumps(hello)))
+        return node.add_link(link)
 
     # ------------------------------------------------------------------ serving and ending
 
@@ -409,7 +414,10 @@ def process_messages(connection: Connection, incoming: bool = True) -> None:
             if incoming:
                 door.check(connection, node.cookie, node.pid)
             else:
-                door.prove(connection, node.cookie, node.pid)
+                machine = door.prove(connection, node.cookie, node.pid)
+                if node.pid and machine.peer_pid > 0:
+                    worker.introduce(connection, machine.peer_pid)
+                    return
         except Exception as error:
             _log.info("a connection of the manager's was refused: %s", error)
             return
