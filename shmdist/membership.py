@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -31,9 +32,10 @@ from shmdist.managers.local import out_of_memory_kills
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.strand import current
 from shmdist.runtime.worker import host_identity
-from shmdist.wire import codec, door
+from shmdist.wire import codec, door, versions
 from shmdist.wire.link import Link, LinkClosed
 from shmdist.wire.messages import Join, Kind, PeerInfo
+from shmdist.wire.versions import Versions
 
 _EXIT = 3.0  # seconds a worker gets to end when it is asked to, before it is killed
 _INQUEST = 0.5  # seconds a worker gets to end whose link has ended: who waits for it must be told soon
@@ -138,9 +140,13 @@ class Cluster:
         try:
             connection = manager.connect(pid, config)
             phase = "handshake"
-            door.prove(connection, node.cookie, 1)
+            machine = door.prove(connection, node.cookie, 1)
+            self._check_versions(pid, config, Versions(machine.peer_version, machine.peer_python))
         except Exception as error:
             self._dismiss(manager, pid, config)
+            if isinstance(error, LaunchWorkerError):
+                connection.close()
+                raise
             raise LaunchWorkerError(
                 f"worker {pid} was launched, but could not be reached: {error}",
                 host=config.host,
@@ -161,10 +167,19 @@ class Cluster:
                 # What it wrote is read to its end though a child of its own may hold the link open.
                 node.dispatcher.watch(member.pidfd, link.shut)
         settings = {"lazy": params["lazy"], "topology": params["topology"], "carried": link.bridged}
+        settings["prefix"] = sys.prefix if link.is_local else None
         if config.process is not None:
             settings["parent"] = os.getpid()
         join = Join(pid, params["lazy"], params["topology"], tuple(node.peers.values()), settings)
         return pid, node.request(pid, int(Kind.JOIN), 0, codec.dumps(join))
+
+    @staticmethod
+    def _check_versions(pid: int, config: WorkerConfig, theirs: Versions) -> None:
+        """Refuse a worker whose versions do not go with this process's."""
+        where = f"worker {pid}" + (f" on {config.host}" if config.host else "")
+        why = versions.conflict(versions.own_versions(numpy=theirs.numpy is not None), theirs, where)
+        if why is not None:
+            raise LaunchWorkerError(why, host=config.host, phase="versions")
 
     @staticmethod
     def _dismiss(manager: ClusterManager, pid: int, config: WorkerConfig) -> None:
@@ -198,11 +213,15 @@ class Cluster:
                 f"worker {pid} did not join within {timeout:g} s", host=member.config.host, phase="join"
             )
         try:
-            info, _versions = node.open(reply, "joining the cluster")
+            info, told = node.open(reply, "joining the cluster")
         except ProcessExitedException as error:
             raise LaunchWorkerError(
                 f"worker {pid} ended while it joined: {error}", host=member.config.host, phase="join"
             ) from error
+        self._check_versions(pid, member.config, Versions(*told))
+        place = member.config.connect_at
+        if not info.addresses and place is not None:  # a manager's own, which its workers may know to use
+            info = info._replace(addresses=(place,))
         self.arriving[pid] = info
 
     def _introduce(self, pids: list[int], topology: str, lazy: bool) -> None:

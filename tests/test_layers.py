@@ -40,6 +40,7 @@ FLOORS = (
     ("maps", "loops"),
     ("adapters",),
     ("public",),
+    ("testing",),
     ("__main__", "_remote"),  # the programs that workers are
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

@@ -165,10 +165,19 @@ class ClusterManager(ABC):
         The default does nothing: the manager knows no other way.
         """
 
+    def peer_config(self, **fields: Any) -> WorkerConfig:
+        """Return what a worker knows of another one, for :meth:`connect`."""
+        return WorkerConfig(**fields)
+
     def connect(self, id: int, config: WorkerConfig) -> Connection:
         """Return a connection to a launched worker; no handshake yet.
 
-        The default connects to ``config.connect_at``.
+        The default connects to ``config.connect_at``. It is asked again when two workers have
+        no way to each other: process 1 then makes one more connection to each, and joins them.
+
+        On a worker that was made by ``init_worker(cookie, manager)`` this is asked for
+        connections to other workers; `config` then has what all know of each: ``host``,
+        ``ospid`` and ``connect_at``.
         """
         from shmdist.wire.door import knock
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from shmdist.wire import codec
+from shmdist.wire import codec, door
 from shmdist.wire.messages import Kind, PeerInfo
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from shmdist.runtime.node import Node
     from shmdist.wire.link import Link
 
@@ -25,8 +28,36 @@ def reachable(peer: PeerInfo, here: str) -> Iterator[tuple[str, Any]]:
         if family == "unix":
             if peer.host == here:
                 yield family, place
-        elif same_network or not str(place[0]).startswith(_LOOPBACK):
+        elif family == "tcp" and (same_network or not str(place[0]).startswith(_LOOPBACK)):
             yield family, place
+
+
+def by_manager(node: Node, peer: PeerInfo) -> Connection | None:
+    """Return a connection that the manager given to ``init_worker`` makes; None without one."""
+    manager = node.settings.get("manager")
+    if manager is None:
+        return None
+    place = peer.addresses[-1] if peer.addresses else None
+    config = manager.peer_config(host=peer.name, ospid=peer.ospid, connect_at=place)
+    connection: Connection = manager.connect(peer.pid, config)
+    return connection
+
+
+def connections(node: Node, peer: PeerInfo, errors: list[str]) -> Iterator[Connection]:
+    """Yield proven connections to a process, by one way after the other; why each failed goes to `errors`."""
+    ways: list[tuple[str, Callable[[], Connection | None]]] = []
+    if node.settings.get("manager") is not None:
+        ways.append(("by the manager", partial(by_manager, node, peer)))
+    for family, place in reachable(peer, node.peers[node.pid].host):
+        ways.append((f"{family} {place}", partial(door.knock, (family, place), DIRECT)))
+    for name, way in ways:
+        try:
+            connection = way()
+            if connection is not None:
+                door.prove(connection, node.cookie, node.pid)
+                yield connection
+        except Exception as error:
+            errors.append(f"{name}: {error}")
 
 
 def by_master(node: Node, pid: int) -> Link | str:
@@ -46,4 +77,4 @@ def by_master(node: Node, pid: int) -> Link | str:
     return f"by process 1: {error or 'the connection did not arrive'}"
 
 
-__all__ = ["DIRECT", "by_master", "reachable"]
+__all__ = ["DIRECT", "by_manager", "by_master", "connections", "reachable"]

@@ -29,7 +29,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from shmdist._log import Log
-from shmdist._version import __version__
 from shmdist.memory.segment import Page
 from shmdist.runtime import node as node_module
 from shmdist.runtime import roads
@@ -39,6 +38,7 @@ from shmdist.runtime.surroundings import buffer_c_output_by_line, host_identity,
 from shmdist.wire import codec, door
 from shmdist.wire.link import Link, LinkClosed
 from shmdist.wire.messages import Frame, Hello, Join, Kind, PeerInfo
+from shmdist.wire.versions import own_versions
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -132,7 +132,8 @@ def init_worker(cookie: str | bytes, manager: object = None) -> Node:
     cookie : str or bytes
         The cluster's cookie.
     manager : ClusterManager, optional
-        Connects this worker with others, instead of the built-in sockets.
+        Its ``connect`` makes this worker's connections to others. Where it cannot, or there is
+        none, process 1 joins them.
 
     Raises
     ------
@@ -174,6 +175,7 @@ class _Worker:
             }
         )
         self.stopping = False
+        self.serving = False  # on the main thread, which ends the process in order
         self._known: dict[int, PeerInfo] = {}
 
     # ------------------------------------------------------------------ listening
@@ -230,8 +232,9 @@ class _Worker:
         self._learn(join.peers)
         if frame.link.pid == -1:
             self._on_hello_from_master(frame.link)
-        versions = (__version__, sys.version_info[:3])
-        node.post(frame.link, int(Kind.RESULT), 0, frame.call_id, codec.dumps((me, versions)))
+        # Where the interpreter is process 1's own, so is its numpy: no need to look for that.
+        mine = own_versions(numpy=join.settings.get("prefix") != sys.prefix)
+        node.post(frame.link, int(Kind.RESULT), 0, frame.call_id, codec.dumps((me, tuple(mine))))
         if "parent" in join.settings:
             self._watch_parent(join.settings["parent"])
 
@@ -297,23 +300,12 @@ class _Worker:
                     f"call from process 1, or add workers with topology='all_to_all'"
                 )
             peer = node.peers[pid]
-            here = node.peers[node.pid].host
-            errors = []
-            for family, place in roads.reachable(peer, here):
+            errors: list[str] = []
+            for connection in roads.connections(node, peer, errors):
                 try:
-                    connection = door.knock((family, place), roads.DIRECT)
-                    door.prove(connection, node.cookie, node.pid)
-                except Exception as error:
-                    errors.append(f"{family} {place}: {error}")
-                    continue
-                link = Link(connection, pid)
-                try:
-                    link.send(codec.frame(int(Kind.HELLO), 0, 0, 0, codec.dumps(Hello(node.pid, here))))
+                    return self.introduce(connection, pid)
                 except LinkClosed as error:
-                    link.close()
-                    errors.append(f"{family} {place}: {error}")
-                    continue
-                return node.add_link(link)
+                    errors.append(str(error))
             relayed = roads.by_master(node, pid)
             if not isinstance(relayed, str):
                 return relayed
@@ -323,11 +315,24 @@ class _Worker:
             raise copy.copy(node.graves.get(pid) or node.news[pid])
         raise ConnectionError(f"process {node.pid} cannot connect to process {pid}: {'; '.join(errors)}")
 
+    def introduce(self, connection: Connection, pid: int) -> Link:
+        """Say who we are by a connection that we have made, and that is proven; it is a link now."""
+        node = self.node
+        link = Link(connection, pid)
+        hello = Hello(node.pid, node.peers[node.pid].host)
+        try:
+            link.send(codec.frame(int(Kind.HELLO), 0, 0, 0, codec.dumps(hello)))
+        except LinkClosed:
+            link.close()
+            raise
+        return node.add_link(link)
+
     # ------------------------------------------------------------------ serving and ending
 
     def serve(self) -> None:
         """Serve on the main thread, then end the process."""
         node = self.node
+        self.serving = True
         strand = current()
         strand.main = False
         strand.signalled = True
@@ -362,7 +367,7 @@ class _Worker:
     def _end_late(self) -> None:
         """End though the main thread is busy."""
         time.sleep(_PATIENCE)
-        if self.node.tasks.running:
+        if self.node.tasks.running or not self.serving:
             self.end_now()
         time.sleep(2.0)  # the main thread is at its atexit handlers
         self.end_now()
@@ -383,6 +388,8 @@ class _Worker:
 def process_messages(connection: Connection, incoming: bool = True) -> None:
     """Serve a connection that a custom transport made; returns at once.
 
+    The program then waits, for ever: it ends when process 1 says so, or is gone.
+
     Parameters
     ----------
     connection : multiprocessing.connection.Connection
@@ -402,6 +409,7 @@ def process_messages(connection: Connection, incoming: bool = True) -> None:
 
         init_worker(cookie)
         process_messages(my_connection)
+        threading.Event().wait()
     """
     node = node_module.current_node()
     worker = node.settings.get("worker")
@@ -413,7 +421,10 @@ def process_messages(connection: Connection, incoming: bool = True) -> None:
             if incoming:
                 door.check(connection, node.cookie, node.pid)
             else:
-                door.prove(connection, node.cookie, node.pid)
+                machine = door.prove(connection, node.cookie, node.pid)
+                if node.pid and machine.peer_pid > 0:
+                    worker.introduce(connection, machine.peer_pid)
+                    return
         except Exception as error:
             _log.info("a connection of the manager's was refused: %s", error)
             return
