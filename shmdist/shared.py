@@ -94,9 +94,8 @@ def zeros(shape: Any, dtype: DTypeLike = float, order: str = "C") -> NDArray[Any
     >>> import shmdist as sd
     >>> with sd.addprocs(1) as pids:
     ...     a = sd.shared.zeros(3)
-    ...     sd.remotecall_wait(a.__setitem__, pids[0], 1, 5.0)
+    ...     sd.remotecall_fetch(a.__setitem__, pids[0], 1, 5.0)
     ...     a
-    Future(...)
     array([0., 5., 0.])
     """
     array, is_zero = _make(shape, dtype, order)

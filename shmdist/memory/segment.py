@@ -248,7 +248,10 @@ class Segment:
         size = whole_pages(offset + nbytes - start)
         with contextlib.suppress(KeyError):
             spare = self._spares.pop((start, size))
-            spare.clean()
+            with spare.cleaning:
+                if not spare.is_clean:
+                    spare.clean()
+                spare.is_clean = False
             return spare
         return PrivateView(self.fd, start, size)
 
@@ -259,6 +262,14 @@ class Segment:
         """
         if view.size >= _WORTH_KEEPING and len(self._spares) < _SPARES:
             self._spares.setdefault((view.start, view.size), view)
+
+    def clean_spares(self) -> None:
+        """Make the private mappings that are not in use ready for the next."""
+        for key, spare in list(self._spares.items()):
+            with spare.cleaning:
+                if self._spares.get(key) is spare and not spare.is_clean:
+                    spare.clean()
+                    spare.is_clean = True
 
     def has_spares(self) -> bool:
         """Tell whether private mappings are kept for reuse."""
@@ -305,6 +316,8 @@ class PrivateView:
     def __init__(self, fd: int, start: int, size: int) -> None:
         self.start = start
         self.size = size
+        self.cleaning = threading.Lock()  # guards cleaning it while it is not in use, and taking it into use
+        self.is_clean = False
         self._base = 0
         self._kept: Any = None
         if _LINUX:

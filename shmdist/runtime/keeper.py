@@ -223,6 +223,8 @@ class Keeper:
             except Exception as error:  # the process for which it is has gone meanwhile, say
                 _log.info("no block for process %d: %s", pid, error)
         sharing.pay()
+        for segment in list(sharing.holds.segments.values()):
+            segment.clean_spares()
         now = time.monotonic()
         while self._kept and self._kept[0][0] < now:
             self._kept.popleft()

@@ -381,7 +381,7 @@ class Sharing:
         if mode == PRIVATE:
             self.keeper.used()  # what is written there is this process's memory, until it is let go
         elif mode == SHARED and arrays.find_shared is None:
-            arrays.find_shared = self.find_shared
+            arrays.registry, arrays.find_shared = self.holds, self.find_shared
         return Hold(self.holds, Lease(segment, serial, offset, nbytes, mode))
 
     # ------------------------------------------------------------------ shared arrays
@@ -399,7 +399,7 @@ class Sharing:
         MemoryError
             There is not so much memory.
         """
-        arrays.find_shared = self.find_shared
+        arrays.registry, arrays.find_shared = self.holds, self.find_shared
         with self.lock:
             self.settle()
             block = self.arena.take(nbytes, self.pid)

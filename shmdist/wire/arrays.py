@@ -19,6 +19,40 @@ INLINE = 1 << 14
 #: Finds the lease of the shared array in which an array lies, given its first and last
 #: address; None as long as this process has no shared arrays.
 find_shared: Callable[[int, int], Any] | None = None
+#: Tells how many there are (``memory.holds``), as its `shared`.
+registry: Any = None
+
+
+#: numpy's array type, once an array has been pickled.
+ndarray: Any = None
+
+
+def is_small(value: Any) -> bool:
+    """Tell whether a value of type :data:`ndarray` may stay in the pickle stream as it is."""
+    return (
+        (find_shared is None or not registry.shared)
+        and value.nbytes < INLINE
+        and not value.dtype.hasobject
+        and bool(value.flags.writeable)
+    )
+
+
+class Plain:
+    """Stands for a small array of numbers in a call: pickled in half the time that numpy takes."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __reduce__(self) -> Any:
+        array = self.array
+        return ndarray, (array.shape, array.dtype.str, pickle.PickleBuffer(array))
+
+
+def is_plain(value: Any) -> bool:
+    """Tell whether :class:`Plain` may stand for a value of type :data:`ndarray`."""
+    return is_small(value) and value.dtype.kind in "biufc" and bool(value.flags.c_contiguous)
 
 
 class Strided:
@@ -79,11 +113,14 @@ def reduce_array(array: Any, pickler: Any) -> Any:
     """Let arrays arrive writable and in one copy, and shared ones without any."""
     if array.dtype.hasobject:
         return NotImplemented
-    if array.nbytes < INLINE and find_shared is None and array.flags.writeable:
-        return NotImplemented
+    global ndarray
     kind = type(array)
+    if kind is ndarray and is_small(array):
+        return NotImplemented
     payload = payload_of(pickler)
     plain = kind.__module__ == "numpy" and kind.__name__ == "ndarray"
+    if plain:
+        ndarray = kind
     if not plain and not _reduces_like_ndarray(kind):
         return NotImplemented  # a subclass knows how to pickle itself, at the price of copies
     if find_shared is not None and payload is not None and array.size:

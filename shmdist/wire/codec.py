@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmdist.errors import SerializationError
 from shmdist.memory.holds import Hold
+from shmdist.wire import arrays
 from shmdist.wire.arrays import INLINE, contiguous
 from shmdist.wire.messages import BODY_LAST, HAS_REFS, HEADER, IN_BLOCK, Frame, Parts, Token
 from shmdist.wire.picklers import FUNCTIONS, MAIN, Payload, PlainPickler, cloud_pickler, reducers
@@ -59,14 +60,21 @@ _NOTHING = pickle.dumps(None, 5)
 def dumps_call(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
     """Pickle a call; errors as those of :func:`dumps`."""
     if not kwargs and len(args) < 8 and f.__class__ in FUNCTIONS:
-        for value in args:
-            if type(value) not in _ATOMS or (type(value) in _SIZED and len(value) > _SMALL):
+        short = args
+        for index, value in enumerate(args):
+            kind = type(value)
+            if kind not in _ATOMS:
+                # One array at most: two may be the same, and are one where they arrive as well.
+                if kind is not arrays.ndarray or short is not args or not arrays.is_plain(value):
+                    break
+                short = (*args[:index], arrays.Plain(value), *args[index + 1 :])
+            elif kind in _SIZED and len(value) > _SMALL:
                 break
         else:
             if f in _by_name or _note_function(f):
                 try:
                     payload = Payload()
-                    payload.parts.append(pickle.dumps((f, args, kwargs), 5))
+                    payload.parts.append(pickle.dumps((f, short, kwargs), 5))
                     return payload
                 except Exception:
                     _by_name.discard(f)
@@ -103,6 +111,10 @@ def dumps_value(value: Any, what: str) -> Payload:
     if kind in _ATOMS and (kind not in _SIZED or len(value) < _SMALL):
         payload = Payload()
         payload.parts.append(_NOTHING if value is None else pickle.dumps(value, 5))
+        return payload
+    if kind is arrays.ndarray and arrays.is_plain(value):
+        payload = Payload()
+        payload.parts.append(pickle.dumps(arrays.Plain(value), 5))
         return payload
     return dumps(value, what)
 
