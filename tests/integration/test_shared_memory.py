@@ -90,7 +90,7 @@ def exception(pid, value):
 
 def worker_to_worker(pid, value):
     return sd.remotecall_fetch(
-        lambda value: sd.remotecall_fetch(echo, 2 if pid != 2 else 3, value), pid, value
+        lambda value: sd.remotecall_fetch(echo, sd.other_workers()[0], value), pid, value
     )
 
 
