@@ -39,7 +39,7 @@ def _make(shape: Any, dtype: DTypeLike, order: str) -> tuple[NDArray[Any], bool]
         buffer = hold.array()
     finally:
         strand.leave()
-    return numpy.ndarray(sizes, kind, buffer, 0, None, order), is_zero  # type: ignore[arg-type]
+    return numpy.ndarray(sizes, kind, buffer, 0, None, order), is_zero  # type: ignore[arg-type]  # C or F
 
 
 def empty(shape: Any, dtype: DTypeLike = float, order: str = "C") -> NDArray[Any]:

@@ -151,7 +151,7 @@ class Login:
 
     @staticmethod
     def _unused(transport: paramiko.Transport) -> bool:
-        return len(transport._channels) == 0  # type: ignore[attr-defined]
+        return len(transport._channels) == 0  # type: ignore[attr-defined]  # not in the stubs
 
     def dial(self, host: str, port: int, **options: Any) -> paramiko.Channel:
         """Return a channel that is a connection from this host to another place."""
@@ -191,8 +191,8 @@ class Login:
         """Give the connections back without a word; in a forked child."""
         self.closed = True
         for transport in self.transports:
-            transport.active = False  # type: ignore[attr-defined]
-            for channel in list(transport._channels.values()):  # type: ignore[attr-defined]
+            transport.active = False  # type: ignore[attr-defined]  # not in the stubs
+            for channel in list(transport._channels.values()):  # type: ignore[attr-defined]  # nor this
                 channel.lock = threading.Lock()  # a thread of the parent may have held it
                 channel.closed = True
             with contextlib.suppress(OSError, AttributeError):

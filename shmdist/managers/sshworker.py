@@ -125,7 +125,7 @@ class Pump:
             threading.Thread(target=self._run, name="shmdist-ssh-pump", daemon=True).start()
         bell = _Bell(self._ready, worker)
         channel.in_buffer.set_event(bell)  # type: ignore[arg-type]  # it has what is used of an Event
-        channel.in_stderr_buffer.set_event(bell)  # type: ignore[arg-type]
+        channel.in_stderr_buffer.set_event(bell)  # type: ignore[arg-type]  # as above
         self._ready.put(worker)
 
     def _run(self) -> None:

@@ -18,7 +18,7 @@ put off, so there is no gap between the handler and ``depth``.
 from __future__ import annotations
 
 # The C half of `signal`, which has no stubs: the wrapper costs two microseconds an entry.
-import _signal  # type: ignore[import-not-found]
+import _signal  # type: ignore[import-not-found]  # has no stubs
 import os
 import signal
 import sys
