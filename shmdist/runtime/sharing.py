@@ -174,6 +174,7 @@ class Sharing:
         with self.lock:
             for serial, pid, delta in changes:
                 self.arena.change(serial, pid, delta)
+        self.keeper.wake()  # it may sleep for ever, all that is not in use having been given back
 
     # ------------------------------------------------------------------ going out
 
@@ -435,6 +436,7 @@ class Sharing:
             self.arena.lose(pid)
             self.owed.pop(pid, None)
             kept = self.offers.lost(pid)
+        self.keeper.wake()
         for segment in kept:
             self.keeper.keep_for_now(segment)
 
