@@ -451,7 +451,9 @@ class Sharing:
                 "held": [repr(lease) for lease in self.holds.leases()],
                 "owed": {owner: list(changes) for owner, changes in self.owed.items() if changes},
                 # A segment's own, and the one that the module mmap keeps.
-                "descriptors": 2 * len(self.holds.segments) + self.keeper.descriptors,
+                "descriptors": 2 * len(self.holds.segments)
+                + self.keeper.descriptors
+                + self._node.dispatcher.mail.descriptors,
             }
 
 
