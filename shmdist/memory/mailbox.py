@@ -86,6 +86,19 @@ def make_fence() -> Callable[[], None]:
     return fence
 
 
+def make_shared_fence() -> Callable[[], None]:
+    """Return such a function for several threads at once."""
+    lock = threading.Lock()
+
+    def fence() -> None:
+        with lock:
+            pass
+        with lock:
+            pass
+
+    return fence
+
+
 class Sender:
     """One slot of another process's mailbox; used by one thread at a time.
 
@@ -223,7 +236,7 @@ class Mailbox:
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
         self.words = segment.view[:PAGE].cast("Q")
-        self._fence = make_fence()
+        self._fence = make_shared_fence()
         self._heads = segment.memory
         self._stop = 8 * _HEADS  # of the heads in use
         self._looked = b""
