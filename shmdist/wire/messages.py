@@ -32,6 +32,7 @@ SEGMENT  (owner, number, size)    map this memory, whose descriptor is with    R
 LEASES   ((serial, pid, n)..)     counts of blocks of ``call_id`` change       none
 RELAY    pid                      join the sender and ``pid``, by process 1    RESULT
 BEAT     none                     the sender is alive (``runtime.heart``)      none
+COPY     (what, ...)              a copy of a value (``runtime.copies``)       by what
 ======== ======================== ============================================ =========
 
 A frame is a plain mutable record and not a frozen dataclass: one is made for every
@@ -71,6 +72,7 @@ class Kind(IntEnum):
     LEASES = 15
     RELAY = 16
     BEAT = 17
+    COPY = 18
 
 
 # Flags of any frame.
@@ -144,20 +146,24 @@ class Parts(list[Any]):
         Counts of blocks given to the receiver: to be taken back when nothing is written.
     wanted : list of int
         Bytes of each buffer that would have gone through a block, had there been one.
+    kept : list
+        What must live until the frames are written.
     """
 
-    __slots__ = ("grants", "wanted")
+    __slots__ = ("grants", "kept", "wanted")
 
     def __init__(self, parts: Iterable[Any] = ()) -> None:
         super().__init__(parts)
         self.grants: list[Any] = []
         self.wanted: list[int] = []
+        self.kept: list[Any] = []
 
     def join(self, more: Parts) -> None:
         """Append the parts of another frame to the same receiver."""
         self.extend(more)
         self.grants += more.grants
         self.wanted += more.wanted
+        self.kept += more.kept
 
 
 class PeerInfo(NamedTuple):
