@@ -334,7 +334,8 @@ class Copies:
         """
         number, _, _, offset, nbytes, _ = TOKEN.unpack(token)
         kept = self._kept.get((sender, number))
-        if kept is None or kept.hold is None or not kept.here:
+        # The bytes came before the token, though who reads may not have been told yet.
+        if kept is None or kept.hold is None:
             raise LookupError(f"copy {number} of process {sender} is not here")
         self._sharing.keeper.used()
         return Hold(self._sharing.holds, _Part(kept.hold, offset, nbytes))
