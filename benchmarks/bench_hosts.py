@@ -146,7 +146,7 @@ def bench_64_mib_to_four_of_one_host(compare):
 
     with sinks(4) as socks, sd.addprocs(ByTCP(4)) as pids:
         compare(
-            "64 MiB to four workers of one host",
+            "64 MiB to four workers of one other host",
             lambda: sd.everywhere("", pids, big=big),
             bare,
             peer_name="sendall to each",

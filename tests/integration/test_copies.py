@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import struct
+import sys
 import threading
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def write(array):
 
 def kept():
     """Return what this process still has of others' copies."""
-    return list(current_node().sharing.copies._kept)
+    return list(current_node().sharing.copies.lending.table)
 
 
 def all_forgotten(pids):
@@ -432,7 +433,21 @@ def test_two_hosts(two_hosts, tunnel, lazy):
         assert 32 <= crossed(lines[0]) + crossed(lines[1]) - before < 40
 
 
-def broadcast(pids, array):
+def test_to_process_1_and_its_workers(two_hosts, fresh):
+    """From a worker of another host."""
+    servers, lines = two_hosts
+    near = [1, *fresh(2)]
+    with within(30), sd.addprocs([servers[0].text], **servers[0].params()) as [sender]:
+        received = Path(f"/sys/class/net/{lines[0]}/statistics/rx_bytes")
+        sd.remotecall_eval("__main__", sender, f"import numpy; big = numpy.zeros({8 * N})")
+        before = int(received.read_text()) / MIB
+        assert sd.remotecall_fetch(broadcast, sender, near) == [(1.0, 1.0)] * 3
+        assert 8 <= int(received.read_text()) / MIB - before < 10
+        until(lambda: all_forgotten(near))
+
+
+def broadcast(pids, array=None):
+    array = sys.modules["__main__"].big if array is None else array
     to_all = ToAll(lambda: write(array))
     try:
         return to_all(pids)
