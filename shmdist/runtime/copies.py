@@ -213,7 +213,9 @@ class Copies:
         return answer_of(self.node, self.node.request(pid, COPY, 0, pickled(what)), seconds)
 
     def _leave_alone(self, pid: int) -> None:
-        self._alone[pid] = time.monotonic() + ALONE
+        now = time.monotonic()
+        self._alone = {other: until for other, until in self._alone.items() if until > now}
+        self._alone[pid] = now + ALONE
         _log.info("process %d shares no copies for now", pid)
 
     def _members(self) -> list[PeerInfo]:
