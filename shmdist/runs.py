@@ -285,7 +285,8 @@ class Run:
                 self.calls[call_id] = batch
                 self.out.add(batch)
                 node.pending[call_id] = Reply(call_id, pid, self._arrived)
-                payload.known = self.known
+                if payload.buffers:
+                    payload.known = self.known
                 parts.join(codec.frame(_CALL, WANT_VALUE | BY_ID, self.lane, call_id, payload, link))
                 together.refs += payload.refs
             if len(parts) > 1 and sum(map(len, parts)) < _JOINED:

@@ -292,7 +292,7 @@ class Node(Ownership):
                 sharing.take_back(parts, link.pid)
                 raise
             self.send(link, parts, payload, fd)  # the program's own handler lets it go on
-        if parts.wanted:
+        if len(parts) > 1 and parts.wanted:
             sharing.keeper.want(parts.wanted, link.pid)
 
     def _pay(self, link: Link) -> None:
@@ -337,7 +337,7 @@ class Node(Ownership):
             link.send(parts)
         except LinkClosed:
             return False
-        if parts.wanted:
+        if len(parts) > 1 and parts.wanted:
             self.sharing.keeper.want(parts.wanted, link.pid)
         return True
 

@@ -177,6 +177,7 @@ class Sharing:
         with self.lock:
             for serial, pid, delta in changes:
                 self.arena.change(serial, pid, delta)
+        self.keeper.wake()  # it may sleep for ever, all that is not in use having been given back
 
     # ------------------------------------------------------------------ going out
 
@@ -443,6 +444,7 @@ class Sharing:
             self.arena.lose(pid)
             self.owed.pop(pid, None)
             kept = self.offers.lost(pid)
+        self.keeper.wake()
         for segment in kept:
             self.keeper.keep_for_now(segment)
 
@@ -457,7 +459,9 @@ class Sharing:
                 "held": [repr(lease) for lease in self.holds.leases()],
                 "owed": {owner: list(changes) for owner, changes in self.owed.items() if changes},
                 # A segment's own, and the one that the module mmap keeps.
-                "descriptors": 2 * len(self.holds.segments) + self.keeper.descriptors,
+                "descriptors": 2 * len(self.holds.segments)
+                + self.keeper.descriptors
+                + self._node.dispatcher.mail.descriptors,
             }
 
 

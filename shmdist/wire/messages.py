@@ -32,6 +32,8 @@ SEGMENT  (owner, number, size)    map this memory, whose descriptor is with    R
 LEASES   ((serial, pid, n)..)     counts of blocks of ``call_id`` change       none
 RELAY    pid                      join the sender and ``pid``, by process 1    RESULT
 BEAT     none                     the sender is alive (``runtime.heart``)      none
+MAIL     (slot, inode)            short frames may be left in this slot of     none
+                                  the mailbox whose descriptor is with it
 COPY     (what, ...)              a copy of a value (``runtime.copies``)       by what
 ======== ======================== ============================================ =========
 
@@ -42,7 +44,6 @@ message that arrives, and a frozen one costs five times as much to make.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -72,7 +73,8 @@ class Kind(IntEnum):
     LEASES = 15
     RELAY = 16
     BEAT = 17
-    COPY = 18
+    MAIL = 18
+    COPY = 19
 
 
 # Flags of any frame.
@@ -151,19 +153,25 @@ class Parts(list[Any]):
     """
 
     __slots__ = ("grants", "kept", "wanted")
+    grants: list[Any]
+    kept: list[Any]
+    wanted: list[int]
 
-    def __init__(self, parts: Iterable[Any] = ()) -> None:
-        super().__init__(parts)
-        self.grants: list[Any] = []
-        self.wanted: list[int] = []
-        self.kept: list[Any] = []
+    def __getattr__(self, name: str) -> Any:
+        # Made on first use: most frames have none, and many are made.
+        if name not in Parts.__slots__:
+            raise AttributeError(name)
+        found: list[Any] = []
+        setattr(self, name, found)
+        return found
 
     def join(self, more: Parts) -> None:
         """Append the parts of another frame to the same receiver."""
         self.extend(more)
-        self.grants += more.grants
-        self.wanted += more.wanted
-        self.kept += more.kept
+        if len(more) > 1:  # else it is a short frame, without buffers
+            self.grants += more.grants
+            self.wanted += more.wanted
+            self.kept += more.kept
 
 
 class PeerInfo(NamedTuple):

@@ -72,6 +72,19 @@ class Payload:
         return sum(map(len, self.parts)) + sum(map(len, self.buffers))
 
 
+class Short(Payload):
+    """A payload that is a body in one piece, without buffers and references: made in no time."""
+
+    __slots__ = ()
+    buffers: Any = ()
+    refs: Any = ()
+    spread = None
+    known = None
+
+    def __init__(self, body: bytes) -> None:
+        self.parts = [body]
+
+
 class _ByValue(Exception):
     """The plain pickler met something that must go by value."""
 
