@@ -1,5 +1,6 @@
 """Workers that are reached by the network: direct TCP on one machine, beside bare sockets."""
 
+import contextlib
 import functools
 import multiprocessing
 import operator
@@ -92,17 +93,28 @@ def take(address, nbytes):
             sock.sendall(b"x")
 
 
+@contextlib.contextmanager
+def sinks(count):
+    """Sockets to processes that receive 64 MiB into the same memory again and again."""
+    context = multiprocessing.get_context("spawn")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        processes = [
+            context.Process(target=take, args=(server.getsockname(), BIG), daemon=True) for _ in range(count)
+        ]
+        for process in processes:
+            process.start()
+        socks = [server.accept()[0] for _ in processes]
+    yield socks
+    for sock in socks:
+        sock.close()
+    for process in processes:
+        process.join()
+
+
 @pytest.fixture
 def sink():
-    """A socket to a process that receives 64 MiB into the same memory again and again."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        context = multiprocessing.get_context("spawn")
-        process = context.Process(target=take, args=(server.getsockname(), BIG), daemon=True)
-        process.start()
-        sock, _ = server.accept()
-    yield sock
-    sock.close()
-    process.join()
+    with sinks(1) as [sock]:
+        yield sock
 
 
 def bench_64_mib_by_tcp(compare, sink, far):
@@ -120,6 +132,27 @@ def bench_64_mib_by_tcp(compare, sink, far):
         most=1.3,
         rounds=25,
     )
+
+
+def bench_64_mib_to_four_of_one_host(compare):
+    """The bytes go to one of the four; the others see them there."""
+    big = np.ones(BIG // 8)
+
+    def bare():
+        for sock in socks:
+            sock.sendall(big)
+        for sock in socks:
+            sock.recv(1)
+
+    with sinks(4) as socks, sd.addprocs(ByTCP(4)) as pids:
+        compare(
+            "64 MiB to four workers of one other host",
+            lambda: sd.everywhere("", pids, big=big),
+            bare,
+            peer_name="sendall to each",
+            most=0.4,
+            rounds=25,
+        )
 
 
 def bench_result_of_64_mib_by_tcp(compare, far):

@@ -42,9 +42,9 @@ class Sources:
 
     def add(self, link: Link) -> None:
         """Read `link` from now on."""
-        if link.is_local:
-            link.sharing = self._node.sharing
-        else:
+        sharing = self._node.sharing
+        link.sharing = sharing if link.is_local else sharing.copies
+        if not link.is_local:
             self._node.heart.watch(link)
         self._links[link.fd] = link
         self.threads.ensure_standby()

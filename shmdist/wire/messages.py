@@ -34,6 +34,7 @@ RELAY    pid                      join the sender and ``pid``, by process 1    R
 BEAT     none                     the sender is alive (``runtime.heart``)      none
 MAIL     (slot, inode)            short frames may be left in this slot of     none
                                   the mailbox whose descriptor is with it
+COPY     (what, ...)              a copy of a value (``runtime.copies``)       by what
 ======== ======================== ============================================ =========
 
 A frame is a plain mutable record and not a frozen dataclass: one is made for every
@@ -73,6 +74,7 @@ class Kind(IntEnum):
     RELAY = 16
     BEAT = 17
     MAIL = 18
+    COPY = 19
 
 
 # Flags of any frame.
@@ -146,10 +148,13 @@ class Parts(list[Any]):
         Counts of blocks given to the receiver: to be taken back when nothing is written.
     wanted : list of int
         Bytes of each buffer that would have gone through a block, had there been one.
+    kept : list
+        What must live until the frames are written.
     """
 
-    __slots__ = ("grants", "wanted")
+    __slots__ = ("grants", "kept", "wanted")
     grants: list[Any]
+    kept: list[Any]
     wanted: list[int]
 
     def __getattr__(self, name: str) -> Any:
@@ -166,6 +171,7 @@ class Parts(list[Any]):
         if len(more) > 1:  # else it is a short frame, without buffers
             self.grants += more.grants
             self.wanted += more.wanted
+            self.kept += more.kept
 
 
 class PeerInfo(NamedTuple):

@@ -37,9 +37,10 @@ class Payload:
         Contiguous bytes where they lie, and sources (``wire.arrays``) in the place of such.
     spread : dict or None
         A dict when the payload goes to several receivers: then a buffer is copied into a
-        block once, whose hold is kept here by the buffer's number.
+        block once, whose hold is kept here by the buffer's number; and so are its copies on
+        other hosts (``runtime.copies``).
     known : object or None
-        Finds a block that has the bytes of a buffer already (``runtime.sharing.Repeated``).
+        Finds a block that has the bytes of a buffer already (``repeats.Repeated``).
     """
 
     __slots__ = ("buffers", "known", "parts", "refs", "sources", "spread", "write")
@@ -50,7 +51,7 @@ class Payload:
         self.buffers: list[Any] = []
         self.refs: list[Any] = []
         self.sources: dict[int, Any] = {}  # on their way to `buffers`; by id of what stands in for them
-        self.spread: dict[int, Any] | None = None
+        self.spread: dict[Any, Any] | None = None
         self.known: Any = None
 
     def keep_out(self, buffer: pickle.PickleBuffer) -> bool:

@@ -31,10 +31,13 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     class Sharing(Protocol):
-        """What a link asks of ``runtime.sharing``."""
+        """What a link asks of ``runtime.sharing``, or to another host of ``runtime.copies``."""
 
         def adopt(self, token: bytes, sender: int) -> Any:
             """Return the hold of a block."""
+
+        def room(self, number: int, size: int, sender: int) -> Any:
+            """Return where the bytes of a copy are received."""
 
         def place(self, payload: Any, size: int, pid: int, done: Parts) -> tuple[list[Any], bool]:
             """Return what stands for a payload's buffers, and whether its body is the last of them."""
@@ -171,7 +174,7 @@ class Reader:
                     break  # the rest of a small frame: wait for it here
             if body_len > sys.maxsize:
                 raise OSError("the body of a frame is longer than any memory")
-            incoming = Incoming(header)
+            incoming = Incoming(header, self._room)
             start = body
             complete = incoming.advance(0) if not len(incoming.target) else False
             while not complete and start < end:
@@ -206,6 +209,11 @@ class Reader:
         if self.sharing is None:
             raise LookupError("a token came by a link that shares no memory")
         return self.sharing.adopt(token, self.pid)
+
+    def _room(self, number: int, size: int) -> Any:
+        if self.sharing is None:
+            raise MemoryError("a copy came by a link that shares no memory")
+        return self.sharing.room(number, size, self.pid)
 
     def _deliver(self, frame: Frame, frames: list[Frame]) -> None:
         frame.link = self
