@@ -115,7 +115,8 @@ class Cluster:
         if failures:
             failure = failures[0]
             if len(failures) > 1:
-                failure = LaunchWorkerError(f"{len(failures)} launches failed", causes=failures)
+                text = f"{len(failures)} launches failed; the first: {failure.message}"
+                failure = LaunchWorkerError(text, causes=failures)
             failure.pids = tuple(pids)
             raise failure
         return pids
