@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 KEEPALIVE = 15  # seconds between signs of life, while nothing else is sent
 _WAIT = 0.1  # seconds before the first new attempt; doubled each time
 _LONGEST_WAIT = 4.0
+_PROHIBITED = 1  # of RFC 4254: why a channel is not opened
 _BUSY = (b"Exceeded MaxStartups", b"Not allowed at this time")
 
 
@@ -166,9 +167,11 @@ class Login:
                 "direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=self.timeout, **options
             )
         except (paramiko.SSHException, EOFError) as error:
-            raise PhaseError(
-                "connect", f"{self.hop} cannot connect on to {host} port {port}: {error}"
-            ) from error
+            why = str(error)
+            if getattr(error, "code", None) == _PROHIBITED:
+                why = "its server forbids it (AllowTcpForwarding and PermitOpen in its sshd_config)"
+            text = f"{self.hop} cannot connect on to {host} port {port}: {why}"
+            raise PhaseError("connect", text) from error
 
     def run(self, command: str, timeout: float = 10.0) -> int:
         """Run a command to its end; return its exit code, -1 when there is none."""
