@@ -290,11 +290,11 @@ def _command(params: dict[str, Any]) -> list[str]:
 def _by_version(failure: LaunchWorkerError, params: dict[str, Any]) -> LaunchWorkerError:
     """Return a better reason why a launch failed: an interpreter too old to take our flags, say."""
     words = params["exename"]
-    if words is None:
+    if words is None or failure.exitcode is None:  # it has not ended by itself
         return failure
     try:
         asked = [*_words(words), "-c", "import sys; print(sys.version.split()[0])"]
-        said = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=5.0)
+        said = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=2.0)
     except (OSError, subprocess.SubprocessError):
         return failure
     if re.fullmatch(r"[0-9]+\.[0-9]+\.[0-9]+\S*\n", said.stdout) is None:

@@ -129,6 +129,7 @@ class SSHManager(ClusterManager):
             launching.begin()
             for worker in launching.outcomes():
                 if worker.config is not None:
+                    worker.handed_over = True
                     yield worker.config
                 elif worker.failure is not None:
                     failures.append(worker.failure)
