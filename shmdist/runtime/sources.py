@@ -33,7 +33,7 @@ class Sources:
     def __init__(self, node: Node) -> None:
         self._node = node
         self.poller = make_poller()
-        self._wait = self.poller.poll
+        self._wait, self._outputs = self.poller.poll, self.poller.outputs
         self.mail = Mail(node)
         self._frames: list[Frame] = []  # what one turn of reading brought; the baton's holder's
         self._mail_turns = 0
@@ -94,7 +94,7 @@ class Sources:
         if self.poller.has_outputs:
             # A call's output was written before its result, so after the result has been
             # read the output is there to be read, and must be taken first.
-            for fd in self.poller.outputs():
+            for fd, _ in self._outputs(0):
                 self._node.read_output(fd)
         if frames:
             self._frames = []

@@ -220,6 +220,10 @@ class Strand:
 
     def begin(self, task: Any) -> None:
         """Begin to run `task` on this thread; the runtime's depth is 1."""
+        if self.signalled:  # nobody else writes here
+            self.pending = self.struck = False
+            self.task = task
+            return
         with self.guard:
             self.task = task
             self.pending = self.struck = False

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from shmdist.errors import SerializationError, capture
 from shmdist.runtime.reftable import RRID
-from shmdist.wire import codec
+from shmdist.wire import codec, names
 from shmdist.wire.messages import (
     BROKEN,
     BY_ID,
+    BY_NAME,
     HAS_REFS,
     IS_ERROR,
     NOT_RUN,
@@ -106,7 +107,14 @@ class Tasks:
                 # Not exposed yet: reading may import modules, and an import that is interrupted
                 # leaves locks behind on which other calls would wait for ever.
                 function, args, kwargs = self._read(task)
-                if task.ticket >= 0:
+                link = task.link
+                if link.calls_started == task.ticket:  # `_pass_gate`, with nobody to wait for
+                    task.ticket = -1
+                    link.calls_started += 1
+                    if link.gate_waiters:
+                        with link.gate:
+                            link.gate.notify_all()
+                elif task.ticket >= 0:
                     self._pass_gate(task)
                 strand.expose()
                 value = function(*args, **kwargs)
@@ -168,7 +176,7 @@ class Tasks:
                 call = codec.loads(frame, node.give_back)
             else:
                 codec.prepare(frame.body)
-                call = pickle.loads(frame.body)
+                call = names.load(frame.body) if frame.flags & BY_NAME else pickle.loads(frame.body)
         except Exception as error:
             hint = codec.unreadable(error, "the call's function or arguments").args[0]
             error.add_note(f"{hint} (on process {node.pid}, {sys.executable})")

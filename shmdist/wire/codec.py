@@ -35,10 +35,10 @@ from typing import TYPE_CHECKING, Any
 
 from shmdist.errors import SerializationError
 from shmdist.memory.holds import Hold
-from shmdist.wire import arrays
+from shmdist.wire import arrays, names
 from shmdist.wire.arrays import INLINE, contiguous
 from shmdist.wire.messages import BODY_LAST, HAS_REFS, HEADER, IN_BLOCK, Frame, Parts, Token
-from shmdist.wire.picklers import FUNCTIONS, MAIN, Payload, PlainPickler, Short, cloud_pickler, reducers
+from shmdist.wire.picklers import FUNCTIONS, Named, Payload, PlainPickler, Short, cloud_pickler, reducers
 
 if TYPE_CHECKING:
     from shmdist.wire.link import Link
@@ -50,10 +50,6 @@ _LARGE = 1 << 18  # bytes of a body from which on a block is worth asking for
 #: Types that no rule of ours concerns: the fastest pickler will do for them.
 _ATOMS = frozenset({int, float, str, type(None), bool, bytes, complex})
 _SMALL = 1 << 12  # characters or bytes of an atom that go this way
-#: Functions seen to be importable by name. A function that is not any more (its module was
-#: reloaded, say) makes the pickler fail, and then the ordinary way is gone.
-#: No others are noted: a closure would be kept alive here, and what it captures.
-_by_name: set[Any] = set()
 _NOTHING = pickle.dumps(None, 5)
 
 
@@ -71,26 +67,13 @@ def dumps_call(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload
             elif kind in _SIZED and len(value) > _SMALL:
                 break
         else:
-            if f in _by_name or _note_function(f):
-                try:
-                    return Short(pickle.dumps((f, short, kwargs), 5))
-                except Exception:
-                    _by_name.discard(f)
+            name = names.head(f)
+            if name is not None:
+                return Named(name + pickle.dumps((short, kwargs), 5))
     return dumps((f, args, kwargs), "the call")
 
 
 _SIZED = frozenset({str, bytes})
-
-
-def _note_function(f: Any) -> bool:
-    """Tell whether `f` can be sent by name, and note it if so."""
-    module = sys.modules.get(f.__module__ or "")
-    known = f.__module__ not in MAIN and getattr(module, f.__qualname__, None) is f
-    if known:
-        if len(_by_name) > 1000:
-            _by_name.clear()  # it keeps the functions alive, so it is kept short
-        _by_name.add(f)
-    return known
 
 
 def dumps_arguments(arguments: Any, value: Any) -> Payload:
@@ -204,7 +187,8 @@ def frame(
     if payload is None:
         return Parts([HEADER.pack(kind, flags, 0, lane, 0, call_id, 0)])
     parts = payload.parts
-    if type(payload) is Short and len(parts[0]) <= _JOIN:
+    flags |= payload.flags
+    if payload.is_short and len(parts[0]) <= _JOIN:
         return Parts((HEADER.pack(kind, flags, 0, lane, 0, call_id, len(parts[0])) + parts[0],))
     buffers = payload.buffers
     size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))

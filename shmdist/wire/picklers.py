@@ -19,6 +19,7 @@ from typing import Any
 from shmdist.errors import reduce_exception
 from shmdist.wire.arrays import INLINE, reduce_array, reduce_masked
 from shmdist.wire.generators import GENERATORS, reduce_generator
+from shmdist.wire.messages import BY_NAME
 
 #: Types with a reducer of ours: type -> callable(object, pickler) -> reduce value.
 #: ``refs`` enters its types here.
@@ -44,6 +45,8 @@ class Payload:
     """
 
     __slots__ = ("buffers", "known", "parts", "refs", "sources", "spread", "write")
+    flags = 0  # of its frame, besides those that its sender sets
+    is_short = False
 
     def __init__(self) -> None:
         self.parts: list[Any] = []
@@ -80,9 +83,17 @@ class Short(Payload):
     refs: Any = ()
     spread = None
     known = None
+    is_short = True
 
     def __init__(self, body: bytes) -> None:
         self.parts = [body]
+
+
+class Named(Short):
+    """The payload of a call by name (``wire.names``)."""
+
+    __slots__ = ()
+    flags = BY_NAME
 
 
 class _ByValue(Exception):

@@ -93,6 +93,7 @@ class Poller:
         self._park.register(self._wake.fileno(), _IN)
         self.has_outputs = False
         # The hot path: bound to the system's calls, for a Python function around costs as much.
+        self.outputs = self._outputs.poll  # type: ignore[method-assign]
         self.poll = self._links.poll  # type: ignore[method-assign]
         self.arm = functools.partial(self._park.modify, self._links_fd, _IN | _ONCE)  # type: ignore[method-assign]
         self.disarm = functools.partial(self._park.modify, self._links_fd, _ONCE)  # type: ignore[method-assign]
@@ -112,9 +113,9 @@ class Poller:
         self._outputs.register(fd, _IN)
         self.has_outputs = True
 
-    def outputs(self) -> list[int]:
-        """Return the output pipes that have something to read, without waiting."""
-        return [fd for fd, _ in self._outputs.poll(0)]
+    def outputs(self, timeout: float) -> Sequence[tuple[int, int]]:
+        """Wait at most `timeout` seconds for output pipes that have something to read."""
+        return self._outputs.poll(timeout)
 
     def poll(self, timeout: float = -1) -> Sequence[tuple[int, int]]:
         """Wait at most `timeout` seconds (-1: for ever) for readable links.
@@ -215,11 +216,11 @@ class SelectPoller(Poller):
             poller.register(fd, select.POLLIN)
         return poller.poll(None if timeout < 0 else timeout * 1000)
 
-    def outputs(self) -> list[int]:
-        """Return the output pipes that have something to read, without waiting."""
+    def outputs(self, timeout: float) -> Sequence[tuple[int, int]]:
+        """Wait at most `timeout` seconds for output pipes that have something to read."""
         with self._table:
             outs = set(self._outs)
-        return [fd for fd, _ in self._select(outs, 0)] if outs else []
+        return self._select(outs, timeout) if outs else []
 
     def poll(self, timeout: float = -1) -> Sequence[tuple[int, int]]:
         """Wait at most `timeout` seconds for readable links or outputs."""

@@ -23,9 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shmdist.errors import SerializationError
-from shmdist.wire import codec
+from shmdist.wire import codec, names
 from shmdist.wire.codec import INLINE, Payload
-from shmdist.wire.messages import BROKEN, HAS_REFS, HEADER, Frame
+from shmdist.wire.messages import BROKEN, BY_NAME, HAS_REFS, HEADER, Frame
 
 
 def receive(parts: list[Any]) -> Frame:
@@ -160,8 +160,11 @@ class TestRoundTrips:
     )
     def test_calls(self, f: Any, args: Any, kwargs: Any) -> None:
         payload = codec.dumps_call(f, args, kwargs)
-        function, *rest = codec.loads(receive(codec.frame(1, 0, 0, 0, payload)), no_references)
+        frame = receive(codec.frame(1, 0, 0, 0, payload))
+        by_name = frame.flags & BY_NAME
+        function, *rest = names.load(frame.body) if by_name else codec.loads(frame, no_references)
         assert rest == [args, kwargs]
+        assert not by_name or f in (importable, len)
         assert function is f or function.__name__ == "<lambda>"
 
     def test_the_environment_is_the_receivers(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,16 +307,16 @@ def missing(): return nowhere
             missing()
 
     def test_functions_seen_are_not_kept_alive(self) -> None:
-        codec._by_name.clear()
+        names._heads.clear()
 
         def closure() -> None:
             pass
 
         codec.dumps_call(closure, (), {})
         codec.dumps_call([].append, (1,), {})
-        assert not codec._by_name
+        assert not names._heads
         codec.dumps_call(importable, (1,), {})
-        assert codec._by_name == {importable}
+        assert set(names._heads) == {importable}
 
     def test_a_function_that_is_not_importable_any_more(self, monkeypatch: pytest.MonkeyPatch) -> None:
         old = importable
@@ -321,7 +324,32 @@ def missing(): return nowhere
         monkeypatch.setattr(sys.modules[__name__], "importable", lambda x: 0)
         function, _, _ = pickle.loads(b"".join(codec.dumps_call(old, (1,), {}).parts))
         assert function(1) == 2
-        assert old not in codec._by_name
+        assert old not in names._heads
+
+    def test_what_a_name_means_is_looked_up_each_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        body = b"".join(codec.dumps_call(importable, (1,), {}).parts)
+        assert names.load(body) == (importable, (1,), {})
+        monkeypatch.setattr(sys.modules[__name__], "importable", len)
+        assert names.load(body)[0] is len
+        module: Any = types.ModuleType(__name__)
+        monkeypatch.setitem(sys.modules, __name__, module)
+        with pytest.raises(AttributeError, match="Can't get attribute 'importable' on <module"):
+            names.load(body)
+        module.importable = abs
+        assert names.load(body)[0] is abs
+
+    def test_a_name_that_is_nowhere(self) -> None:
+        text = b"no_such_module_at_all\0f"
+        with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):
+            names.load(len(text).to_bytes(2, "little") + text + pickle.dumps(((), {})))
+
+    def test_names_are_not_kept_without_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(names, "_MOST", 2)
+        for f in (len, abs, max, min, importable):
+            body = b"".join(codec.dumps_call(f, (1,), {}).parts)
+            assert names.load(body)[0] is f
+            assert len(names._heads) <= 2
+            assert len(names._found) <= 2
 
     def test_exceptions_inside(self) -> None:
         error = Odd(1, 2)

@@ -199,21 +199,21 @@ class TestOutputs:
         poller.add_output(output.fd)
         poller.add_output(silent.fd)
         assert (before, poller.has_outputs) == (False, True)
-        assert poller.outputs() == []
+        assert list(poller.outputs(0)) == []
         output.write()
         [(fd, _)] = [(fd, event) for fd, event in poller.poll(LONG) if fd != poller._kick_fd]
         assert fd not in (output.fd, pipe.fd)
         assert poller.is_kick(fd)
-        assert poller.outputs() == [output.fd]
+        assert [fd for fd, _ in poller.outputs(0)] == [output.fd]
         pipe.write()
         assert ready(poller) == {pipe.fd}
         poller.remove(output.fd)
-        assert poller.outputs() == []
+        assert list(poller.outputs(0)) == []
         pipe.read()
         assert ready(poller) == set()
 
     def test_without_any(self, poller: Poller) -> None:
-        assert poller.outputs() == []
+        assert list(poller.outputs(0)) == []
 
 
 class TestParking:

@@ -1,0 +1,77 @@
+"""Calls of functions that can be imported: the name, and behind it the pickled arguments.
+
+A pickle would say the same. But pickling a function by name means to import it each time, on
+both sides, and that takes longer than all the rest of a short call. So functions seen to be
+importable are noted here with their names, and names with where they were found.
+
+The body is the length of the name in two bytes, module and name with a zero byte between
+them, then the pickle of (args, kwargs).
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import sys
+from typing import Any
+
+from shmdist.wire.picklers import MAIN
+
+_MOST = 1000  # functions and names that are noted
+#: The beginning of the body by function. A function that is not importable any more (its module
+#: was reloaded, say) is found out where it is called, and `forget` takes it out.
+#: No others are noted: a closure would be kept alive here, and what it captures.
+_heads: dict[Any, bytes] = {}
+_found: dict[bytes, tuple[Any, str, str]] = {}  # module, its name, the function's name
+
+
+def head(f: Any) -> bytes | None:
+    """Return the beginning of the body of a call of `f`; None when it cannot go by name."""
+    known = _heads.get(f)
+    if known is not None:
+        module = sys.modules.get(f.__module__)
+        if getattr(module, f.__qualname__, None) is f:
+            return known
+        del _heads[f]
+        return None
+    name = f.__module__ or ""
+    module = sys.modules.get(name)
+    text = f"{name}\0{f.__qualname__}".encode()
+    if name in MAIN or getattr(module, f.__qualname__, None) is not f or len(text) >= 1 << 16:
+        return None
+    if len(_heads) >= _MOST:
+        _heads.clear()  # it keeps the functions alive, so it is kept short
+    known = _heads[f] = len(text).to_bytes(2, "little") + text
+    return known
+
+
+def load(body: bytes | bytearray) -> tuple[Any, Any, Any]:
+    """Return function, arguments and keyword arguments of a call.
+
+    Raises
+    ------
+    Exception
+        The module cannot be imported, has no such function, or the arguments cannot be read.
+    """
+    if type(body) is not bytes:
+        body = bytes(body)
+    end = 2 + (body[0] | body[1] << 8)
+    name = body[2:end]
+    place = _found.get(name)
+    if place is None or sys.modules.get(place[1]) is not place[0]:
+        place = _find(name)
+    try:
+        function = getattr(place[0], place[2])
+    except AttributeError:
+        raise AttributeError(f"Can't get attribute {place[2]!r} on {place[0]!r}") from None
+    args, kwargs = pickle.loads(body[end:])
+    return function, args, kwargs
+
+
+def _find(name: bytes) -> tuple[Any, str, str]:
+    module, _, attribute = name.decode().partition("\0")
+    importlib.import_module(module)
+    if len(_found) >= _MOST:
+        _found.clear()
+    place = _found[name] = sys.modules[module], module, attribute
+    return place
