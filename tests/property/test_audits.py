@@ -302,5 +302,5 @@ class ClusterWithReferences(Cluster):
 
 TestBlocks = Cluster.TestCase
 TestReferences = ClusterWithReferences.TestCase
-TestBlocks.settings = settings(max_examples=400, stateful_step_count=50, deadline=None)
+TestBlocks.settings = settings(max_examples=250, stateful_step_count=50, deadline=None)
 TestReferences.settings = TestBlocks.settings
