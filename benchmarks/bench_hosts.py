@@ -1,9 +1,15 @@
-"""Workers that are reached by the network: direct TCP on one machine, beside bare sockets."""
+"""Workers that are reached by the network: direct TCP beside bare sockets, the tunnel beside ``ssh``."""
 
+import contextlib
+import fcntl
 import functools
 import multiprocessing
 import operator
+import shlex
+import shutil
 import socket
+import subprocess
+import sys
 from multiprocessing.connection import Client, Listener
 
 import conftest
@@ -12,6 +18,7 @@ import pytest
 
 import shmdist as sd
 from shmdist.wire import door
+from tests.integration import sshd
 
 MIB = 1 << 20
 BIG = 64 * MIB
@@ -92,17 +99,28 @@ def take(address, nbytes):
             sock.sendall(b"x")
 
 
+@contextlib.contextmanager
+def sinks(count):
+    """Sockets to processes that receive 64 MiB into the same memory again and again."""
+    context = multiprocessing.get_context("spawn")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        processes = [
+            context.Process(target=take, args=(server.getsockname(), BIG), daemon=True) for _ in range(count)
+        ]
+        for process in processes:
+            process.start()
+        socks = [server.accept()[0] for _ in processes]
+    yield socks
+    for sock in socks:
+        sock.close()
+    for process in processes:
+        process.join()
+
+
 @pytest.fixture
 def sink():
-    """A socket to a process that receives 64 MiB into the same memory again and again."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        context = multiprocessing.get_context("spawn")
-        process = context.Process(target=take, args=(server.getsockname(), BIG), daemon=True)
-        process.start()
-        sock, _ = server.accept()
-    yield sock
-    sock.close()
-    process.join()
+    with sinks(1) as [sock]:
+        yield sock
 
 
 def bench_64_mib_by_tcp(compare, sink, far):
@@ -120,6 +138,27 @@ def bench_64_mib_by_tcp(compare, sink, far):
         most=1.3,
         rounds=25,
     )
+
+
+def bench_64_mib_to_four_of_one_host(compare):
+    """The bytes go to one of the four; the others see them there."""
+    big = np.ones(BIG // 8)
+
+    def bare():
+        for sock in socks:
+            sock.sendall(big)
+        for sock in socks:
+            sock.recv(1)
+
+    with sinks(4) as socks, sd.addprocs(ByTCP(4)) as pids:
+        compare(
+            "64 MiB to four workers of one other host",
+            lambda: sd.everywhere("", pids, big=big),
+            bare,
+            peer_name="sendall to each",
+            most=0.4,
+            rounds=25,
+        )
 
 
 def bench_result_of_64_mib_by_tcp(compare, far):
@@ -163,3 +202,99 @@ def give(address, nbytes):
     with socket.create_connection(address) as sock:
         while sock.recv(1):
             sock.sendall(data)
+
+
+# ---------------------------------------------------------------------- through a login
+
+CIPHER = "aes128-gcm@openssh.com"  # the tunnel's, unless the server will not have it
+# What runs at the other end of `ssh`: it takes 64 MiB and says so, or gives 64 MiB when it is told.
+TAKE = f"""
+import sys
+room = memoryview(bytearray({BIG}))
+while True:
+    done = 0
+    while done < {BIG}:
+        done += sys.stdin.buffer.readinto1(room[done:]) or sys.exit()
+    sys.stdout.buffer.write(b"x")
+    sys.stdout.buffer.flush()
+"""
+GIVE = f"""
+import sys
+data = bytes({BIG})
+while sys.stdin.buffer.read(1):
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    if sshd.why_not() is not None or shutil.which("ssh") is None:
+        pytest.skip(sshd.why_not() or "there is no ssh: apt-get install openssh-client")
+    folder = tmp_path_factory.mktemp("sshd")
+    running = sshd.Sshd(folder, sshd.make_key(folder / "keys" / "id_ed25519"), f"Ciphers {CIPHER}")
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def tunnelled(server):
+    with sd.addprocs([server.text], tunnel=True, **server.params()) as [pid]:
+        sd.remotecall_eval("__main__", pid, "import numpy; big = numpy.ones(8 << 20)")
+        yield pid
+
+
+@contextlib.contextmanager
+def by_ssh(server, code):
+    """Run a program at the other end of `ssh`; yields its two pipes, as large as the system lets them be."""
+    command = ["ssh", "-F", "none", "-i", str(server.user_key), "-p", str(server.port), "-c", CIPHER]
+    command += ["-o", f"UserKnownHostsFile={server.known_hosts}", f"root@{server.address}"]
+    command += [shlex.join([sys.executable, "-c", code])]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, bufsize=0, **pipes) as process:
+        for pipe in (process.stdin, process.stdout):
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 1 << 20)
+        try:
+            yield process.stdin, process.stdout
+        finally:
+            process.kill()
+
+
+def bench_64_mib_by_tunnel(compare, server, tunnelled):
+    big = np.ones(BIG // 8)
+    with by_ssh(server, TAKE) as (there, back):
+
+        def bare():
+            left = memoryview(big).cast("B")
+            while left:
+                left = left[there.write(left) :]
+            assert back.read(1) == b"x"
+
+        compare(
+            "argument of 64 MiB by tunnel",
+            lambda: sd.remotecall_fetch(len, tunnelled, big),
+            bare,
+            peer_name="ssh, same cipher",
+            most=1.3,
+            rounds=25,
+        )
+
+
+def bench_result_of_64_mib_by_tunnel(compare, server, tunnelled):
+    with by_ssh(server, GIVE) as (there, back):
+
+        def bare():
+            there.write(b"x")
+            room = memoryview(np.empty(BIG, "B"))
+            done = 0
+            while done < BIG:
+                done += back.readinto(room[done:])
+
+        compare(
+            "result of 64 MiB by tunnel",
+            lambda: sd.remotecall_fetch(the_big_one, tunnelled),
+            bare,
+            peer_name="ssh, same cipher",
+            most=1.7,  # paramiko alone takes 1.2: it decrypts in this process; then a socket pair leads to the link
+            rounds=25,
+        )

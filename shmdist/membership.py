@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 from shmdist import relays
@@ -115,7 +116,8 @@ class Cluster:
         if failures:
             failure = failures[0]
             if len(failures) > 1:
-                failure = LaunchWorkerError(f"{len(failures)} launches failed", causes=failures)
+                text = f"{len(failures)} launches failed; the first: {failure.message}"
+                failure = LaunchWorkerError(text, causes=failures)
             failure.pids = tuple(pids)
             raise failure
         return pids
@@ -125,33 +127,41 @@ class Cluster:
     ) -> tuple[int, Any]:
         """Connect to a launched worker, and ask it to join; its answer is not waited for."""
         strand = current()
-        strand.enter()  # Ctrl-C is for the waits before and after it
-        try:
-            return self._connect_whole(manager, config, params)
-        finally:
-            strand.leave()
-
-    def _connect_whole(
-        self, manager: ClusterManager, config: WorkerConfig, params: dict[str, Any]
-    ) -> tuple[int, Any]:
-        node = self.node
         pid, self.next_pid = self.next_pid, self.next_pid + 1
         phase = "connect"
+        connection = None
         try:
             connection = manager.connect(pid, config)
             phase = "handshake"
-            machine = door.prove(connection, node.cookie, 1)
+            machine = door.prove(connection, self.node.cookie, 1)
             self._check_versions(pid, config, Versions(machine.peer_version, machine.peer_python))
-        except Exception as error:
+            strand.enter()  # Ctrl-C is for the waits before and after what follows
+        except BaseException as error:
             self._dismiss(manager, pid, config)
-            if isinstance(error, LaunchWorkerError):
+            if connection is not None:
                 connection.close()
+            if isinstance(error, LaunchWorkerError) or not isinstance(error, Exception):
                 raise
             raise LaunchWorkerError(
                 f"worker {pid} was launched, but could not be reached: {error}",
                 host=config.host,
                 phase=phase,
             ) from error
+        try:
+            return pid, self._take_on(pid, connection, manager, config, params)
+        finally:
+            strand.leave()
+
+    def _take_on(
+        self,
+        pid: int,
+        connection: Connection,
+        manager: ClusterManager,
+        config: WorkerConfig,
+        params: dict[str, Any],
+    ) -> Any:
+        """Make a worker a member, and ask it to join."""
+        node = self.node
         member = self.members[pid] = Member(manager, config)
         if hasattr(config.userdata, "close"):
             node.inherited.append(config.userdata)
@@ -171,7 +181,7 @@ class Cluster:
         if config.process is not None:
             settings["parent"] = os.getpid()
         join = Join(pid, params["lazy"], params["topology"], tuple(node.peers.values()), settings)
-        return pid, node.request(pid, int(Kind.JOIN), 0, codec.dumps(join))
+        return node.request(pid, int(Kind.JOIN), 0, codec.dumps(join))
 
     @staticmethod
     def _check_versions(pid: int, config: WorkerConfig, theirs: Versions) -> None:

@@ -7,10 +7,11 @@ import threading
 from typing import Any
 
 from shmdist.memory.holds import PRIVATE, Hold, Lease
+from shmdist.runtime.copies import Copy
 from shmdist.runtime.node import current_node
-from shmdist.runtime.sharing import LINE, address_of
+from shmdist.runtime.sharing import address_of
 from shmdist.wire import arrays
-from shmdist.wire.arrays import Strided, extent
+from shmdist.wire.arrays import LINE, Strided, extent
 
 
 class Repeated:
@@ -20,38 +21,62 @@ class Repeated:
     ----------
     bases : list of ndarray
         Contiguous arrays, which nobody writes to as long as the map runs.
-    often : list of bool
-        Of each, whether at least twice its bytes are going to be sent.
+    times : list of int
+        Of each, how many times its bytes are going to be sent.
     """
 
-    def __init__(self, bases: list[Any], often: list[bool]) -> None:
+    def __init__(self, bases: list[Any], times: list[int]) -> None:
         self._sharing = current_node().sharing
         self._spans = sorted(
             (base.__array_interface__["data"][0], base.nbytes, index) for index, base in enumerate(bases)
         )
         self._bases = bases
-        self._often = often
+        self._times = times
         self._copies: dict[int, Hold | None] = {}
-        self._lock = threading.Lock()  # guards `_copies`: a base is copied once
+        self._far: dict[int, Copy] = {}  # copies on other hosts
+        self._lock = threading.Lock()  # guards the two above: a base is copied once
 
     def find(self, source: Any) -> tuple[Lease, Lease] | None:
         """Return the lease of the copy in which a buffer's bytes lie, and one of just these bytes."""
-        if isinstance(source, Strided):
+        index, offset = self._locate(source)
+        if index < 0:
             return None
-        address = address_of(source)
-        for start, nbytes, index in self._spans:
-            if start <= address and address + len(source) <= start + nbytes:
-                with self._lock:
-                    if index not in self._copies:
-                        raw = memoryview(self._bases[index].reshape(-1, order="A").view("B"))
-                        self._copies[index] = self._sharing.copy_for_many(raw, grow=self._often[index])
-                hold = self._copies[index]
-                if hold is None:
-                    return None
-                lease = hold.lease
-                offset = lease.offset + address - start
-                return lease, Lease(lease.segment, lease.serial, offset, len(source), PRIVATE)
-        return None
+        with self._lock:
+            if index not in self._copies:
+                often = self._times[index] >= 2
+                self._copies[index] = self._sharing.copy_for_many(self._raw(index), grow=often)
+        hold = self._copies[index]
+        if hold is None:
+            return None
+        lease = hold.lease
+        return lease, Lease(lease.segment, lease.serial, lease.offset + offset, len(source), PRIVATE)
+
+    def copy_of(self, source: Any) -> tuple[Copy, memoryview, int, int] | None:
+        """Return what is known of the base in which a buffer's bytes lie.
+
+        Its copy on other hosts, its bytes, where in them the buffer's begin, and how many times
+        they are going to be sent.
+        """
+        index, offset = self._locate(source)
+        if index < 0:
+            return None
+        with self._lock:
+            if index not in self._far:
+                self._far[index] = Copy(self._sharing.copies)
+        return self._far[index], self._raw(index), offset, self._times[index]
+
+    def _locate(self, source: Any) -> tuple[int, int]:
+        """Return the base in which a buffer's bytes lie, and where in it; -1 if there is none."""
+        if not isinstance(source, Strided):
+            address = address_of(source)
+            for start, nbytes, index in self._spans:
+                if start <= address and address + len(source) <= start + nbytes:
+                    return index, address - start
+        return -1, 0
+
+    def _raw(self, index: int) -> memoryview:
+        """Return the bytes of a base."""
+        return memoryview(self._bases[index].reshape(-1, order="A").view("B"))
 
 
 def find_repeated(iterables: tuple[Any, ...]) -> Repeated | None:
@@ -76,8 +101,8 @@ def find_repeated(iterables: tuple[Any, ...]) -> Repeated | None:
     repeated = [
         base for key, base in bases.items() if sent[key] > base.nbytes and base.flags.forc and _is_plain(base)
     ]
-    often = [sent[id(base)] >= 2 * base.nbytes for base in repeated]
-    return Repeated(repeated, often) if repeated else None
+    times = [sent[id(base)] // base.nbytes for base in repeated]
+    return Repeated(repeated, times) if repeated else None
 
 
 def _base(array: Any, ndarray: type) -> Any:

@@ -121,7 +121,8 @@ class Run:
         self.deadly: Counter[int] = Counter()  # workers lost over elements not known to have begun, by place
         self.known = known
         cheap = False
-        if batch_size is None and total is not None:
+        # Where results are wanted one by one, a quick one must not wait for a slow one behind it.
+        if batch_size is None and total is not None and room is None:
             first = list(itertools.islice(self.elements, 1))
             self.elements = itertools.chain(first, self.elements)
             cheap = bool(first) and _is_cheap(first[0])
@@ -285,7 +286,8 @@ class Run:
                 self.calls[call_id] = batch
                 self.out.add(batch)
                 node.pending[call_id] = Reply(call_id, pid, self._arrived)
-                payload.known = self.known
+                if payload.buffers:
+                    payload.known = self.known
                 parts.join(codec.frame(_CALL, WANT_VALUE | BY_ID, self.lane, call_id, payload, link))
                 together.refs += payload.refs
             if len(parts) > 1 and sum(map(len, parts)) < _JOINED:

@@ -1,7 +1,8 @@
 """The keys of hosts, as ``known_hosts`` files have them. Pure: texts in, verdicts out.
 
 What OpenSSH reads is read: several names in one line, wildcards and negations, hashed names,
-``[host]:port``, ``@revoked``. Lines of ``@cert-authority`` are passed over.
+``[host]:port``, ``@revoked``. Lines of ``@cert-authority`` make nothing known: paramiko does not ask
+hosts for certificates, so there is none to be checked.  Who is refused is told of them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import hashlib
 import hmac
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+AUTHORITY = "@cert-authority"  # a marker of lines
 
 
 class Verdict(enum.Enum):
@@ -58,7 +61,7 @@ def read_known_hosts(text: str, path: str) -> list[Entry]:
         if not words or words[0].startswith("#"):
             continue
         marker = words.pop(0) if words[0].startswith("@") else ""
-        if len(words) < 3 or marker not in ("", "@revoked"):
+        if len(words) < 3 or marker not in ("", "@revoked", AUTHORITY):
             continue
         try:
             key = base64.b64decode(words[2], validate=True)
@@ -91,9 +94,17 @@ def judge(entries: Iterable[Entry], names: tuple[str, ...], kind: str, key: byte
     return verdict, where
 
 
+def authority(entries: Iterable[Entry], names: tuple[str, ...]) -> str:
+    """Return the line by which a host's certificate would make it known; empty without one."""
+    found = (entry for name in names for entry in entries if entry.marker == AUTHORITY and entry.means(name))
+    return next((entry.where for entry in found), "")
+
+
 def _judge(entries: Iterable[Entry], kind: str, key: bytes) -> tuple[Verdict, str]:
     verdict, where = Verdict.UNKNOWN, ""
     for entry in entries:
+        if entry.marker == AUTHORITY:
+            continue
         same = entry.kind == kind and entry.key == key
         if entry.marker == "@revoked":
             if same:
@@ -136,6 +147,7 @@ def _hash_matches(hashed: str, name: str) -> bool:
 __all__ = [
     "Entry",
     "Verdict",
+    "authority",
     "fingerprint",
     "judge",
     "kinds_known",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import selectors
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 from shmdist.errors import LaunchWorkerError, describe_exit
 from shmdist.managers.base import THREAD_VARIABLES, ClusterManager, WorkerConfig, usable_cpus
 from shmdist.memory.segment import make_page
+from shmdist.wire import versions
 
 _LONGEST = 1 << 20  # bytes of a worker's output looked through for its line
 
@@ -75,7 +77,7 @@ class LocalManager(ClusterManager):
                     launch.discard()
         failed = [launch.failure for launch in launches if launch.failure is not None]
         if failed:
-            first = failed[0]
+            first = _by_version(failed[0], params)
             first.causes = tuple(failed[1:2])  # they fail alike; one more shows it
             raise first
 
@@ -141,6 +143,7 @@ class _Launch:
             "cookie": params["cookie"],
             "path": [entry or os.getcwd() for entry in sys.path],
             "pythonpath": (environment.get("PYTHONPATH")),
+            "prefix": sys.prefix,
             "local": bool(params["restrict"]),
             "bind_addr": "auto",  # if it listens by TCP at all
             "parent": os.getpid(),
@@ -277,11 +280,43 @@ def _command(params: dict[str, Any]) -> list[str]:
             host="localhost",
             phase="start",
         )
-    command = [executable] if isinstance(executable, str) else list(executable)
+    command = _words(executable)
     if params["exename"] is None:
         command += own_flags()
     # -P: the current directory must not come before the standard library.
     return [*command, "-P", *flags, "-m", "shmdist", "worker"]
+
+
+def _by_version(failure: LaunchWorkerError, params: dict[str, Any]) -> LaunchWorkerError:
+    """Return a better reason why a launch failed: an interpreter too old to take our flags, say."""
+    words = params["exename"]
+    if words is None or failure.exitcode is None:  # it has not ended by itself
+        return failure
+    try:
+        asked = [*_words(words), "-c", "import sys; print(sys.version.split()[0])"]
+        said = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=2.0)
+    except (OSError, subprocess.SubprocessError):
+        return failure
+    if re.fullmatch(r"[0-9]+\.[0-9]+\.[0-9]+\S*\n", said.stdout) is None:
+        return failure
+    mine = versions.own_versions(numpy=False)
+    why = versions.conflict(mine, mine._replace(python=said.stdout.strip()), "a worker on this host")
+    if why is None:
+        return failure
+    return LaunchWorkerError(
+        why,
+        host=failure.host,
+        phase="versions",
+        command=failure.command,
+        exitcode=failure.exitcode,
+        stderr_tail=failure.stderr_tail,
+    )
+
+
+def _words(executable: Any) -> list[str]:
+    """Return the words of an interpreter: a path, or several words."""
+    several = [executable] if isinstance(executable, (str, os.PathLike)) else executable
+    return [os.fspath(word) for word in several]
 
 
 def _command_text(params: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from shmdist.managers.sshworker import RemoteWorker
 
-_DIRECT = 5.0  # seconds a direct connection may take before the login is used instead
+_DIRECT = 2.0  # seconds a direct connection may take before the login is used instead
 _PER_HOST = ("exename", "exeflags", "dir", "env", "password", "key_filename")
 
 
@@ -88,6 +88,7 @@ class SSHManager(ClusterManager):
 
     def __init__(self, machines: Any) -> None:
         self.machines = parse_machines(machines)
+        self._detours: list[str] = []  # what the program is to be warned of at the end of the launch
 
     def __repr__(self) -> str:
         shown = [m.text if m.count == 1 else (m.text, m.count or "auto") for m in self.machines]
@@ -128,6 +129,7 @@ class SSHManager(ClusterManager):
             launching.begin()
             for worker in launching.outcomes():
                 if worker.config is not None:
+                    worker.handed_over = True
                     yield worker.config
                 elif worker.failure is not None:
                     failures.append(worker.failure)
@@ -135,6 +137,7 @@ class SSHManager(ClusterManager):
             launching.give_up()
             raise
         launching.settle()
+        self._tell_of_detours()
         failures += launching.failures
         if len(failures) == 1:
             raise failures[0]
@@ -145,6 +148,15 @@ class SSHManager(ClusterManager):
                 f"{', '.join(hosts)}",
                 causes=failures,
             )
+
+    def _tell_of_detours(self) -> None:
+        """Warn of logins that carry what they were not asked to."""
+        detours, self._detours = self._detours, []
+        if detours:
+            import warnings
+
+            more = f" (and {len(detours) - 1} more hosts alike)" if len(detours) > 1 else ""
+            warnings.warn(f"shmdist: {detours[0]}{more}", RuntimeWarning, stacklevel=5)
 
     def connect(self, id: int, config: WorkerConfig) -> Connection:
         """Connect to a worker: directly, or through its login."""
@@ -157,20 +169,29 @@ class SSHManager(ClusterManager):
         reached: OSError | None = None
         if not config.tunnel and login.direct:
             try:
-                connection = knock(("tcp", (host, port)), _DIRECT)
+                # Where the first hosts do not answer, the next may be behind the same firewall.
+                patience = max(0.3, _DIRECT / (1 + len(self._detours)))
+                connection = knock(("tcp", (host, port)), patience)
                 config.connect_at = ("tcp", (host, port))
                 return connection
             except OSError as error:
                 reached = error
                 login.direct = False  # no need to find out again
         try:
-            return tunnel.bridge(login.dial(host, port, window_size=tunnel.WINDOW))
+            connection = tunnel.bridge(login.dial(host, port, window_size=tunnel.WINDOW))
         except Exception as error:
             if reached is not None:
                 raise ConnectionError(
                     f"no direct way to {host} port {port} ({reached}), and none through the login ({error})"
                 ) from error
             raise
+        if reached is not None and not host.startswith(("127.", "::1")):
+            self._detours.append(
+                f"there is no direct way to {host} port {port} ({reached}): all that goes to workers of "
+                f"{login.hop} is carried by its login; pass tunnel=True, which does so from the start, "
+                f"or have that host's firewall let its workers' ports through"
+            )
+        return connection
 
     def manage(self, id: int, config: WorkerConfig, op: str) -> None:
         """Close what a worker had when it is done with, and its login with its last worker."""

@@ -48,6 +48,7 @@ class Launching:
         self._users: dict[Login, int] = {}  # workers of a login, or of one that goes through it
         self._workers: list[RemoteWorker] = []
         self._settled = False
+        self._given_up = False
         self._jobs = 0  # machines that are being logged in to; the launching thread's
         self._news: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -115,6 +116,8 @@ class Launching:
             machine, login, self._settings(machine), commands, self._pump, self._news.put, self._leave
         )
         with self._lock:
+            if self._given_up:
+                raise PhaseError("launch", "the launch was given up")
             self._workers.append(worker)
             each: Login | None = login
             while each is not None:
@@ -213,13 +216,12 @@ class Launching:
 
     def give_up(self) -> None:
         """End all that has been begun and is not a member yet."""
-        for login in list(self._logins.values()):
-            if not any(worker.login is login and worker.config for worker in self._workers):
-                login.closed = True  # no new attempt
-        for worker in list(self._workers):
-            if worker.config is None:
-                worker.discard()
-        self.settle()
+        with self._lock:
+            self._given_up = True
+            unwanted = [worker for worker in self._workers if not worker.handed_over]
+        for worker in unwanted:
+            worker.discard()
+        self.settle()  # a login is closed in whatever it is at
 
     def settle(self) -> None:
         """From now on, close each login when its last worker is gone."""

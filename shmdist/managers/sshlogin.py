@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 KEEPALIVE = 15  # seconds between signs of life, while nothing else is sent
 _WAIT = 0.1  # seconds before the first new attempt; doubled each time
 _LONGEST_WAIT = 4.0
+_PROHIBITED = 1  # of RFC 4254: why a channel is not opened
 _BUSY = (b"Exceeded MaxStartups", b"Not allowed at this time")
 
 
@@ -116,6 +117,9 @@ class Login:
         self.transports: list[paramiko.Transport] = []
         self._full: set[int] = set()  # by index: transports that refused a channel
         self._proxies: list[subprocess.Popen[bytes]] = []
+        self._ending = threading.Lock()  # guards `_under_way`, and that nothing is begun when `closed` is set
+        self._under_way: Any = None  # what a login that is being made goes through: a socket, or a channel
+        self._given_up = threading.Event()
         self.closed = False
         self.direct = True  # whether the host's own addresses are worth a try
 
@@ -166,9 +170,11 @@ class Login:
                 "direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=self.timeout, **options
             )
         except (paramiko.SSHException, EOFError) as error:
-            raise PhaseError(
-                "connect", f"{self.hop} cannot connect on to {host} port {port}: {error}"
-            ) from error
+            why = str(error)
+            if getattr(error, "code", None) == _PROHIBITED:
+                why = "its server forbids it (AllowTcpForwarding and PermitOpen in its sshd_config)"
+            text = f"{self.hop} cannot connect on to {host} port {port}: {why}"
+            raise PhaseError("connect", text) from error
 
     def run(self, command: str, timeout: float = 10.0) -> int:
         """Run a command to its end; return its exit code, -1 when there is none."""
@@ -178,8 +184,16 @@ class Login:
             return channel.exit_status if channel.exit_status_ready() else -1
 
     def close(self) -> None:
-        """End all transports, and what runs over them."""
-        self.closed = True
+        """End all transports, what runs over them, and a login that is being made."""
+        with self._ending:
+            self.closed = True
+            under_way = self._under_way
+        self._given_up.set()
+        if isinstance(under_way, socket.socket):
+            with contextlib.suppress(OSError):
+                under_way.shutdown(socket.SHUT_RDWR)  # who waits for it is told; closing would not do that
+        elif under_way is not None:
+            under_way.close()
         for transport in self.transports:
             transport.close()
         for process in self._proxies:
@@ -208,11 +222,10 @@ class Login:
             deadline = time.monotonic() + 4 * self.timeout
             wait = _WAIT
             while True:
-                if self.closed:
-                    raise PhaseError("connect", "the launch was given up")
                 try:
-                    transport = self._attempt()
-                    break
+                    self._begin(None)
+                    self._attempt()
+                    return
                 except _Busy as error:
                     if time.monotonic() + wait > deadline:
                         raise PhaseError(
@@ -220,9 +233,17 @@ class Login:
                             f"{self.hop} closes the connection before it says who it is, again and again "
                             f"({error}); its limit may be MaxStartups, or a firewall's",
                         ) from error
-                time.sleep(wait * random.uniform(0.5, 1.0))
+                finally:
+                    self._under_way = None
+                self._given_up.wait(wait * random.uniform(0.5, 1.0))
                 wait = min(2 * wait, _LONGEST_WAIT)
-            self.transports.append(transport)
+
+    def _begin(self, what: Any) -> None:
+        """Note what a new login goes through, which ends with this one; raises when that is closed."""
+        with self._ending:
+            self._under_way = what
+            if self.closed:
+                raise PhaseError("connect", "the launch was given up")
 
     def ensure(self) -> None:
         """Log in, unless that is done."""
@@ -230,26 +251,33 @@ class Login:
             if not self.transports:
                 self._log_in()
 
-    def _attempt(self) -> paramiko.Transport:
+    def _attempt(self) -> None:
         """Connect, check the host's key, and prove who the user is."""
         import paramiko
 
         sock = self._connect()
         try:
+            self._begin(sock)
             transport = paramiko.Transport(sock)
         except Exception as error:
             sock.close()
-            raise PhaseError("connect", f"{self.hop}: {error}") from error
+            raise (
+                error if isinstance(error, PhaseError) else PhaseError("connect", f"{self.hop}: {error}")
+            ) from error
         try:
             transport.set_log_channel("shmdist.ssh.paramiko")
             transport.daemon = True
             self._greet(transport)
             self._authenticate(transport)
             transport.set_keepalive(KEEPALIVE)
+            with self._ending:
+                if self.closed:
+                    raise PhaseError("connect", "the launch was given up")
+                self.transports.append(transport)
         except BaseException:
+            transport.packetizer.complete_handshake()  # its clock would run on, in a thread
             transport.close()
             raise
-        return transport
 
     def _connect(self) -> Any:
         """Return a connected socket, or what is like one."""
@@ -261,6 +289,7 @@ class Login:
         else:
             sock = self._dial_out(hop)
         try:
+            self._begin(sock)
             _hear(sock, self.timeout, str(hop))
             sock.settimeout(None)
         except BaseException:
@@ -278,6 +307,7 @@ class Login:
             sock = socket.socket(family, kind, protocol)
             sock.settimeout(self.timeout)
             try:
+                self._begin(sock)
                 sock.connect(address)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 return sock
@@ -286,6 +316,9 @@ class Login:
                 if isinstance(error, ConnectionResetError):
                     raise _Busy(str(error)) from error
                 errors.append(f"{address}: {error}")
+            except BaseException:
+                sock.close()
+                raise
         raise PhaseError("connect", f"no connection to {hop}: {'; '.join(errors)}")
 
     def _proxy(self, command: str) -> socket.socket:

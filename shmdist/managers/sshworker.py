@@ -198,6 +198,9 @@ class RemoteWorker:
         self.exitcode: int | None = None
         self.config: WorkerConfig | None = None
         self._told = False
+        self._deciding = threading.Lock()  # guards that one who is not wanted does not come up
+        self._unwanted = False
+        self.handed_over = False  # whoever launched it knows of it, and ends it
 
     def __repr__(self) -> str:
         state = "failed" if self.failure else "up" if self.address else "starting"
@@ -217,17 +220,23 @@ class RemoteWorker:
         self._token = token.encode()
         self._out = self._err = b""
         channel = self.login.session()
+        with self._deciding:
+            if self._unwanted:
+                channel.close()
+                raise PhaseError("launch", "the launch was given up")
+            self._channel = channel
+        running = False
         try:
             channel.settimeout(timeout)
             channel.exec_command(self.command)
-            self._channel = channel
+            running = True
             self.deadline = time.monotonic() + timeout
             self._pump.watch(self, channel)
             source = pkgutil.get_data("shmdist", "_remote.py") or b""
             settings = json.dumps({**self._settings, "token": token}).encode()
             channel.sendall(framed(source + b"\nmain()\n") + framed(settings))
         except Exception as error:
-            if self._channel is not channel:
+            if not running:
                 channel.close()
                 raise PhaseError("launch", f"the command could not be run: {error}") from error
             # It may have ended by itself, and its output says why: the pump finds that out.
@@ -296,6 +305,13 @@ class RemoteWorker:
             self.fail("launch", f"the package could not be sent: {error}")
 
     def _come_up(self) -> None:
+        with self._deciding:
+            if self._unwanted:
+                return
+            self._make_config()
+        self._tell()
+
+    def _make_config(self) -> None:
         read_out, self._pipes[False] = os.pipe()
         read_err, self._pipes[True] = os.pipe()
         self.config = WorkerConfig(
@@ -309,7 +325,6 @@ class RemoteWorker:
             userdata=self,
         )
         self._out = self._err = b""
-        self._tell()
 
     def _end(self, channel: paramiko.Channel) -> None:
         """The command has ended."""
@@ -402,6 +417,8 @@ class RemoteWorker:
 
     def discard(self) -> None:
         """End a launch that is not wanted any more."""
+        with self._deciding:
+            self._unwanted = True
         if self.config is not None and self.config.io is not None:
             for fd in self.config.io:
                 with contextlib.suppress(OSError):

@@ -67,10 +67,14 @@ def check_key(hop: Hop, known: list[hostkeys.Entry], kind: str, key: bytes) -> N
             _add_key(hop, kind, key)
             return
     file = hop.known_hosts[0] if hop.known_hosts else "~/.ssh/known_hosts"
+    where = hostkeys.authority(known, hop.key_names)
+    certified = (
+        f" ({where} is for its certificate, which ssh checks; here the key must be known)" if where else ""
+    )
     scan = f"ssh-keyscan {'' if hop.port == 22 else f'-p {hop.port} '}{hop.host} >> {file}"
     raise PhaseError(
         "host key",
-        f"the key of {hop} is not known: {mark}. If that is the fingerprint that the host's "
+        f"the key of {hop} is not known: {mark}{certified}. If that is the fingerprint that the host's "
         f"administrator tells, add it with\n    {scan}\nor pass host_key_policy='accept-new'",
     )
 

@@ -143,8 +143,8 @@ class Segment:
         self.view = memoryview(self._map)
 
     @classmethod
-    def make(cls, owner: int, number: int, size: int) -> Segment:
-        """Make a segment all of whose pages are reserved.
+    def make(cls, owner: int, number: int, size: int, reserved: int | None = None) -> Segment:
+        """Make a segment all of whose pages are reserved, or as many bytes of them as is said.
 
         Raises
         ------
@@ -153,9 +153,10 @@ class Segment:
         """
         fd = _unnamed()
         try:
-            _ask_for(size)
+            reserved = size if reserved is None else reserved
+            _ask_for(reserved)
             os.ftruncate(fd, size)
-            _reserve(fd, 0, size)
+            _reserve(fd, 0, reserved)
         except BaseException:
             os.close(fd)
             raise
@@ -176,6 +177,11 @@ class Segment:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+    @property
+    def memory(self) -> Any:
+        """The memory as something whose slices are copies."""
+        return self._map
 
     @property
     def array(self) -> Any:
@@ -403,6 +409,41 @@ def _copy_together(target: Any, source: Any, start: Callable[[Callable[[], None]
         helped.acquire()
 
 
+class Window:
+    """Memory of another process, mapped for as long as this object lives; it keeps no descriptor.
+
+    Parameters
+    ----------
+    fd : int
+        Its descriptor, which stays the caller's.
+    size : int
+        Bytes, a multiple of the page size.
+
+    Attributes
+    ----------
+    view : memoryview
+        The memory. It must not be used when the window is gone.
+    """
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._size = size
+        self._base = 0
+        if _LINUX:
+            import ctypes
+
+            self._base = _map_at(0, size, fd, 0, shared=True)
+            self.view = memoryview((ctypes.c_ubyte * size).from_address(self._base)).cast("B")
+        else:
+            self.view = memoryview(mmap.mmap(fd, size))
+
+    def __del__(self) -> None:
+        try:
+            if self._base:
+                _libc().munmap(self._base, self._size)
+        except Exception:
+            pass  # made by halves, or the program is at its end and its modules are gone
+
+
 _library: Any = None
 
 
@@ -432,11 +473,11 @@ _MAP_FIXED = 0x10
 _FAILED = (1 << (8 * (8 if sys.maxsize > 2**32 else 4))) - 1
 
 
-def _map_at(address: int, size: int, fd: int, offset: int) -> int:
-    """Map a part of a file privately; at `address`, over what is there, unless it is 0."""
+def _map_at(address: int, size: int, fd: int, offset: int, *, shared: bool = False) -> int:
+    """Map a part of a file, privately or not; at `address`, over what is there, unless it is 0."""
     import ctypes
 
-    flags = mmap.MAP_PRIVATE | (_MAP_FIXED if address else 0)
+    flags = (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE) | (_MAP_FIXED if address else 0)
     found = _libc().mmap(address or None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
     if found is None or found == _FAILED:
         code = ctypes.get_errno()

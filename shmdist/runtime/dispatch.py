@@ -21,6 +21,9 @@ has come or when the reader leaves: then it reads.
 armed or a standby thread is awake that will look.*  Hence somebody always reads, no
 matter what blocks, and a write that waits for the other side's reading makes progress.
 
+Armed means for the mailbox (``memory.mailbox``) that its word says that nobody looks, and that
+it was looked into once more after that was said. Who takes the baton says that he looks.
+
 Late handing over
 -----------------
 Handing the reading over costs more than most calls, so it is done late. Each time the
@@ -29,7 +32,8 @@ within `GRACE` of that naps: who let go is probably back in microseconds, to rea
 with the next of a queue of short calls, which belongs to the thread that is working
 through it. It naps on while the count moves, and reads when the baton has lain free for a
 whole nap: the call that runs is a long one. While it naps nothing need be armed, for it
-will look by itself. Threads that wait for answers cut the nap short.
+will look by itself; so when the baton changes hands very often, one is woken just to nap.
+Threads that wait for answers cut the nap short.
 
 Death
 -----
@@ -48,15 +52,14 @@ from typing import TYPE_CHECKING, Any
 
 from shmdist._log import Log
 from shmdist.runtime.lanes import Lanes
+from shmdist.runtime.sources import Sources
 from shmdist.runtime.strand import Cell, Kicker, Strand, current
 from shmdist.runtime.threads import Threads
 from shmdist.wire.messages import HAS_REFS, Frame, Kind
-from shmdist.wire.poller import make_poller
 
 if TYPE_CHECKING:
     from shmdist.runtime.node import Node
     from shmdist.runtime.task import Task
-    from shmdist.wire.link import Link
 
 SPIN = 50e-6  # seconds a reader polls before it sleeps
 GRACE = 1e-3  # seconds a call may run before the reading is taken over from it
@@ -67,19 +70,18 @@ _now = time.perf_counter
 _yield = getattr(os, "sched_yield", lambda: None)
 
 
-class Dispatcher:
+class Dispatcher(Sources):
     """The threads of one process of the cluster."""
 
     def __init__(self, node: Node) -> None:
-        self._node = node
-        self.poller = make_poller()
+        super().__init__(node)
         self._baton = threading.Lock()  # held by the one thread that reads
         self._inbox: deque[Any] = deque()  # tasks and OP frames read, not yet run; the baton's holder's
-        self._frames: list[Frame] = []  # what one turn of reading brought; the baton's holder's
         self._followers: deque[Cell] = deque()  # woken to take the baton; append and pop are atomic
         self._leader: Cell | None = None  # what the reading thread waits for itself
         self._turns = 0  # how often the baton was let go, more or less: it is counted without a lock
         self._last = 0.0  # when it was, last
+        self._lively = 0.0  # and when it was some turns ago
         self._napping = False  # a standby thread is awake and will try the baton
         self._main: Strand | None = None  # a worker's main thread
         self._main_cell: Cell | None = None  # a worker's main thread, waiting for the baton or a job
@@ -88,10 +90,8 @@ class Dispatcher:
         self.threads = Threads(self._stand_by)
         self.start, self.later = self.threads.start, self.threads.later  # run a job on another thread
         self._kicker = Kicker(self.poller.kick)
-        self._wait, self._arm, self._disarm = self.poller.poll, self.poller.arm, self.poller.disarm
+        self._arm, self._disarm = self.poller.arm, self.poller.disarm
         self.closing = False
-        self._links: dict[int, Link] = {}  # by descriptor
-        self._watched: dict[int, Callable[[], None]] = {}  # descriptors of processes, by what to do
 
     def __repr__(self) -> str:
         return (
@@ -99,65 +99,7 @@ class Dispatcher:
             f"followers={len(self._followers)} inbox={len(self._inbox)} {self._lanes!r} {self.threads!r}>"
         )
 
-    # ------------------------------------------------------------------ what is read
-
-    def add(self, link: Link) -> None:
-        """Read `link` from now on."""
-        if link.is_local:
-            link.sharing = self._node.sharing
-        else:
-            self._node.heart.watch(link)
-        self._links[link.fd] = link
-        self.threads.ensure_standby()
-        self.poller.add(link.fd)
-
-    def watch(self, fd: int, action: Callable[[], None]) -> None:
-        """Run `action` once, on a thread of its own, when `fd` becomes readable."""
-        self._watched[fd] = action
-        self.threads.ensure_standby()
-        self.poller.add(fd)
-
-    def unwatch(self, fd: int) -> None:
-        """Forget a watched descriptor; its owner closes it after this."""
-        self.poller.remove(fd)
-        self._watched.pop(fd, None)
-
-    def _poll(self, timeout: float) -> bool:
-        """Read what has come, waiting at most `timeout` seconds; False if nothing. The baton is held."""
-        events = self._wait(timeout)
-        if not events:
-            return False
-        frames = self._frames
-        ended = None
-        for fd, _ in events:
-            link = self._links.get(fd)
-            if link is not None:
-                if not link.read(frames):
-                    ended = [*(ended or ()), link]
-            elif not self.poller.is_kick(fd):
-                action = self._watched.pop(fd, None)
-                self.poller.remove(fd)
-                if action is not None:
-                    self.start(action)
-        if self.poller.has_outputs:
-            # A call's output was written before its result, so after the result has been
-            # read the output is there to be read, and must be taken first.
-            for fd in self.poller.outputs():
-                self._node.read_output(fd)
-        if frames:
-            self._frames = []
-            for frame in frames:
-                try:
-                    self._route(frame)
-                except Exception:
-                    _log.exception("%r could not be handled", frame)
-        if ended:
-            for link in ended:
-                self.poller.remove(link.fd)
-                if self._links.pop(link.fd, None) is not None:
-                    link.shut()
-                    self.start(lambda link=link: self._node.link_ended(link))  # type: ignore[misc]
-        return True
+    # ------------------------------------------------------------------ what was read
 
     def _route(self, frame: Frame) -> None:
         """Give a frame to who waits for it; never runs user code, never blocks."""
@@ -209,8 +151,18 @@ class Dispatcher:
         """Take the baton if it is free."""
         if self._baton.acquire(False):
             self._disarm()
+            box = self.mail.box
+            if box is not None:
+                box.words[0] = 1
             return True
         return False
+
+    def _rest(self, left: bool = False) -> None:
+        """Let the next message wake a standby thread, and also what is there already or `left` unrun."""
+        self._arm()
+        box = self.mail.box
+        if (box is not None and box.sleep()) or left:
+            self.poller.nudge()
 
     def _release(self, *, promote: bool) -> None:
         """Let go of the baton, and see to it that somebody reads.
@@ -219,8 +171,12 @@ class Dispatcher:
         """
         # Asked while the baton is still held: the inbox is its holder's.
         left = bool(self._inbox)
-        self._turns += 1
-        self._last = _now()
+        turns = self._turns = self._turns + 1
+        last = self._last = _now()
+        if not turns & 15:
+            # Many in a short time: a standby thread that naps beside them makes arming needless.
+            left = left or last - self._lively < GRACE
+            self._lively = last
         self._baton.release()
         if promote:
             if self._followers:
@@ -234,9 +190,7 @@ class Dispatcher:
                 cell.wake()
                 return
         if not self._napping:
-            self._arm()
-            if left:
-                self.poller.nudge()
+            self._rest(left)
 
     # ------------------------------------------------------------------ waiting threads
 
@@ -289,7 +243,9 @@ class Dispatcher:
                 if spin_until > until:  # answers to others may come without a pause
                     break
             elif _now() < spin_until:
-                _yield()
+                box = self.mail.box
+                if box is None or not box.watch():
+                    _yield()
             elif not poll(timeout if timeout < 0 else max(0.0, until - _now())):
                 break
         strand.leading = False
@@ -346,7 +302,7 @@ class Dispatcher:
                 try:
                     self._followers.popleft().wake()
                 except IndexError:
-                    self.poller.arm()
+                    self._rest()
         return leads
 
     # ------------------------------------------------------------------ serving threads
@@ -370,9 +326,7 @@ class Dispatcher:
             cell.remove(lock)
             if self._main_jobs and not self._baton.locked():
                 # Whoever let go of it may have left it to this thread, which now runs something else.
-                self._arm()
-                if self._inbox:
-                    self.poller.nudge()
+                self._rest(bool(self._inbox))
             while self._main_jobs:
                 self._main_jobs.popleft()()
 
@@ -398,7 +352,9 @@ class Dispatcher:
             elif poll(0):
                 spin_until = _now() + SPIN
             elif _now() < spin_until:
-                _yield()
+                box = self.mail.box
+                if box is None or not box.watch():
+                    _yield()
             elif forever:
                 poll(-1)
             else:
@@ -436,7 +392,7 @@ class Dispatcher:
     def _stand_by(self, strand: Strand) -> None:
         """Sleep in the poller; when a message comes and nobody reads, serve until it is quiet."""
         if not self._baton.locked():
-            self._arm()
+            self._rest()
         woken = self.poller.park()
         self.threads.woken()
         if self.closing:
@@ -482,6 +438,7 @@ class Dispatcher:
     def close(self) -> None:
         """End the threads, and close the links and the poller."""
         self._node.sharing.keeper.close()
+        self.mail.close()
         self.stop_serving()
         ended = self.threads.join(1.0)
         for link in list(self._links.values()):

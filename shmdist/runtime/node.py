@@ -7,7 +7,8 @@ Locks, in the order in which they may be taken (a later one while an earlier is 
 1. ``Dispatcher._baton``: the right to read; not a lock that anybody waits for.
 2. ``Node.lock``: members, links, reference table.  No user code, pickling, or sending
    while it is held: decide under it, act after it.
-3. ``Dispatcher._roles``, ``Link.gate``, ``Strand.guard``, ``Sharing.lock``: short and leaf-like.
+3. ``Dispatcher._roles``, ``Link.gate``, ``Strand.guard``, ``Sharing.lock``,
+   ``Lending._lock``: short and leaf-like.
 4. ``Link._write``: held while a frame is written; taken with none of the above held.
 
 How a process is lost
@@ -293,7 +294,7 @@ class Node(Ownership):
                 sharing.take_back(parts, link.pid)
                 raise
             self.send(link, parts, payload, fd)  # the program's own handler lets it go on
-        if parts.wanted:
+        if len(parts) > 1 and parts.wanted:
             sharing.keeper.want(parts.wanted, link.pid)
 
     def _pay(self, link: Link) -> None:
@@ -338,7 +339,7 @@ class Node(Ownership):
             link.send(parts)
         except LinkClosed:
             return False
-        if parts.wanted:
+        if len(parts) > 1 and parts.wanted:
             self.sharing.keeper.want(parts.wanted, link.pid)
         return True
 

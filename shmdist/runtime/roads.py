@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from shmdist.runtime.node import Node
     from shmdist.wire.link import Link
 
-DIRECT = 5.0  # seconds a direct connection may take before process 1 is asked
+DIRECT = 2.0  # seconds a direct connection may take before process 1 is asked
 _ARRIVAL = 10.0  # seconds that a connection which was announced may take
 _LOOPBACK = ("127.", "::1", "localhost")
 
@@ -48,7 +48,12 @@ def connections(node: Node, peer: PeerInfo, errors: list[str]) -> Iterator[Conne
     ways: list[tuple[str, Callable[[], Connection | None]]] = []
     if node.settings.get("manager") is not None:
         ways.append(("by the manager", partial(by_manager, node, peer)))
+    # A firewall answers nothing: it is waited for once, and not again for each process of the host behind it.
+    mute: set[str] = node.settings.setdefault("mute hosts", set())
     for family, place in reachable(peer, node.peers[node.pid].host):
+        if family == "tcp" and peer.host in mute:
+            errors.append(f"{family} {place}: that host has not answered before")
+            continue
         ways.append((f"{family} {place}", partial(door.knock, (family, place), DIRECT)))
     for name, way in ways:
         try:
@@ -57,6 +62,8 @@ def connections(node: Node, peer: PeerInfo, errors: list[str]) -> Iterator[Conne
                 door.prove(connection, node.cookie, node.pid)
                 yield connection
         except Exception as error:
+            if isinstance(error, TimeoutError):
+                mute.add(peer.host)
             errors.append(f"{name}: {error}")
 
 

@@ -71,6 +71,8 @@ def control(node: Node, frame: Frame) -> None:
         node.functions.drop(frame.link.pid, frame.call_id)
     elif kind == Kind.STOP:
         node.tasks.interrupt_all()
+    elif kind == Kind.MAIL:
+        node.dispatcher.mail.accept(frame)
     elif kind == Kind.BEAT:
         pass  # that it came is all
     else:

@@ -47,20 +47,19 @@ from shmdist.memory.arena import Arena
 from shmdist.memory.holds import OWN, PRIVATE, SHARED, Hold, Holds, Lease
 from shmdist.memory.receipts import Receipts
 from shmdist.memory.segment import PAGE, Segment
+from shmdist.runtime.copies import Copies
 from shmdist.runtime.forks import Forks
 from shmdist.runtime.keeper import Keeper
 from shmdist.runtime.offers import Offers
 from shmdist.runtime.strand import current
 from shmdist.wire import arrays, codec
-from shmdist.wire.arrays import SharedView, Strided, contiguous
+from shmdist.wire.arrays import LINE, SharedView, Strided, contiguous
 from shmdist.wire.link import Link
 from shmdist.wire.messages import TOKEN, Frame, Kind, Parts, Token
 
 if TYPE_CHECKING:
     from shmdist.runtime.node import Node
 
-#: Buffers from this size on, in bytes, go through blocks: below it, the stream is as fast.
-LINE = 1 << 18
 _SEGMENT, _LEASES, _RESULT = int(Kind.SEGMENT), int(Kind.LEASES), int(Kind.RESULT)
 _log = Log("sharing")
 
@@ -100,6 +99,8 @@ class Sharing:
         self.arena = Arena(PAGE)
         self.offers = Offers(self)
         self.forks = Forks(self)
+        self.copies = Copies(self)
+        self.room = self.copies.room
         self.owed: dict[int, list[Change]] = {}  # counts to give back, by owner
         self.receipts = Receipts()  # of counts that others than the owner gave
         self.numbers = itertools.count(1)  # of segments
@@ -127,7 +128,9 @@ class Sharing:
     def release(self, lease: Lease) -> None:
         """Give a count back: now when the block is this process's, else with the next dues."""
         owner = lease.segment.owner
-        if owner == self.pid:
+        if not lease.serial:
+            pass  # a part, which has no count of its own
+        elif owner == self.pid:
             self.arena.change(lease.serial, owner, -1)
         elif owner not in self._node.graves:
             teller = self.receipts.spend(owner, lease.serial)
@@ -174,6 +177,7 @@ class Sharing:
         with self.lock:
             for change in changes:
                 self.arena.change(*change)
+        self.keeper.wake()  # it may sleep for ever, all that is not in use having been given back
 
     # ------------------------------------------------------------------ going out
 
@@ -288,16 +292,21 @@ class Sharing:
 
         `grow` makes one: dearer than the stream to one receiver, and cheaper than that to several.
         """
-        block = self._take(len(source))
+        hold = self.take_for_many(len(source), grow)
+        if hold is not None:
+            _write(hold.lease.segment, hold.lease.offset, [source], self._node.dispatcher.start)
+        return hold
+
+    def take_for_many(self, nbytes: int, grow: bool) -> Hold | None:
+        """Take a block that several processes will see; None when there is no warm one."""
+        block = self._take(nbytes)
         if block is None and grow:
-            self.keeper.provide_now(len(source))
-            block = self._take(len(source))
+            self.keeper.provide_now(nbytes)
+            block = self._take(nbytes)
         if block is None:
             return None
         segment = self.holds.segments[self.pid, block.segment]
-        hold = Hold(self.holds, Lease(segment, block.serial, block.offset, len(source), PRIVATE))
-        _write(segment, block.offset, [source], self._node.dispatcher.start)
-        return hold
+        return Hold(self.holds, Lease(segment, block.serial, block.offset, nbytes, PRIVATE))
 
     def _pass_on(self, lease: Lease, part: Lease, mode: int, pid: int, done: Parts) -> Token | None:
         """Give `pid` a count for a block that this process holds; returns the token of a part of it."""
@@ -442,6 +451,7 @@ class Sharing:
             self.owed.pop(pid, None)
             self.receipts.forget(pid)
             kept = self.offers.lost(pid)
+        self.keeper.wake()
         for segment in kept:
             self.keeper.keep_for_now(segment)
 
@@ -457,7 +467,9 @@ class Sharing:
                 "held": [repr(lease) for lease in self.holds.leases()],
                 "owed": {owner: list(changes) for owner, changes in self.owed.items() if changes},
                 # A segment's own, and the one that the module mmap keeps.
-                "descriptors": 2 * len(self.holds.segments) + self.keeper.descriptors,
+                "descriptors": 2 * len(self.holds.segments)
+                + self.keeper.descriptors
+                + self._node.dispatcher.mail.descriptors,
             }
 
 

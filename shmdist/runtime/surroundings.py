@@ -27,7 +27,7 @@ def host_identity() -> str:
 def prepare(settings: dict[str, Any], close_stdin: bool, stderr_to_stdout: bool) -> None:
     """Make this process a place where users' functions can run."""
     if "path" in settings:
-        sys.path[:] = settings["path"]
+        sys.path[:] = _search_path(settings)
     if "pythonpath" in settings:  # ours was for finding shmdist; users' child processes get theirs
         if settings["pythonpath"] is None:
             os.environ.pop("PYTHONPATH", None)
@@ -44,6 +44,18 @@ def prepare(settings: dict[str, Any], close_stdin: bool, stderr_to_stdout: bool)
     main.__dict__["__builtins__"] = __builtins__
     sys.modules["__main__"] = main
     sys.argv = [""]
+
+
+def _search_path(settings: dict[str, Any]) -> list[str]:
+    """Return the module path: process 1's; another interpreter keeps its own before that."""
+    theirs: list[str] = settings["path"]
+    if settings.get("prefix", sys.prefix) == sys.prefix:
+        return theirs
+    # What leads to shmdist is process 1's site-packages, as a rule; those may be another version's.
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    wanted = (settings["pythonpath"] or "").split(os.pathsep)
+    mine = [entry for entry in sys.path if entry != root or entry in wanted]
+    return list(dict.fromkeys([*mine, *theirs]))
 
 
 _lifeline = -1

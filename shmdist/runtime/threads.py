@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 from shmdist._log import Log
@@ -44,6 +45,7 @@ class Threads:
         self.parked = 0  # threads that stand by, or are about to
         self._idle: list[_Idle] = []
         self._all: set[threading.Thread] = set()
+        self._late: deque[Job] = deque()  # jobs that no thread could be made for; the next free one's
         self._serial = 0
         self.closing = False
 
@@ -106,11 +108,15 @@ class Threads:
             self._all.add(thread)
         try:
             thread.start()
-        except RuntimeError:  # the system has no room for another one
+        except RuntimeError as error:  # the system has no room for another one, or:
             with self._lock:
                 self._all.discard(thread)
                 self.parked -= job is None
-            raise
+                if "shutdown" not in str(error):
+                    raise
+                # Python 3.12.0 and 3.12.1 make no threads any more when atexit handlers run.
+                if job is not None:
+                    self._late.append(job)
 
     def _live(self, first: list[Job | None]) -> None:
         """Body of every thread."""
@@ -124,6 +130,9 @@ class Threads:
                     self.guarded(job)
                     job = None
                 with self._lock:
+                    if self._late and not counted:
+                        job = self._late.popleft()
+                        continue
                     if not counted and self.parked < _PARKED:
                         self.parked += 1
                         counted = True

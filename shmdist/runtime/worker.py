@@ -209,7 +209,7 @@ class _Worker:
         hello: Hello = pickle.loads(frame.body)
         frame.link.pid = hello.pid
         if hello.host != host_identity():  # relayed: no memory is shared with it, whatever the socket
-            frame.link.is_local, frame.link.sharing = False, None
+            frame.link.is_local, frame.link.sharing = False, self.node.sharing.copies
         node = self.node
         with node.lock:
             node.all_links.setdefault(hello.pid, set()).add(frame.link)

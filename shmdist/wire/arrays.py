@@ -15,6 +15,8 @@ from typing import Any
 
 #: Buffers from this size on, in bytes, leave the pickle stream; a smaller one is cheaper to copy.
 INLINE = 1 << 14
+#: From this size on they go through blocks: below it, the stream is as fast.
+LINE = 1 << 18
 
 #: Finds the lease of the shared array in which an array lies, given its first and last
 #: address; None as long as this process has no shared arrays.

@@ -38,7 +38,7 @@ from shmdist.memory.holds import Hold
 from shmdist.wire import arrays
 from shmdist.wire.arrays import INLINE, contiguous
 from shmdist.wire.messages import BODY_LAST, HAS_REFS, HEADER, IN_BLOCK, Frame, Parts, Token
-from shmdist.wire.picklers import FUNCTIONS, MAIN, Payload, PlainPickler, cloud_pickler, reducers
+from shmdist.wire.picklers import FUNCTIONS, MAIN, Payload, PlainPickler, Short, cloud_pickler, reducers
 
 if TYPE_CHECKING:
     from shmdist.wire.link import Link
@@ -73,9 +73,7 @@ def dumps_call(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload
         else:
             if f in _by_name or _note_function(f):
                 try:
-                    payload = Payload()
-                    payload.parts.append(pickle.dumps((f, short, kwargs), 5))
-                    return payload
+                    return Short(pickle.dumps((f, short, kwargs), 5))
                 except Exception:
                     _by_name.discard(f)
     return dumps((f, args, kwargs), "the call")
@@ -99,9 +97,7 @@ def dumps_arguments(arguments: Any, value: Any) -> Payload:
     """Pickle `arguments`, in which only `value` may be no plain number or short text."""
     kind = type(value)
     if kind in _ATOMS and (kind not in _SIZED or len(value) < _SMALL):
-        payload = Payload()
-        payload.parts.append(pickle.dumps(arguments, 5))
-        return payload
+        return Short(pickle.dumps(arguments, 5))
     return dumps(arguments, "the element")
 
 
@@ -109,13 +105,9 @@ def dumps_value(value: Any, what: str) -> Payload:
     """Pickle a result; errors as those of :func:`dumps`."""
     kind = type(value)
     if kind in _ATOMS and (kind not in _SIZED or len(value) < _SMALL):
-        payload = Payload()
-        payload.parts.append(_NOTHING if value is None else pickle.dumps(value, 5))
-        return payload
+        return Short(_NOTHING if value is None else pickle.dumps(value, 5))
     if kind is arrays.ndarray and arrays.is_plain(value):
-        payload = Payload()
-        payload.parts.append(pickle.dumps(arrays.Plain(value), 5))
-        return payload
+        return Short(pickle.dumps(arrays.Plain(value), 5))
     return dumps(value, what)
 
 
@@ -212,6 +204,8 @@ def frame(
     if payload is None:
         return Parts([HEADER.pack(kind, flags, 0, lane, 0, call_id, 0)])
     parts = payload.parts
+    if type(payload) is Short and len(parts[0]) <= _JOIN:
+        return Parts((HEADER.pack(kind, flags, 0, lane, 0, call_id, len(parts[0])) + parts[0],))
     buffers = payload.buffers
     size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
     done = Parts()

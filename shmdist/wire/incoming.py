@@ -6,10 +6,12 @@ import struct
 import sys
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from shmdist.wire.messages import BROKEN, HAS_REFS, IN_BLOCK, TOKEN, Frame
+from shmdist.wire.messages import BROKEN, HAS_REFS, IN_BLOCK, TOKEN, Frame, Kind
 
+_COPY = int(Kind.COPY)
 _MOST = 1 << 24  # buffers of a frame: many more than anybody sends, and still a table that fits
 _NUMPY_FROM = 1 << 16  # bytes from which numpy's uncleared memory is worth asking for
 _SCRATCH = memoryview(bytearray(1 << 16))  # where bytes go that nobody will see
@@ -28,19 +30,22 @@ def allocate(nbytes: int) -> Any:
 class Incoming:
     """A frame of which the rest is still to come: header, and memory being filled.
 
+    `room` returns the memory for a buffer of a copy, given the frame's number and a size.
+
     Memory that cannot be had for a section makes the frame a broken one: its bytes are
     read past, what came of it is let go, and who waits for it is told.  Of a broken frame
     only the references are kept, so that they can be given back.
     """
 
-    __slots__ = ("broken", "frame", "offset", "refs", "sections", "table", "target", "todo", "tokens")
+    __slots__ = ("broken", "frame", "offset", "refs", "room", "sections", "table", "target", "todo", "tokens")
 
-    def __init__(self, header: tuple[int, ...]) -> None:
+    def __init__(self, header: tuple[int, ...], room: Callable[[int, int], Any]) -> None:
         kind, flags, _, lane, nbuf, call_id, body_len = header
         if nbuf > _MOST:
             raise OSError("a frame has more buffers than make sense")
         self.frame = Frame(kind, flags, lane, call_id, b"", [])
         self.broken = False
+        self.room: Callable[[int], Any] = partial(room, call_id) if kind == _COPY else allocate
         self.sections: list[Any] = []  # body and buffers, as far as they are begun
         self.refs = 1 if flags & HAS_REFS else -1  # index of the section that holds the references
         self.tokens: list[int] = []  # indices of the sections that are tokens
@@ -57,7 +62,7 @@ class Incoming:
         memory: Any = None
         if not self.broken or index == self.refs or index in self.tokens:
             try:
-                memory = allocate(size)
+                memory = self.room(size) if index else allocate(size)
             except (MemoryError, ValueError, OverflowError):
                 self.broken = True
                 kept = {self.refs, *self.tokens}

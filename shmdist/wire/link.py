@@ -2,10 +2,7 @@
 
 Protocol
 --------
-Reading.  Only the holder of the process's reading baton (``runtime.dispatch``) calls
-:meth:`Link.read`, so reading needs no lock.  Reads never block: what has come of a frame
-is kept here until the rest comes, and a large frame is received straight into its final
-memory, so a peer that stops in the middle of a frame holds up nobody else.
+Reading.  In ``wire.reader``: never blocks, and needs no lock, for one thread at a time does it.
 
 Writing.  A frame is complete in memory before its first byte is written.  ``_write``
 guards the writing side.  Whoever holds it writes his frame, then whatever was posted
@@ -28,9 +25,10 @@ Descriptors.  A frame may carry one descriptor, over AF_UNIX.  It is attached to
 first bytes, so it is here before the frame is whole, and they come in the order of their
 frames.  Links over AF_UNIX are therefore read with ``recvmsg``.
 
-Blocks.  A buffer of a frame may be a token in the place of bytes (``messages``).  It becomes a
-hold the moment the frame is whole, on the reading thread: whatever happens to the frame from
-then on, the hold gives the block back when it is dropped.
+Mailbox.  Between processes of one host short frames may go through shared memory, beside the
+socket and in one order with what goes through that: ``memory.mailbox``, whose slots the two
+sides of a link have in `mail_out` and `mail_in`.  A frame for which there is no room there, or
+nobody looking, goes by the socket.
 
 End.  A read of no bytes, a reset, a frame that makes no sense (lengths that no memory can
 have), a write that fails in the middle of a frame, or :meth:`close` end the link for both
@@ -44,37 +42,21 @@ import os
 import select
 import socket
 import struct
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from shmdist.memory.mailbox import UNSEEN, Sender
 from shmdist.wire import pulse
-from shmdist.wire.incoming import Incoming
-from shmdist.wire.messages import HEADER, Frame, Parts
+from shmdist.wire.messages import HEADER, Kind
+from shmdist.wire.reader import Reader
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
-    from typing import Protocol
 
-    class Sharing(Protocol):
-        """What a link asks of ``runtime.sharing``."""
-
-        def adopt(self, token: bytes, sender: int) -> Any:
-            """Return the hold of a block."""
-
-        def place(self, payload: Any, size: int, pid: int, done: Parts) -> tuple[list[Any], bool]:
-            """Return what stands for a payload's buffers, and whether its body is the last of them."""
-
-
-_BUFFER = 1 << 18  # bytes read at once
-_DIRECT = 1 << 15  # bodies above this are received straight into their own memory
-_TURN = 1 << 23  # bytes of one link read before the others get their turn
 _IOV_MAX = 1024  # parts a system call takes
-_HEADER_SIZE = HEADER.size
-_ANCILLARY = socket.CMSG_SPACE(16 * 4) if hasattr(socket, "CMSG_SPACE") else 0
-_CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+_WAKE_UP = HEADER.pack(Kind.BEAT, 0, 0, 0, 0, 0, 0)  # has no other meaning than that it comes
 
 Part = bytes | bytearray | memoryview
 
@@ -97,7 +79,7 @@ class SendInterrupted(Exception):
         self.begun = begun
 
 
-class Link:
+class Link(Reader):
     """A connection to one process of the cluster.
 
     Parameters
@@ -122,15 +104,7 @@ class Link:
         if not unix:
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             pulse.keep_alive(self._sock, pulse.timeout())
-        #: What places buffers in shared memory, when this link may use it; set by who adds it.
-        self.sharing: Sharing | None = None
-        # -- reading: the baton's holder only
-        self._buffer = bytearray(_BUFFER)
-        self._view = memoryview(self._buffer)
-        self._start = self._end = 0
-        self._incoming: Incoming | None = None
-        self._fds: deque[int] = deque()  # descriptors that have come, not yet taken
-        self._receive = self._receive_with_fds if self.is_local else self._sock.recv_into
+        super().__init__(self._sock.recv_into, with_fds=self.is_local)
         # -- starting calls in order: tickets given by the reader, and passed by the calls' threads
         self.calls_read = 0
         self.calls_started = 0
@@ -140,6 +114,8 @@ class Link:
         self._write = threading.Lock()  # guards the writing side of the socket
         self._outbox: deque[Part] = deque()  # posted parts, in order; drained under `_write`
         self._asked = False  # somebody was told to flush, and has not begun yet
+        self._sent = 0  # bytes written to the socket
+        self.mail_out: Sender | None = None
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
@@ -184,6 +160,8 @@ class Link:
                 if self.closed:
                     raise LinkClosed("the link is closed")
         try:
+            if self.mail_out is not None and fd < 0 and self._leave(parts):
+                return
             if self._outbox:
                 self._drain(block=True, interrupted=interrupted)
             self._write_parts(parts, interrupted, fd)
@@ -191,6 +169,16 @@ class Link:
             write.release()
             if self._outbox:
                 self.flush(block=False)
+
+    def _leave(self, parts: list[Part]) -> bool:
+        """Leave a frame in the receiver's mailbox if that can be; `_write` is held."""
+        if self._outbox or self.closed or self.mail_out is None:
+            return False
+        outcome = self.mail_out.put(parts, self._sent)
+        if outcome == UNSEEN:
+            self._outbox.append(_WAKE_UP)
+            self._drain(block=False, interrupted=lambda: False)  # the socket is empty, so this takes it
+        return outcome > 0
 
     def _write_parts(self, parts: list[Part], interrupted: Callable[[], bool], fd: int) -> None:
         """Write `parts`; `_write` is held."""
@@ -203,6 +191,7 @@ class Link:
             elif len(parts) == 1:
                 sent = self._sock.send(first)
                 if sent == len(first):
+                    self._sent += sent
                     return
             else:
                 sent = self._sock.sendmsg(parts[:_IOV_MAX])
@@ -210,6 +199,7 @@ class Link:
             sent = 0
         except OSError as error:
             raise LinkClosed(str(error)) from None
+        self._sent += sent
         rest = _skip(parts, sent)
         started = sent > 0
         while rest:
@@ -233,6 +223,7 @@ class Link:
                     self.shut()  # or the next frame would be taken for the rest of this one
                 raise LinkClosed(str(error)) from None
             if sent:
+                self._sent += sent
                 started = True
                 rest = _skip(rest, sent)
 
@@ -267,11 +258,24 @@ class Link:
             False when the caller must see to it that :meth:`flush` is called, from a
             thread that may block.
         """
-        self._outbox.append(b"".join(parts))
+        whole = b"".join(parts)
+        if self.mail_out is None or not self._leave_now(whole):
+            self._outbox.append(whole)
         if self.flush(block=False) or self._asked:
             return True
         self._asked = True
         return False
+
+    def _leave_now(self, whole: bytes) -> bool:
+        """Leave a frame in the mailbox if nobody writes."""
+        if not self._write.acquire(False):
+            return False
+        try:
+            return self._leave([whole])
+        except LinkClosed:
+            return True  # nobody will read it
+        finally:
+            self._write.release()
 
     def flush(self, *, block: bool) -> bool:
         """Write what was posted; False when something may be left."""
@@ -304,6 +308,7 @@ class Link:
             except OSError as error:
                 self._outbox.clear()
                 raise LinkClosed(str(error)) from None
+            self._sent += sent
             if sent == len(part):
                 self._outbox.popleft()
                 continue
@@ -316,110 +321,6 @@ class Link:
             if interrupted():
                 raise SendInterrupted
 
-    # ------------------------------------------------------------------ reading
-
-    def read(self, frames: list[Frame]) -> bool:
-        """Append the frames that have come whole; False at the end of the link.
-
-        Only the baton's holder may call this.  Never blocks.
-        """
-        budget = _TURN
-        receive = self._receive
-        try:
-            while budget > 0:
-                incoming = self._incoming
-                if incoming is not None:
-                    room: Any = incoming.target[incoming.offset :]
-                    count = receive(room)
-                    if not count:
-                        return False
-                    budget -= count
-                    if incoming.advance(count):
-                        self._incoming = None
-                        self._deliver(incoming.finish(self._adopt), frames)
-                    elif count < len(room):
-                        return True
-                    continue
-                end = self._end
-                count = receive(self._view[end:] if end else self._buffer)
-                if not count:
-                    return False
-                budget -= count
-                self._end = end + count
-                self._parse(frames)
-                if self._incoming is None and end + count < _BUFFER:
-                    return True  # a short read: the socket is empty
-        except BlockingIOError:
-            return True
-        except (OSError, MemoryError):  # no memory for even a small frame
-            return False
-        return True
-
-    def _parse(self, frames: list[Frame]) -> None:
-        """Take the whole frames out of the read buffer, and begin a large one."""
-        start, end = self._start, self._end
-        unpack = HEADER.unpack_from
-        while end - start >= _HEADER_SIZE:
-            kind, flags, _spare, lane, nbuf, call_id, body_len = header = unpack(self._buffer, start)
-            body = start + _HEADER_SIZE
-            if not nbuf:
-                stop = body + body_len
-                if stop <= end:
-                    frame = Frame(kind, flags, lane, call_id, bytes(self._view[body:stop]), [])
-                    self._deliver(frame, frames)
-                    start = stop
-                    continue
-                if body_len < _DIRECT:
-                    break  # the rest of a small frame: wait for it here
-            if body_len > sys.maxsize:
-                raise OSError("the body of a frame is longer than any memory")
-            incoming = Incoming(header)
-            start = body
-            complete = incoming.advance(0) if not len(incoming.target) else False
-            while not complete and start < end:
-                room = incoming.target[incoming.offset :]
-                count = min(len(room), end - start)
-                room[:count] = self._view[start : start + count]
-                start += count
-                complete = incoming.advance(count)
-            if complete:
-                self._deliver(incoming.finish(self._adopt), frames)
-            else:
-                self._incoming = incoming
-        if start == end:
-            start = end = 0
-        elif start:
-            # Keep the beginning of the next frame at the front, so that there is room for it.
-            left = end - start
-            self._view[:left] = bytes(self._view[start:end])
-            start, end = 0, left
-        self._start, self._end = start, end
-
-    def _receive_with_fds(self, room: Any) -> int:
-        """Receive bytes, and the descriptors that are with them."""
-        count, ancillary, _, _ = self._sock.recvmsg_into((room,), _ANCILLARY, _CLOEXEC)
-        for level, kind, data in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                self._fds.extend(struct.unpack(f"{len(data) // 4}i", data[: len(data) // 4 * 4]))
-        return count
-
-    def take_fd(self) -> int:
-        """Return the descriptor of the frame that is being handled, -1 when it was lost on the way."""
-        return self._fds.popleft() if self._fds else -1
-
-    def give_fd_back(self, fd: int) -> None:
-        """Put a descriptor back that belongs to a later frame."""
-        self._fds.appendleft(fd)
-
-    def _adopt(self, token: Any) -> Any:
-        if self.sharing is None:
-            raise LookupError("a token came by a link that shares no memory")
-        return self.sharing.adopt(token, self.pid)
-
-    def _deliver(self, frame: Frame, frames: list[Frame]) -> None:
-        frame.link = self
-        frames.append(frame)
-
     # ------------------------------------------------------------------ end
 
     def shut(self) -> None:
@@ -431,6 +332,7 @@ class Link:
     def abandon(self) -> None:
         """Give the descriptor back without ending the link; in a forked child."""
         self.closed = True
+        self.mail_in = self.mail_out = None
         with contextlib.suppress(OSError):
             self._sock.detach()
         with contextlib.suppress(OSError):
@@ -445,6 +347,7 @@ class Link:
         self.shut()
         with self._write:  # a sender may still be in a system call with the descriptor
             self._outbox.clear()
+            self.mail_in = self.mail_out = None
             with contextlib.suppress(OSError):
                 self._sock.detach()
             with contextlib.suppress(OSError):

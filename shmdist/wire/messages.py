@@ -34,6 +34,9 @@ LEASES   ((serial, pid, n,        counts of blocks of ``call_id`` change       n
          teller)..)
 RELAY    pid                      join the sender and ``pid``, by process 1    RESULT
 BEAT     none                     the sender is alive (``runtime.heart``)      none
+MAIL     (slot, inode)            short frames may be left in this slot of     none
+                                  the mailbox whose descriptor is with it
+COPY     (what, ...)              a copy of a value (``runtime.copies``)       by what
 AUDIT    (pid, sender)            what has ``call_id`` from ``pid``, which is  none
                                   lost? For the same, and what it has: that
 ======== ======================== ============================================ =========
@@ -45,7 +48,6 @@ message that arrives, and a frozen one costs five times as much to make.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -75,7 +77,9 @@ class Kind(IntEnum):
     LEASES = 15
     RELAY = 16
     BEAT = 17
-    AUDIT = 18
+    MAIL = 18
+    COPY = 19
+    AUDIT = 20
 
 
 # Flags of any frame.
@@ -149,20 +153,30 @@ class Parts(list[Any]):
         Counts of blocks given to the receiver: to be taken back when nothing is written.
     wanted : list of int
         Bytes of each buffer that would have gone through a block, had there been one.
+    kept : list
+        What must live until the frames are written.
     """
 
-    __slots__ = ("grants", "wanted")
+    __slots__ = ("grants", "kept", "wanted")
+    grants: list[Any]
+    kept: list[Any]
+    wanted: list[int]
 
-    def __init__(self, parts: Iterable[Any] = ()) -> None:
-        super().__init__(parts)
-        self.grants: list[Any] = []
-        self.wanted: list[int] = []
+    def __getattr__(self, name: str) -> Any:
+        # Made on first use: most frames have none, and many are made.
+        if name not in Parts.__slots__:
+            raise AttributeError(name)
+        found: list[Any] = []
+        setattr(self, name, found)
+        return found
 
     def join(self, more: Parts) -> None:
         """Append the parts of another frame to the same receiver."""
         self.extend(more)
-        self.grants += more.grants
-        self.wanted += more.wanted
+        if len(more) > 1:  # else it is a short frame, without buffers
+            self.grants += more.grants
+            self.wanted += more.wanted
+            self.kept += more.kept
 
 
 class PeerInfo(NamedTuple):

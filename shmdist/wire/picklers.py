@@ -37,9 +37,10 @@ class Payload:
         Contiguous bytes where they lie, and sources (``wire.arrays``) in the place of such.
     spread : dict or None
         A dict when the payload goes to several receivers: then a buffer is copied into a
-        block once, whose hold is kept here by the buffer's number.
+        block once, whose hold is kept here by the buffer's number; and so are its copies on
+        other hosts (``runtime.copies``).
     known : object or None
-        Finds a block that has the bytes of a buffer already (``runtime.sharing.Repeated``).
+        Finds a block that has the bytes of a buffer already (``repeats.Repeated``).
     """
 
     __slots__ = ("buffers", "known", "parts", "refs", "sources", "spread", "write")
@@ -50,7 +51,7 @@ class Payload:
         self.buffers: list[Any] = []
         self.refs: list[Any] = []
         self.sources: dict[int, Any] = {}  # on their way to `buffers`; by id of what stands in for them
-        self.spread: dict[int, Any] | None = None
+        self.spread: dict[Any, Any] | None = None
         self.known: Any = None
 
     def keep_out(self, buffer: pickle.PickleBuffer) -> bool:
@@ -69,6 +70,19 @@ class Payload:
     def nbytes(self) -> int:
         """Return the size of body and buffers in bytes."""
         return sum(map(len, self.parts)) + sum(map(len, self.buffers))
+
+
+class Short(Payload):
+    """A payload that is a body in one piece, without buffers and references: made in no time."""
+
+    __slots__ = ()
+    buffers: Any = ()
+    refs: Any = ()
+    spread = None
+    known = None
+
+    def __init__(self, body: bytes) -> None:
+        self.parts = [body]
 
 
 class _ByValue(Exception):

@@ -60,15 +60,19 @@ class Sshd:
         The private key whose owner is let in.
     settings : str
         Further lines of its configuration.
+    address, port : str and int
+        Where it listens.
+    prefix : sequence of str
+        What its command line begins with.
     """
 
-    def __init__(self, folder, user_key, settings="", address="127.0.0.1", prefix=()):
+    def __init__(self, folder, user_key, settings="", address="127.0.0.1", prefix=(), port=None):
         self.folder = folder
         self._prefix = list(prefix)
         folder.mkdir(parents=True, exist_ok=True)
         self.user_key = user_key
         self.address = address
-        self.port = free_port()
+        self.port = port or free_port()
         self.host_key = folder / "host_ed25519"
         if not self.host_key.exists():
             make_key(self.host_key, comment="host")
@@ -127,7 +131,8 @@ ClientAliveCountMax 2
 
     def known_line(self, name=None):
         kind, key, *_ = Path(f"{self.host_key}.pub").read_text().split()
-        return f"{name or f'[{self.address}]:{self.port}'} {kind} {key}\n"
+        name = name or (self.address if self.port == 22 else f"[{self.address}]:{self.port}")
+        return f"{name} {kind} {key}\n"
 
     def params(self, **more):
         """The parameters by which the test's user logs in here."""

@@ -327,9 +327,13 @@ def test_too_many_open_files():
     Script(
         """
 import os, resource, shmdist as sd
+from shmdist.runtime.node import current_node
 from tests.integration.helpers import children, until
 [pid] = sd.addprocs(1)
 sd.rmprocs(sd.addprocs(2))
+for _ in range(20):
+    sd.remotecall_fetch(abs, pid, 1)  # now it has a mailbox
+until(lambda: current_node().links[pid].mail_in is not None)
 def state():
     return len(os.listdir("/proc/self/fd")), len(children())
 before = state()

@@ -162,22 +162,6 @@ def test_process_1_that_holds_its_interpreter_keeps_its_workers(host, server):
     sd.rmprocs(pid)
 
 
-def test_a_lossy_line_is_no_dead_one(host, server):
-    pid, _ = add(server)
-    try:
-        run(f"tc qdisc replace dev {host._line} root netem loss 10% delay 40ms")
-    except subprocess.CalledProcessError:
-        sd.rmprocs(pid)
-        pytest.skip("the kernel has no netem, which loses packets")
-    with within(60):
-        deadline = time.monotonic() + 3 * TIMEOUT
-        while time.monotonic() < deadline:
-            assert sd.remotecall_fetch(abs, pid, -1) == 1
-        assert sd.timedwait(lambda: pid not in sd.procs(), 2 * TIMEOUT) == "timed_out"
-    run(f"tc qdisc del dev {host._line} root")
-    sd.rmprocs(pid)
-
-
 def test_relayed_workers_learn_it_from_process_1(brief, start):
     if not can_make_hosts():
         pytest.skip("this machine does not let us make network namespaces (ip netns, from iproute2)")

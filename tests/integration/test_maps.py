@@ -381,6 +381,14 @@ def test_pgenerate_ends_with_an_error_and_with_close(cluster):
         generator.close()
 
 
+def test_pgenerate_yields_what_is_ready_though_the_next_takes_long(cluster):
+    """The first ends at once, so a worker that had got both would begin the second before it answers."""
+    generator = sd.pgenerate(lambda i: threading.Event().wait(60 * i), range(10))
+    with within(5):
+        assert next(generator) is False
+        generator.close()
+
+
 def test_arrays_as_elements(cluster):
     numpy = pytest.importorskip("numpy")
     arrays = [numpy.full(50_000, i, dtype=float) for i in range(12)]

@@ -326,3 +326,26 @@ def test_a_worker_that_dies_while_it_is_sent_to(fresh, recwarn):
         del shared
     nothing_is_lent()
     assert not [str(warning.message) for warning in recwarn]
+
+
+@pytest.mark.parametrize("how", ["dropped", "killed"])
+def test_what_is_given_back_late_goes_back_to_the_system(fresh, monkeypatch, how):
+    """A block that was in use for longer than the keeper waits is not forgotten when it comes back."""
+    [pid] = fresh()
+    monkeypatch.setattr("shmdist.runtime.keeper.IDLE", 0.2)
+    sharing = current_node().sharing
+    warm(pid, 4 * MIB)
+    sd.remotecall_wait(keep, pid, "late", np.ones(4 * MIB, "B"))
+    assert lent(), "the array went by the socket"
+
+    def all_cold():
+        arena = sharing.arena
+        return arena.total == arena.lent + arena.cold
+
+    until(lambda: all_cold() and sharing.holds.idle, 8)
+    if how == "dropped":
+        sd.remotecall_fetch(forget, pid)
+        sd.remotecall_fetch(settled_state, pid)
+    else:
+        os.kill(current_node().peers[pid].ospid, signal.SIGKILL)
+    until(lambda: sharing.arena.total == sharing.arena.cold, 8, "memory is given back")

@@ -170,6 +170,32 @@ Host alias
     refused([sshd.text], **sshd.params(known_hosts=known))
 
 
+def test_a_certificate_that_only_ssh_can_check(start, tmp_path):
+    """A host whose authority is known; that is said, and that its key must be known here."""
+    authority = make_key(tmp_path / "authority")
+    server = start("certified", f"HostCertificate {tmp_path / 'certified' / 'host_ed25519-cert.pub'}")
+    sign = ["ssh-keygen", "-q", "-s", authority, "-I", "host", "-h", "-n", "127.0.0.1"]
+    subprocess.run([*sign, server.host_key], check=True, capture_output=True)
+    server.stop()
+    server.start()
+    known = tmp_path / "known"
+    line = f"@cert-authority [127.0.0.1]:{server.port} {(tmp_path / 'authority.pub').read_text()}"
+    known.write_text(line)
+    by_ssh = ["ssh", "-F", "none", "-i", server.user_key, "-o", f"UserKnownHostsFile={known}"]
+    by_ssh += ["-o", "BatchMode=yes", "-p", str(server.port), "root@127.0.0.1", "true"]
+    assert subprocess.run(by_ssh, capture_output=True).returncode == 0, "it is a certificate"
+    error = refused([server.text], **server.params(known_hosts=known))
+    assert error.phase == "host key" and f"{known}:1" in str(error)
+    assert "certificate" in str(error) and "ssh-keyscan" in str(error)
+    # Its key as well, or the policy, makes it known.
+    known.write_text(line + server.known_line())
+    with sd.addprocs([server.text], **server.params(known_hosts=known)) as pids:
+        assert len(pids) == 1
+    known.write_text(line)
+    with sd.addprocs([server.text], **server.params(known_hosts=known, host_key_policy="accept-new")) as pids:
+        assert len(pids) == 1
+
+
 # ---------------------------------------------------------------------- ways
 
 

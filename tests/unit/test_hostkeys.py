@@ -9,6 +9,7 @@ import pytest
 
 from shmdist.managers.hostkeys import (
     Verdict,
+    authority,
     fingerprint,
     judge,
     kinds_known,
@@ -86,3 +87,22 @@ def test_as_ssh_keygen_does(tmp_path):
     assert found.returncode == 0 and text in found.stdout
     file.write_text(known_hosts_line("plain", kind, blob))
     assert subprocess.run(["ssh-keygen", "-F", "plain", "-f", file], capture_output=True).returncode == 0
+
+
+def test_authorities_of_certificates():
+    """They make no key known, and neither unknown nor changed one that is."""
+    text = text_of(
+        ("@cert-authority *.net", "ssh-ed25519", A),
+        ("host.net", "ssh-ed25519", B),
+        ("@cert-authority [*.org]:2222", "ssh-ed25519", C),
+    )
+    entries = read_known_hosts(text, "f")
+    assert authority(entries, names_of("other.net", 22)) == "f:1"
+    assert authority(entries, names_of("other.net", 2222)) == "f:1"
+    assert authority(entries, names_of("x.org", 2222)) == "f:3"
+    assert authority(entries, names_of("x.org", 22)) == authority([], names_of("x.net", 22)) == ""
+    assert verdict(text, "host.net", 22, "ssh-ed25519", B) is Verdict.KNOWN
+    assert verdict(text, "other.net", 22, "ssh-ed25519", A) is Verdict.UNKNOWN
+    assert verdict(text, "other.net", 22, "ssh-ed25519", B) is Verdict.UNKNOWN
+    assert kinds_known(entries, names_of("host.net", 22)) == ["ssh-ed25519"]
+    assert kinds_known(entries, names_of("other.net", 22)) == []

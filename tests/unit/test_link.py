@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shmdist.wire import incoming
-from shmdist.wire import link as module
+from shmdist.wire import reader as module
 from shmdist.wire.link import Link, LinkClosed, Part
 from shmdist.wire.messages import BROKEN, HAS_REFS, Frame
 from tests.unit.test_channels import Threads

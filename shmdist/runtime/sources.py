@@ -1,0 +1,113 @@
+"""What a process reads: its links, its mailbox, what its workers print, and the ends of processes.
+
+One thread at a time reads, the holder of the baton (``runtime.dispatch``). It looks into the
+mailbox first, for that costs no system call; while anything lies there it asks the system only
+every so often, so that neither road waits for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from shmdist._log import Log
+from shmdist.runtime.mail import LIVELY, Mail
+from shmdist.runtime.threads import Threads
+from shmdist.wire.messages import Frame
+from shmdist.wire.poller import make_poller
+
+if TYPE_CHECKING:
+    from shmdist.runtime.node import Node
+    from shmdist.wire.link import Link
+
+_log = Log("dispatch")
+
+
+class Sources:
+    """The descriptors and the memory that a process reads."""
+
+    threads: Threads
+    start: Callable[[Callable[[], None]], None]
+    _route: Callable[[Frame], None]
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.poller = make_poller()
+        self._wait = self.poller.poll
+        self.mail = Mail(node)
+        self._frames: list[Frame] = []  # what one turn of reading brought; the baton's holder's
+        self._mail_turns = 0
+        self._links: dict[int, Link] = {}  # by descriptor
+        self._watched: dict[int, Callable[[], None]] = {}  # descriptors of processes, by what to do
+
+    def add(self, link: Link) -> None:
+        """Read `link` from now on."""
+        sharing = self._node.sharing
+        link.sharing = sharing if link.is_local else sharing.copies
+        if not link.is_local:
+            self._node.heart.watch(link)
+        self._links[link.fd] = link
+        self.threads.ensure_standby()
+        self.poller.add(link.fd)
+
+    def watch(self, fd: int, action: Callable[[], None]) -> None:
+        """Run `action` once, on a thread of its own, when `fd` becomes readable."""
+        self._watched[fd] = action
+        self.threads.ensure_standby()
+        self.poller.add(fd)
+
+    def unwatch(self, fd: int) -> None:
+        """Forget a watched descriptor; its owner closes it after this."""
+        self.poller.remove(fd)
+        self._watched.pop(fd, None)
+
+    def _poll(self, timeout: float) -> bool:
+        """Read what has come, waiting at most `timeout` seconds; False if nothing. The baton is held."""
+        frames = self._frames
+        box = self.mail.box
+        if box is None:
+            events = self._wait(timeout)
+        elif box.stirred() or (timeout and box.sleep()):
+            box.words[0] = 1
+            self.mail.read(frames)
+            self._mail_turns += 1
+            events = () if self._mail_turns & 15 else self._wait(0)  # neither road may wait for ever
+        else:
+            events = self._wait(timeout)
+            if timeout:
+                box.words[0] = 1
+        if not events and not frames:
+            return False
+        ended = None
+        for fd, _ in events:
+            link = self._links.get(fd)
+            if link is not None:
+                if not link.read(frames):
+                    ended = [*(ended or ()), link]
+                elif link.reads == LIVELY and link.is_local:
+                    self.start(lambda link=link: self.mail.offer(link))  # type: ignore[misc]  # mypy: lambda
+            elif not self.poller.is_kick(fd):
+                action = self._watched.pop(fd, None)
+                self.poller.remove(fd)
+                if action is not None:
+                    self.start(action)
+        if self.poller.has_outputs:
+            # A call's output was written before its result, so after the result has been
+            # read the output is there to be read, and must be taken first.
+            for fd in self.poller.outputs():
+                self._node.read_output(fd)
+        if frames:
+            self._frames = []
+            for frame in frames:
+                try:
+                    self._route(frame)
+                except Exception:
+                    _log.exception("%r could not be handled", frame)
+        if ended:
+            for link in ended:
+                self.poller.remove(link.fd)
+                if self._links.pop(link.fd, None) is not None:
+                    link.shut()
+                    self.mail.forget(link)
+                    self.start(lambda link=link: self._node.link_ended(link))  # type: ignore[misc]
+        return True
