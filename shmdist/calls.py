@@ -296,7 +296,7 @@ def remote_do(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) -
         try:
             link = node.link_to(place.pid)
             try:
-                node.send(link, codec.frame(_CALL, flags, 0, next(node.call_ids), payload), payload)
+                node.send(link, codec.frame(_CALL, flags, 0, next(node.call_ids), payload, link), payload)
             except LinkClosed:
                 raise node.death(place.pid) from None
         finally:

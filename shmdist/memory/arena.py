@@ -29,13 +29,14 @@ The process whose arena it is keeps all counts of a block (it *owns* the block).
 - The message of a count given back may overtake the one that gave it, when they come from
   two processes. So counts may be negative for a while. A block is free when no count is
   positive: whoever passes on has a count of his own, told in order, until his word is here.
-- A process that is lost has its counts dropped, and is never counted again.
+- A process that is lost has its counts dropped, and is never counted again. What it told of
+  others is audited (``runtime.audits``): it may have been killed before it sent what it told of.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from enum import Enum
 
 _ASIDE = 64  # extents kept aside, at most
@@ -59,6 +60,14 @@ _NEXT = {
 }
 
 
+def _add(table: dict[tuple[int, int], int], key: tuple[int, int], delta: int) -> None:
+    total = table.get(key, 0) + delta
+    if total:
+        table[key] = total
+    else:
+        table.pop(key, None)
+
+
 class Extent:
     """A part of a segment.
 
@@ -72,11 +81,14 @@ class Extent:
         Of a lent one: its number.
     counts : dict of int to int
         Of a lent one: count by process; no zeros.
+    told : dict of tuple to int
+        Of a lent one: what of that holders have from others than the owner, by holder and who told
+        of it; no zeros.
     quick : bool
         Warm, and kept aside.
     """
 
-    __slots__ = ("counts", "offset", "quick", "segment", "serial", "size", "state")
+    __slots__ = ("counts", "offset", "quick", "segment", "serial", "size", "state", "told")
 
     def __init__(self, segment: int, offset: int, size: int, state: State) -> None:
         self.segment = segment
@@ -85,6 +97,7 @@ class Extent:
         self.state = state
         self.serial = 0
         self.counts: dict[int, int] = {}
+        self.told: dict[tuple[int, int], int] = {}
         self.quick = False
 
     def __repr__(self) -> str:
@@ -120,6 +133,7 @@ class Arena:
         self.cold = 0  # bytes in cold extents
         self.blocks: dict[int, Extent] = {}  # lent ones, by serial number
         self.gone: set[int] = set()  # processes that are lost
+        self.closed: set[tuple[int, int]] = set()  # holders and tellers whose audit is over
         self._serial = 0
         self._sizes: dict[int, int] = {}  # of segments
         self._starts: dict[tuple[int, int], Extent] = {}  # by segment and offset
@@ -294,14 +308,22 @@ class Arena:
         self.lent += size
         return extent
 
-    def change(self, serial: int, pid: int, delta: int) -> bool:
+    def change(self, serial: int, pid: int, delta: int, teller: int = 0) -> bool:
         """Change the count of `pid` for a block; True when the block is free by that.
 
-        Unknown blocks and lost processes are none of our business any more: nothing is changed.
+        Unknown blocks and lost processes are none of our business any more, nor is what a `teller`
+        (0 for nobody) told before it was lost, once that is audited: nothing is changed.
         """
         block = self.blocks.get(serial)
         if block is None or pid in self.gone:
             return False
+        if teller:
+            if (pid, teller) in self.closed:
+                return False
+            _add(block.told, (pid, teller), delta)
+        return self._change(block, pid, delta)
+
+    def _change(self, block: Extent, pid: int, delta: int) -> bool:
         count = block.counts.get(pid, 0) + delta
         if count:
             block.counts[pid] = count
@@ -319,10 +341,29 @@ class Arena:
     def lose(self, pid: int) -> bool:
         """Drop all counts of a lost process; True when a block is free by that."""
         self.gone.add(pid)
+        self.closed = {pair for pair in self.closed if pair[0] != pid}
         freed = False
         for block in list(self.blocks.values()):
+            if block.told:
+                block.told = {pair: count for pair, count in block.told.items() if pair[0] != pid}
             if block.counts.pop(pid, None) is not None:
                 freed = self._free_if_unheld(block) or freed
+        return freed
+
+    def told_by(self, teller: int) -> set[int]:
+        """Return of whom a process told something that was not given back."""
+        return {pair[0] for block in self.blocks.values() for pair in block.told if pair[1] == teller}
+
+    def audited(self, pid: int, teller: int, receipts: Mapping[int, int]) -> bool:
+        """A holder says what it has from a lost process, by block; True when a block is free by that."""
+        if pid in self.gone or (pid, teller) in self.closed:
+            return False
+        self.closed.add((pid, teller))
+        freed = False
+        for block in list(self.blocks.values()):
+            delta = receipts.get(block.serial, 0) - block.told.pop((pid, teller), 0)
+            if delta:
+                freed = self._change(block, pid, delta) or freed
         return freed
 
     def _free_if_unheld(self, block: Extent) -> bool:
@@ -331,6 +372,7 @@ class Arena:
         del self.blocks[block.serial]
         self.lent -= block.size
         block.counts = {}
+        block.told.clear()
         block.move(State.WARM)
         block.quick = True
         self._quick.setdefault(block.size, []).append(block)
@@ -362,6 +404,9 @@ class Arena:
                 assert any(count > 0 for count in extent.counts.values()), f"nobody holds {extent}"
                 assert all(extent.counts.values()), f"a count of zero is kept in {extent}"
                 assert not self.gone & extent.counts.keys(), f"a lost process holds {extent}"
+                assert all(extent.told.values()), f"what was told is kept though it is zero: {extent}"
+                assert not self.gone & {pid for pid, _ in extent.told}, f"told of a lost process: {extent}"
+                assert not self.closed & extent.told.keys(), f"told, and audited: {extent}"
                 lent += extent.size
             cold += extent.size if extent.state is State.COLD else 0
         assert position == self._sizes and self.total == sum(self._sizes.values())

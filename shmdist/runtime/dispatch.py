@@ -55,7 +55,7 @@ from shmdist.runtime.lanes import Lanes
 from shmdist.runtime.sources import Sources
 from shmdist.runtime.strand import Cell, Kicker, Strand, current
 from shmdist.runtime.threads import Threads
-from shmdist.wire.messages import Frame, Kind
+from shmdist.wire.messages import HAS_REFS, Frame, Kind
 
 if TYPE_CHECKING:
     from shmdist.runtime.node import Node
@@ -104,6 +104,8 @@ class Dispatcher(Sources):
     def _route(self, frame: Frame) -> None:
         """Give a frame to who waits for it; never runs user code, never blocks."""
         kind = frame.kind
+        if frame.flags & HAS_REFS and not self._node.arrived(frame):
+            return
         if kind == _RESULT:
             reply = self._node.pending.pop(frame.call_id, None)
             if reply is None:
@@ -119,8 +121,7 @@ class Dispatcher(Sources):
             frame.link.calls_read += 1
             self._inbox.append(task)
         elif kind == _OP:
-            # It can be withdrawn from now on, though it is run later.
-            self._node.waiting[frame.link.pid, frame.call_id] = lambda: True
+            self._node.waiting[frame.link.pid, frame.call_id] = lambda: True  # it can be withdrawn now
             self._inbox.append(frame)
         else:
             self._node.control(frame)

@@ -117,11 +117,14 @@ class Keeper:
         self.wake()
 
     def wake(self) -> None:
-        """Wake the keeper; safe in finalizers."""
-        kick = self._kick
-        if kick is not None and self._sharing.holds.idle:
-            self._sharing.holds.idle = False
-            kick.set()
+        """Wake the keeper, or have it started; safe in finalizers."""
+        holds, kick = self._sharing.holds, self._kick
+        if holds.idle:
+            holds.idle = False
+            if kick is not None:
+                kick.set()
+            else:  # this process has only ever received
+                self._sharing.node.errand(self.used)
 
     def trouble(self, kind: str, why: str) -> None:
         """Note why values take the stream; the program is warned once of each kind."""

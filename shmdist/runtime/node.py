@@ -40,7 +40,9 @@ from shmdist.errors import (
     RemoteException,
     ShmdistError,
 )
+from shmdist.memory.receipts import Receipts
 from shmdist.runtime import served
+from shmdist.runtime.audits import Audits
 from shmdist.runtime.dispatch import Dispatcher
 from shmdist.runtime.heart import Heart
 from shmdist.runtime.output import Outputs
@@ -71,8 +73,6 @@ _CALL, _RESULT, _CANCEL, _REFS, _OP = (
     int(Kind.REFS),
     int(Kind.OP),
 )
-_LEASES = int(Kind.LEASES)
-_COUNTS = (_REFS, _LEASES)
 _NEWS = 0.3  # seconds that process 1 may take to tell how another one ended
 _log = Log("node")
 
@@ -100,6 +100,7 @@ class Node(Ownership):
         self.graves: dict[int, BaseException] = {}  # members that are gone, and how they went
         self.last_words: dict[int, dict[int, int]] = {}  # how far members that are gone were: element by call
         self.refs = RefTable()
+        self.receipts = Receipts()  # of counts of references that others than their owners gave
         self.call_ids = itertools.count(1)
         self.lanes = itertools.count(1)
         self.pending: dict[int, Reply] = {}  # answers waited for, by call; popping one is claiming it
@@ -132,6 +133,7 @@ class Node(Ownership):
         self.dispatcher = Dispatcher(self)
         self.heart = Heart(self)
         self.sharing = Sharing(self)
+        self.audits = Audits(self)
 
     def __repr__(self) -> str:
         return (

@@ -12,16 +12,20 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from shmdist.errors import CapturedException, ShmdistError, remote_exception
+from shmdist.memory.receipts import Receipts
 from shmdist.runtime.reftable import RRID, Entry, RefTable
 from shmdist.wire import codec
 from shmdist.wire.link import Link, LinkClosed
-from shmdist.wire.messages import Kind
+from shmdist.wire.messages import Frame, Kind
 
 if TYPE_CHECKING:
     from shmdist.runtime.dispatch import Dispatcher
 
 _REFS = int(Kind.REFS)
 _FLUSH_DELAY = 0.005  # seconds that dropped references are gathered before they are told
+
+#: A change of a count: whence and number of the reference, the process, by how much, and who told.
+Change = tuple[int, int, int, int, int]
 
 
 class Ownership:
@@ -30,6 +34,7 @@ class Ownership:
     pid: int
     lock: Any
     refs: RefTable
+    receipts: Receipts
     graves: dict[int, BaseException]
     dispatcher: Dispatcher
     released: deque[tuple[int, RRID]]
@@ -40,15 +45,25 @@ class Ownership:
         """Return the link to a process; the node knows how."""
         raise NotImplementedError  # a Node has it
 
+    def way_to(self, pid: int) -> Link:
+        """Return the link by which a process is told of counts; errors as those of :meth:`link_to`."""
+        try:
+            return self.link_to(pid)
+        except ConnectionError:
+            # This topology has no way there; process 1 has. It is the same way each time, so
+            # the order of what is told is kept.
+            return self.link_to(1)
+
     def count(self, refs: Iterable[tuple[RRID, int]], pid: int, delta: int) -> None:
         """Tell the owners of `refs` that `pid` is about to hold one more (or does not)."""
-        by_owner: dict[int, list[tuple[int, int, int, int]]] = {}
+        by_owner: dict[int, list[Change]] = {}
         for rrid, owner in refs:
-            by_owner.setdefault(owner, []).append((rrid.whence, rrid.id, pid, delta))
+            teller = 0 if owner == self.pid else self.pid
+            by_owner.setdefault(owner, []).append((rrid.whence, rrid.id, pid, delta, teller))
         for owner, changes in by_owner.items():
             self.tell_counts(owner, changes)
 
-    def tell_counts(self, owner: int, changes: list[tuple[int, int, int, int]]) -> None:
+    def tell_counts(self, owner: int, changes: list[Change]) -> None:
         """Send changes of counts to an owner, or make them when that is this process."""
         if owner == self.pid:
             self.drop(self.change_counts(changes))
@@ -58,22 +73,16 @@ class Ownership:
         payload = codec.Payload()
         payload.parts.append(pickle.dumps(changes, 5))
         try:
-            try:
-                link = self.link_to(owner)
-            except ConnectionError:
-                # This topology has no way there; process 1 has. It is the same way each time, so
-                # the order of what is told is kept.
-                link = self.link_to(1)
-            link.send(codec.frame(_REFS, 0, 0, owner, payload))
+            self.way_to(owner).send(codec.frame(_REFS, 0, 0, owner, payload))
         except (LinkClosed, ShmdistError):
             pass  # the owner is gone, and the counts with it
 
-    def change_counts(self, changes: Iterable[tuple[int, int, int, int]]) -> list[Entry]:
+    def change_counts(self, changes: Iterable[Change]) -> list[Entry]:
         """Change counts of references that live here; returns those that nobody holds any more."""
         freed: list[Entry] = []
         with self.lock:
-            for whence, number, pid, delta in changes:
-                freed += self.refs.add(RRID(whence, number), pid, delta)
+            for whence, number, pid, delta, teller in changes:
+                freed += self.refs.add(RRID(whence, number), pid, delta, teller)
         return freed
 
     def drop(self, freed: list[Entry]) -> None:
@@ -83,6 +92,26 @@ class Ownership:
             for waiter in waiters:
                 waiter.fail(ShmdistError(f"the last reference to {tuple(entry.rrid)} is gone"))
             entry.value = None
+
+    def arrived(self, frame: Frame) -> bool:
+        """Note from whom the references in a frame came; on the reading thread.
+
+        Returns
+        -------
+        bool
+            False when its sender is lost here: their counts are taken off, so it must be dropped.
+        """
+        refs = codec.references(frame)
+        frame.buffers[0] = refs
+        sender = frame.link.pid
+        given = [(rrid, owner) for rrid, owner in refs if owner != sender and owner not in self.graves]
+        if given:
+            with self.lock:
+                if sender in self.graves:
+                    return False
+                for rrid, owner in given:
+                    self.receipts.note(owner, rrid, sender)
+        return True
 
     def give_back(self, refs: Iterable[tuple[RRID, int]]) -> None:
         """Give back references that came in a frame but were never made."""
@@ -107,13 +136,16 @@ class Ownership:
     def flush_released(self) -> None:
         """Tell the owners which references were dropped here."""
         self._flush_asked = False  # first: what is dropped from here on is asked for anew
-        by_owner: dict[int, dict[RRID, int]] = {}
-        while self.released:
-            owner, rrid = self.released.popleft()
-            counts = by_owner.setdefault(owner, {})
-            counts[rrid] = counts.get(rrid, 0) - 1
+        by_owner: dict[int, dict[tuple[RRID, int], int]] = {}
+        with self.lock:
+            while self.released:
+                owner, rrid = self.released.popleft()
+                counts = by_owner.setdefault(owner, {})
+                key = rrid, self.receipts.spend(owner, rrid)
+                counts[key] = counts.get(key, 0) - 1
         for owner, counts in by_owner.items():
-            self.tell_counts(owner, [(rrid.whence, rrid.id, self.pid, n) for rrid, n in counts.items()])
+            changes = [(*rrid, self.pid, delta, teller) for (rrid, teller), delta in counts.items()]
+            self.tell_counts(owner, changes)
 
     def housekeeping(self) -> None:
         """Do what was asked for by finalizers; on a standby thread."""

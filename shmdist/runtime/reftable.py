@@ -55,11 +55,13 @@ ignored; process ids are never used again, so that this stays right. What p forw
 stays counted for the receiver, because its ADDs came before the EOF. If p was the creator (`whence`)
 and its NEW has not come, it never will: the pin is undone.
 
-Not guaranteed: a forwarder killed between its ADD(q) and the frame to q leaves one reference counted
-for q that q does not have. Several threads of it may be there, waiting for their turn to write to q.
-It is never too little, and it ends with q. When a host goes silent and
-bytes are lost on its links, counts may be wrong in either direction; entries above zero then end with
-the process counted, entries below with the creator.
+A forwarder killed between its ADD(q) and the frame to q leaves a reference counted for q that q does
+not have. Several threads of it may be there, waiting for their turn to write to q. So ADD and DEL name
+their teller, and what a lost one told is audited: q says what it has from it (``runtime.audits``), and
+the count of q follows (`RefTable.audited`).
+
+Not guaranteed: when a host goes silent and bytes are lost on its links, counts may be wrong in either
+direction; entries above zero then end with the process counted, entries below with the creator.
 """
 
 from __future__ import annotations
@@ -67,13 +69,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from shmdist.errors import ShmdistError
 
 __all__ = ["RRID", "AlreadySet", "Entry", "Freed", "Kind", "RefTable", "State"]
 
 Kind: TypeAlias = Literal["future", "channel"]
+_Key = TypeVar("_Key")
 
 
 class RRID(NamedTuple):
@@ -143,7 +146,7 @@ _MOVES: Mapping[State, Mapping[_Event, State]] = MappingProxyType(
 class Entry:
     """What the owner knows of one reference. Made by `RefTable` alone."""
 
-    __slots__ = ("counts", "created", "kind", "pinned", "rrid", "state", "value", "waiters")
+    __slots__ = ("counts", "created", "kind", "pinned", "rrid", "state", "told", "value", "waiters")
 
     rrid: RRID
     #: What the reference is; None while it is known only from a use that came before its creation.
@@ -154,6 +157,8 @@ class Entry:
     value: Any
     #: Process id -> references held there. No zeros, no dead process; below zero while an ADD is late.
     counts: dict[int, int]
+    #: (Process id, teller) -> what of that count the teller told. No zeros, no dead process, nothing audited.
+    told: dict[tuple[int, int], int]
     #: Who waits for the value; empty once SET. Freeing leaves them, to be failed unlocked.
     waiters: list[Any]
     #: NEW has come.
@@ -167,6 +172,7 @@ class Entry:
         self.state = State.UNSET
         self.value = None
         self.counts = {}
+        self.told = {}
         self.waiters = []
         self.created = False
         self.pinned = True
@@ -204,6 +210,8 @@ class RefTable:
         Every key is its entry's `rrid`, and every entry is pinned or has a count above zero.
     dead : set of int
         Processes known lost. They appear in no entry's counts.
+    closed : set of (int, int)
+        Processes and their tellers whose audit is over: none of these appears in any entry's `told`.
 
     Examples
     --------
@@ -224,11 +232,12 @@ class RefTable:
     <RefTable 0 entries, 0 pinned, 0 dead processes>
     """
 
-    __slots__ = ("dead", "entries")
+    __slots__ = ("closed", "dead", "entries")
 
     def __init__(self) -> None:
         self.entries: dict[RRID, Entry] = {}
         self.dead: set[int] = set()
+        self.closed: set[tuple[int, int]] = set()
 
     def create(self, rrid: RRID, kind: Kind, client: int | None) -> Entry:
         """NEW: the reference exists, and `client` holds one.
@@ -269,7 +278,7 @@ class RefTable:
         entry.kind = kind
         entry.created = True
         if client is not None and client not in self.dead:
-            self._count(entry, client, +1)
+            self._count(entry.counts, client, +1)
         # The creator's own DELs come after NEW on its link, so its count is above zero now.
         entry.pinned = not self._is_held(entry)
         return entry
@@ -285,8 +294,10 @@ class RefTable:
         """Return the entry for `rrid`, or None."""
         return self.entries.get(rrid)
 
-    def add(self, rrid: RRID, pid: int, delta: int) -> list[Freed]:
+    def add(self, rrid: RRID, pid: int, delta: int, teller: int = 0) -> list[Freed]:
         """ADD (`delta` above zero) or DEL (below) of references that process `pid` holds.
+
+        A `teller` other than 0, nobody, told of them, or is named by who gives them back.
 
         Several words about one process may be summed up in one `delta`, as long as no ADD is moved
         behind the frame it announces.
@@ -296,14 +307,16 @@ class RefTable:
         list of Entry
             The entry, now out of the table and FREED, if this was its last reference; else empty.
         """
-        if pid in self.dead:
+        if pid in self.dead or (teller and (pid, teller) in self.closed):
             return []
         entry = self.entries.get(rrid)
         if entry is None:
             if delta < 0 and rrid.whence in self.dead:
                 return []  # its creation can never come, so there is nothing to keep the count for
             entry = self.lookup(rrid)
-        self._count(entry, pid, delta)
+        self._count(entry.counts, pid, delta)
+        if teller:
+            self._count(entry.told, (pid, teller), delta)
         if (entry.created and delta > 0) or rrid.whence in self.dead:
             entry.pinned = False
         return [self._free(entry)] if self._is_over(entry) else []
@@ -318,13 +331,40 @@ class RefTable:
             were there, and those made on demand whose creation was to come from there.
         """
         self.dead.add(pid)
+        self.closed = {pair for pair in self.closed if pair[0] != pid}
         over: list[Entry] = []
         for entry in self.entries.values():
             entry.counts.pop(pid, None)
+            if entry.told:
+                entry.told = {pair: count for pair, count in entry.told.items() if pair[0] != pid}
             if entry.pinned and entry.rrid.whence in self.dead:
                 entry.pinned = False
             if self._is_over(entry):
                 over.append(entry)
+        return [self._free(entry) for entry in over]
+
+    def told_by(self, teller: int) -> set[int]:
+        """Return of whom a process told something that was not given back."""
+        return {pair[0] for entry in self.entries.values() for pair in entry.told if pair[1] == teller}
+
+    def audited(self, pid: int, teller: int, receipts: Mapping[RRID, int]) -> list[Freed]:
+        """Process `pid` says what it has from a lost `teller`: what that told of it becomes that.
+
+        Returns
+        -------
+        list of Entry
+            What nobody holds by that, now out of the table and FREED.
+        """
+        if pid in self.dead or (pid, teller) in self.closed:
+            return []
+        self.closed.add((pid, teller))
+        over: list[Entry] = []
+        for entry in self.entries.values():
+            delta = receipts.get(entry.rrid, 0) - entry.told.pop((pid, teller), 0)
+            if delta:
+                self._count(entry.counts, pid, delta)
+                if self._is_over(entry):
+                    over.append(entry)
         return [self._free(entry) for entry in over]
 
     def set_value(self, entry: Entry, value: Any) -> list[Any]:
@@ -349,12 +389,12 @@ class RefTable:
         return waiters
 
     @staticmethod
-    def _count(entry: Entry, pid: int, delta: int) -> None:
-        total = entry.counts.get(pid, 0) + delta
+    def _count(counts: dict[_Key, int], key: _Key, delta: int) -> None:
+        total = counts.get(key, 0) + delta
         if total:
-            entry.counts[pid] = total
+            counts[key] = total
         else:
-            entry.counts.pop(pid, None)
+            counts.pop(key, None)
 
     @staticmethod
     def _is_held(entry: Entry) -> bool:
@@ -379,6 +419,9 @@ class RefTable:
             assert not entry.waiters or entry.state is State.UNSET, f"waiters is empty once SET: {entry}"
             assert 0 not in entry.counts.values(), f"no zeros in counts: {entry}"
             assert self.dead.isdisjoint(entry.counts), f"no dead process in counts: {entry}"
+            assert 0 not in entry.told.values(), f"no zeros in told: {entry}"
+            assert self.dead.isdisjoint({pid for pid, _ in entry.told}), f"no dead process in told: {entry}"
+            assert self.closed.isdisjoint(entry.told), f"nothing audited in told: {entry}"
             assert entry.kind is not None or not entry.created, f"kind is known once created: {entry}"
             assert not (entry.pinned and entry.created and above), f"pinned, but somebody held it: {entry}"
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from shmdist.runtime.node import Node
 
 _RESULT, _CANCEL, _REFS, _OP = int(Kind.RESULT), int(Kind.CANCEL), int(Kind.REFS), int(Kind.OP)
-_LEASES, _SEGMENT = int(Kind.LEASES), int(Kind.SEGMENT)
-_COUNTS = (_REFS, _LEASES)
+_LEASES, _SEGMENT, _AUDIT = int(Kind.LEASES), int(Kind.SEGMENT), int(Kind.AUDIT)
+_COUNTS = (_REFS, _LEASES, _AUDIT)
 _log = Log("node")
 
 
@@ -44,6 +44,7 @@ def control(node: Node, frame: Frame) -> None:
             node.post(link, kind, 0, frame.call_id, payload)
     elif kind == _LEASES:
         node.sharing.on_leases(frame)
+        _audit_late_words(node, frame)
     elif kind == _SEGMENT:
         node.sharing.offers.on_segment(frame)
     elif kind == _REFS and frame.flags & IS_NEW:
@@ -52,6 +53,7 @@ def control(node: Node, frame: Frame) -> None:
         freed = node.change_counts(pickle.loads(frame.body))
         if freed:  # their values' finalizers are users' code, which must not run here
             node.dispatcher.start(lambda: node.drop(freed))
+        _audit_late_words(node, frame)
     elif kind == _CANCEL:
         key = (frame.link.pid, frame.call_id)
         if frame.flags & NOT_RUN:
@@ -79,6 +81,12 @@ def control(node: Node, frame: Frame) -> None:
             _log.warning("process %d sent %r, which has no meaning here", frame.link.pid, frame)
         else:
             handler(frame)
+
+
+def _audit_late_words(node: Node, frame: Frame) -> None:
+    """See to counts told by who is lost already: its link was made the moment it died."""
+    if frame.link.pid in node.graves:
+        node.audits.ask_about(frame.link.pid)
 
 
 def unclaimed(node: Node, frame: Frame) -> None:

@@ -30,7 +30,8 @@ Death, at each step
   is the sender's own, so nobody else is given the block.
 - The sender dies: the frame that has not come whole is dropped. Arrays over his blocks stay
   what they are, for the mapping is the receiver's own.
-- A holder dies who passed an array on: what he told the owner before was written before.
+- A holder dies who passed an array on: what he told the owner before was written before. What he
+  did not come to send after that is found by an audit (``runtime.audits``).
 - A descriptor on its way is the system's, and closed with the link.
 """
 
@@ -44,6 +45,7 @@ from typing import TYPE_CHECKING, Any
 from shmdist._log import Log
 from shmdist.memory.arena import Arena
 from shmdist.memory.holds import OWN, PRIVATE, SHARED, Hold, Holds, Lease
+from shmdist.memory.receipts import Receipts
 from shmdist.memory.segment import PAGE, Segment
 from shmdist.runtime.copies import Copies
 from shmdist.runtime.forks import Forks
@@ -61,8 +63,8 @@ if TYPE_CHECKING:
 _SEGMENT, _LEASES, _RESULT = int(Kind.SEGMENT), int(Kind.LEASES), int(Kind.RESULT)
 _log = Log("sharing")
 
-#: A change of a count: the block's number, the process, by how much.
-Change = tuple[int, int, int]
+#: A change of a count: the block's number, the process, by how much, and who told (0 for the owner).
+Change = tuple[int, int, int, int]
 
 
 class Moving:
@@ -100,6 +102,7 @@ class Sharing:
         self.copies = Copies(self)
         self.room = self.copies.room
         self.owed: dict[int, list[Change]] = {}  # counts to give back, by owner
+        self.receipts = Receipts()  # of counts that others than the owner gave
         self.numbers = itertools.count(1)  # of segments
 
     def __repr__(self) -> str:
@@ -130,7 +133,8 @@ class Sharing:
         elif owner == self.pid:
             self.arena.change(lease.serial, owner, -1)
         elif owner not in self._node.graves:
-            self.owed.setdefault(owner, []).append((lease.serial, self.pid, -1))
+            teller = self.receipts.spend(owner, lease.serial)
+            self.owed.setdefault(owner, []).append((lease.serial, self.pid, -1, teller))
 
     def has_dues(self) -> bool:
         """Tell whether there may be counts to give back; for the hot path."""
@@ -154,11 +158,7 @@ class Sharing:
         if not changes or owner in node.graves:
             return
         try:
-            try:
-                link = node.link_to(owner)
-            except ConnectionError:
-                link = node.link_to(1)  # no way there in this topology; process 1 has one
-            link.send(_leases_frame(owner, changes))
+            node.way_to(owner).send(_leases_frame(owner, changes))
         except Exception as error:
             if owner not in node.graves:  # else the counts went with it
                 _log.info("process %d could not be told of its blocks: %s", owner, error)
@@ -175,8 +175,8 @@ class Sharing:
         """Change counts of this process's blocks, as their holders tell."""
         changes: list[Change] = pickle.loads(frame.body)
         with self.lock:
-            for serial, pid, delta in changes:
-                self.arena.change(serial, pid, delta)
+            for change in changes:
+                self.arena.change(*change)
         self.keeper.wake()  # it may sleep for ever, all that is not in use having been given back
 
     # ------------------------------------------------------------------ going out
@@ -319,7 +319,7 @@ class Sharing:
                 with self.lock:
                     self.arena.lend(lease.serial, pid)
             elif owner not in self._node.graves:
-                self.tell(owner, [(lease.serial, pid, +1)])
+                self.tell(owner, [(lease.serial, pid, +1, self.pid)])
             done.grants.append((owner, lease.serial))
         return Token(TOKEN.pack(lease.serial, owner, segment.number, part.offset, part.nbytes, mode))
 
@@ -331,7 +331,7 @@ class Sharing:
                 if owner == self.pid:
                     self.arena.change(serial, pid, -1)
                 elif owner not in self._node.graves:
-                    self.owed.setdefault(owner, []).append((serial, pid, -1))
+                    self.owed.setdefault(owner, []).append((serial, pid, -1, self.pid))
 
     # ------------------------------------------------------------------ going home
 
@@ -378,7 +378,7 @@ class Sharing:
         Raises
         ------
         LookupError
-            Its segment is not mapped here.
+            Its segment is not mapped here, or its sender is lost and has been audited.
         """
         serial, owner, number, offset, nbytes, mode = TOKEN.unpack(token)
         segment = self.holds.segment(owner, number)
@@ -387,6 +387,12 @@ class Sharing:
                 self.arena.change(serial, self.pid, +1)
                 if mode == OWN:
                     self.arena.change(serial, sender, -1)
+        elif owner != sender:
+            with self.lock:
+                if sender in self._node.graves:
+                    raise LookupError(f"process {sender} is gone, and what it told is audited")
+                if owner not in self._node.graves:
+                    self.receipts.note(owner, serial, sender)
         if mode == PRIVATE:
             self.keeper.used()  # what is written there is this process's memory, until it is let go
         elif mode == SHARED and arrays.find_shared is None:
@@ -443,6 +449,7 @@ class Sharing:
             self.settle()
             self.arena.lose(pid)
             self.owed.pop(pid, None)
+            self.receipts.forget(pid)
             kept = self.offers.lost(pid)
         self.keeper.wake()
         for segment in kept:
@@ -454,6 +461,7 @@ class Sharing:
             self.settle()
             self.arena._check()
             self.holds._check()
+            self.receipts._check()
             return {
                 "lent": {block.serial: dict(block.counts) for block in self.arena.blocks.values()},
                 "held": [repr(lease) for lease in self.holds.leases()],

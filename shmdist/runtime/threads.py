@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -178,5 +179,6 @@ class Threads:
         with self._lock:
             threads = [thread for thread in self._all if thread is not me]
         for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            with contextlib.suppress(RuntimeError):  # one just being made, which will see that it is to end
+                thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in threads)

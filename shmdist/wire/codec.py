@@ -310,8 +310,9 @@ def references(frame: Frame) -> tuple[Any, ...]:
     """Return the references that travel in `frame`, without reading its body."""
     if not frame.flags & HAS_REFS:
         return ()
-    refs: tuple[Any, ...] = pickle.loads(frame.buffers[0])
-    return refs
+    refs: Any = frame.buffers[0]  # read before, perhaps
+    found: tuple[Any, ...] = refs if type(refs) is tuple else pickle.loads(refs)
+    return found
 
 
 def unreadable(error: BaseException, what: str) -> SerializationError:

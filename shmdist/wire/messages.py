@@ -18,7 +18,8 @@ CALL     (f, args, kwargs)        run ``f(*args, **kwargs)``                   b
 RESULT   value or captured error  the answer to CALL or OP ``call_id``         none
 OP       (name, rrid, args)       an operation on a reference's owner          RESULT
 CANCEL   none                     give up CALL or OP ``call_id``               none
-REFS     ((whence, id, pid, n)..) reference counts change                      none
+REFS     ((whence, id, pid, n,    counts of references of ``call_id`` change;  none
+         teller)..)               ``teller`` told of them (``runtime.audits``)
 FUNC     a function               keep it under ``call_id`` for later calls    none
 DROP     none                     forget function ``call_id``                  none
 HELLO    Hello                    first frame on a link, from who connected    none
@@ -29,12 +30,15 @@ STOP     none                     interrupt every call that runs here          n
 EXIT     none                     leave the cluster and end                    none
 SEGMENT  (owner, number, size)    map this memory, whose descriptor is with    RESULT
                                   the frame; of size 0: forget it              none
-LEASES   ((serial, pid, n)..)     counts of blocks of ``call_id`` change       none
+LEASES   ((serial, pid, n,        counts of blocks of ``call_id`` change       none
+         teller)..)
 RELAY    pid                      join the sender and ``pid``, by process 1    RESULT
 BEAT     none                     the sender is alive (``runtime.heart``)      none
 MAIL     (slot, inode)            short frames may be left in this slot of     none
                                   the mailbox whose descriptor is with it
 COPY     (what, ...)              a copy of a value (``runtime.copies``)       by what
+AUDIT    (pid, sender)            what has ``call_id`` from ``pid``, which is  none
+                                  lost? For the same, and what it has: that
 ======== ======================== ============================================ =========
 
 A frame is a plain mutable record and not a frozen dataclass: one is made for every
@@ -75,6 +79,7 @@ class Kind(IntEnum):
     BEAT = 17
     MAIL = 18
     COPY = 19
+    AUDIT = 20
 
 
 # Flags of any frame.

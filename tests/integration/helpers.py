@@ -64,6 +64,7 @@ def settled_state():
         "blocks lent": shared["lent"],
         "blocks held": shared["held"],
         "blocks owed": shared["owed"],
+        "receipts": [repr(table) for table in (node.receipts, node.sharing.receipts) if len(table)],
         "references": entries,
         "pending": sorted(node.pending),
         "waiting": sorted(node.waiting),

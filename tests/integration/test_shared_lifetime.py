@@ -108,6 +108,16 @@ def test_memory_goes_back_when_nobody_uses_it(cluster):
     until(all_is_back, 12)
 
 
+def test_a_process_that_only_received_gives_back_by_itself(fresh):
+    """It never sends its owner anything again, and has made no block of its own."""
+    owner, holder = fresh(2)
+    shared = sd.remotecall_fetch(sd.shared.zeros, owner, 1000)
+    sd.remotecall_wait(keep, holder, "array", shared)
+    del shared
+    sd.remotecall_wait(forget, holder)
+    until(lambda: not sd.remotecall_fetch(lambda: len(current_node().sharing.arena.blocks), owner))
+
+
 def count_segments():
     return len(current_node().sharing.holds.segments)
 

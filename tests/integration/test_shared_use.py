@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import shmdist as sd
+from tests.integration.helpers import until
 
 
 def test_a_function_writes_its_result_into_one(cluster):
@@ -115,3 +116,9 @@ def test_is_shared_of_what_is_no_array():
     sd.shared.zeros(3)
     for thing in (None, 5, "text", [1], np.float64(1), object()):
         assert not sd.shared.is_shared(thing)
+
+
+def test_a_call_without_an_answer_gets_the_array_itself(cluster):
+    shared = sd.shared.zeros(100)
+    sd.remote_do(operator.setitem, cluster[0], shared, 3, 7.0)
+    until(lambda: shared[3] == 7)
