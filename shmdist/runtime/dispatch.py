@@ -173,7 +173,7 @@ class Dispatcher(Sources):
         left = bool(self._inbox)
         turns = self._turns = self._turns + 1
         last = self._last = _now()
-        if not turns & 15:
+        if not turns & 3:
             # Many in a short time: a standby thread that naps beside them makes arming needless.
             left = left or last - self._lively < GRACE
             self._lively = last

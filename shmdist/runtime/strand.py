@@ -99,6 +99,7 @@ class Strand:
         "cell",
         "depth",
         "guard",
+        "handler",
         "ident",
         "kick",
         "leading",
@@ -120,6 +121,7 @@ class Strand:
         self.main = False  # process 1's main thread, where Python runs signal handlers
         self.signalled = False  # a worker's main thread: interrupted by a signal
         self.struck = False  # the interrupt of this task has come
+        self.handler = self._on_sigint
         self.previous: Any = None  # the SIGINT handler found on entering
         self.guard = threading.Lock()
         self.ident = threading.get_ident()
@@ -130,7 +132,7 @@ class Strand:
     def enter(self) -> None:
         """Enter the runtime: from here on interrupts are put off."""
         if self.main and not self.depth:
-            self.previous = _signal.signal(_SIGINT, self._on_sigint)
+            self.previous = _signal.signal(_SIGINT, self.handler)
         elif self.task is not None:
             with self.guard:
                 self.depth += 1

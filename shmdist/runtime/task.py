@@ -119,7 +119,7 @@ class Tasks:
                 strand.expose()
                 value = function(*args, **kwargs)
                 if frame.flags & WANT_VALUE:
-                    payload = _dump_value(value, function)
+                    payload = codec.dumps_atom(value) or _dump_value(value, function)
             finally:
                 strand.cover()
         except BaseException as caught:
@@ -135,7 +135,11 @@ class Tasks:
         if self.running.pop(key, None) is None:
             return  # somebody answered for it
         try:
-            self._finish(task, value, error, payload)
+            if payload is not None and error is None and not payload.buffers:  # the usual case, in short
+                self._node.flush_own_output()
+                self._node.answer(task.link, frame.call_id, 0, payload)
+            else:
+                self._finish(task, value, error, payload)
         except Exception as failure:
             self._last_resort(task, failure)
         finally:

@@ -84,11 +84,22 @@ def dumps_arguments(arguments: Any, value: Any) -> Payload:
     return dumps(arguments, "the element")
 
 
-def dumps_value(value: Any, what: str) -> Payload:
-    """Pickle a result; errors as those of :func:`dumps`."""
+def dumps_atom(value: Any) -> Payload | None:
+    """Pickle a result that is a number or a short text; None when it is something else."""
+    if value is None:
+        return Short(_NOTHING)
     kind = type(value)
     if kind in _ATOMS and (kind not in _SIZED or len(value) < _SMALL):
-        return Short(_NOTHING if value is None else pickle.dumps(value, 5))
+        return Short(pickle.dumps(value, 5))
+    return None
+
+
+def dumps_value(value: Any, what: str) -> Payload:
+    """Pickle a result; errors as those of :func:`dumps`."""
+    payload = dumps_atom(value)
+    if payload is not None:
+        return payload
+    kind = type(value)
     if kind is arrays.ndarray and arrays.is_plain(value):
         return Short(pickle.dumps(arrays.Plain(value), 5))
     return dumps(value, what)
@@ -247,7 +258,9 @@ def prepare(body: bytes | bytearray | memoryview) -> None:
     it half imported. Importing the whole first makes one wait for the other.
     """
     global _numpy_ready
-    if not _numpy_ready and _NUMPY.search(body):
+    if _numpy_ready or (type(body) is bytes and b"numpy" not in body and b"shmdist" not in body):
+        return
+    if _NUMPY.search(body):
         try:
             import numpy  # noqa: F401 - for its being there
         except ImportError:

@@ -47,7 +47,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from shmdist.memory.mailbox import UNSEEN, Sender
+from shmdist.memory.mailbox import LEFT, UNSEEN, Sender
 from shmdist.wire import pulse
 from shmdist.wire.messages import HEADER, Kind
 from shmdist.wire.reader import Reader
@@ -160,8 +160,14 @@ class Link(Reader):
                 if self.closed:
                     raise LinkClosed("the link is closed")
         try:
-            if self.mail_out is not None and fd < 0 and self._leave(parts):
-                return
+            mail = self.mail_out
+            if mail is not None and fd < 0 and not self._outbox and not self.closed:
+                outcome = mail.put(parts, self._sent)
+                if outcome == LEFT:
+                    return
+                if outcome == UNSEEN:
+                    self._wake_up()
+                    return
             if self._outbox:
                 self._drain(block=True, interrupted=interrupted)
             self._write_parts(parts, interrupted, fd)
@@ -176,9 +182,13 @@ class Link(Reader):
             return False
         outcome = self.mail_out.put(parts, self._sent)
         if outcome == UNSEEN:
-            self._outbox.append(_WAKE_UP)
-            self._drain(block=False, interrupted=lambda: False)  # the socket is empty, so this takes it
+            self._wake_up()
         return outcome > 0
+
+    def _wake_up(self) -> None:
+        """Wake the receiver, who may not have seen what was left; `_write` is held."""
+        self._outbox.append(_WAKE_UP)
+        self._drain(block=False, interrupted=lambda: False)  # the socket is empty, so this takes it
 
     def _write_parts(self, parts: list[Part], interrupted: Callable[[], bool], fd: int) -> None:
         """Write `parts`; `_write` is held."""
