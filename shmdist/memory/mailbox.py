@@ -2,9 +2,10 @@
 
 A process has one mailbox, with a slot for each process that may leave messages there. Who
 leaves one has no system call to make, and a reader that is looking finds it in less than a
-microsecond. All else goes by the socket beside it: what is long, what has a descriptor with
-it, and all that is sent while nobody is looking, for a socket can wake a reader and memory
-cannot.
+microsecond. A reader that sleeps is woken by a descriptor made for that (`Kick`), and not by the
+socket: with the socket's data the system takes it that the sender is about to sleep, puts the
+reader on the sender's processor, and one waits for the other. All else goes by the socket: what
+is long, what has a descriptor with it, and what finds the slot full.
 
 Layout
 ------
@@ -32,9 +33,9 @@ Sleep
 -----
 `awake` says that somebody looks into the mailbox, or is going to before he sleeps. A reader
 clears it, *then* looks once more, then sleeps. A sender moves the head, *then* looks at
-`awake`; finding it cleared he sends a wake-up through the socket. Between the two steps each
-side has a fence, so at least one sees what the other did. A sender that finds it cleared
-beforehand sends the message by the socket itself.
+`awake`; finding it cleared he wakes the reader. Between the two steps each side has a fence,
+so at least one sees what the other did. A reader that was woken first clears the descriptor,
+then looks.
 
 Memory order
 ------------
@@ -136,7 +137,7 @@ class Sender:
             `REFUSED`, `LEFT` or `UNSEEN`.
         """
         words = self._words
-        if not words[_AWAKE] or words[self._seen_at] != sent:
+        if words[self._seen_at] != sent:
             return REFUSED
         if len(parts) == 1:
             data = parts[0]

@@ -42,8 +42,9 @@ class Mail:
 
     @property
     def descriptors(self) -> int:
-        """How many descriptors are open for the mailbox: its own, and one that the module mmap keeps."""
-        return 0 if self.box is None else 2
+        """How many descriptors are open for mailboxes: two for its own, and what wakes each other process."""
+        own = 0 if self.box is None else 2
+        return own + sum(link.kick_out >= 0 for link in self._node.dispatcher.links())
 
     def read(self, frames: list[Frame]) -> None:
         """Append the frames that lie in the mailbox; the baton is held."""
@@ -77,10 +78,10 @@ class Mail:
                 self._users[receiver.slot] = 0 if peer is None else peer.ospid
                 link.mail_in = receiver
                 self._links += (link,)
-            body = pickle.dumps((receiver.slot, os.fstat(self.box.segment.fd).st_ino), 5)
-            payload = codec.Payload()
-            payload.parts.append(body)
-            link.send(codec.frame(int(Kind.MAIL), 0, 0, 0, payload), fd=self.box.segment.fd)
+            for slot, fd in (-1, node.dispatcher.poller.kicker), (receiver.slot, self.box.segment.fd):
+                payload = codec.Payload()
+                payload.parts.append(pickle.dumps((slot, os.fstat(fd).st_ino), 5))
+                link.send(codec.frame(int(Kind.MAIL), 0, 0, 0, payload), fd=fd)
         except LinkClosed:
             pass
         except (OSError, ValueError) as error:
@@ -95,6 +96,9 @@ class Mail:
             return
         if os.fstat(fd).st_ino != inode:
             link.give_fd_back(fd)  # it is the next frame's: ours was lost
+            return
+        if slot < 0:
+            link.kick_out = fd
             return
         try:
             link.mail_out = Sender(Window(fd, SIZE), slot)

@@ -56,6 +56,10 @@ class Sources:
         self.threads.ensure_standby()
         self.poller.add(fd)
 
+    def links(self) -> list[Link]:
+        """Return the links that are read."""
+        return list(self._links.values())
+
     def unwatch(self, fd: int) -> None:
         """Forget a watched descriptor; its owner closes it after this."""
         self.poller.remove(fd)

@@ -50,6 +50,7 @@ from typing import TYPE_CHECKING
 from shmdist.memory.mailbox import LEFT, UNSEEN, Sender
 from shmdist.wire import pulse
 from shmdist.wire.messages import HEADER, Kind
+from shmdist.wire.poller import ONE
 from shmdist.wire.reader import Reader
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class Link(Reader):
         self._asked = False  # somebody was told to flush, and has not begun yet
         self._sent = 0  # bytes written to the socket
         self.mail_out: Sender | None = None
+        self.kick_out = -1  # descriptor that wakes the receiver
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
@@ -187,6 +189,10 @@ class Link(Reader):
 
     def _wake_up(self) -> None:
         """Wake the receiver, who may not have seen what was left; `_write` is held."""
+        if self.kick_out >= 0:
+            with contextlib.suppress(OSError):  # it is set already, or has nobody left to wake
+                os.write(self.kick_out, ONE)
+            return
         self._outbox.append(_WAKE_UP)
         self._drain(block=False, interrupted=lambda: False)  # the socket is empty, so this takes it
 
@@ -342,11 +348,17 @@ class Link(Reader):
     def abandon(self) -> None:
         """Give the descriptor back without ending the link; in a forked child."""
         self.closed = True
-        self.mail_in = self.mail_out = None
+        self._forget_mail()
         with contextlib.suppress(OSError):
             self._sock.detach()
         with contextlib.suppress(OSError):
             self.connection.close()
+
+    def _forget_mail(self) -> None:
+        self.mail_in = self.mail_out = None
+        fd, self.kick_out = self.kick_out, -1
+        if fd >= 0:
+            os.close(fd)
 
     def close(self) -> None:
         """End the link and give the descriptor back.
@@ -357,7 +369,7 @@ class Link(Reader):
         self.shut()
         with self._write:  # a sender may still be in a system call with the descriptor
             self._outbox.clear()
-            self.mail_in = self.mail_out = None
+            self._forget_mail()
             with contextlib.suppress(OSError):
                 self._sock.detach()
             with contextlib.suppress(OSError):

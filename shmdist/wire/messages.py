@@ -35,7 +35,8 @@ LEASES   ((serial, pid, n,        counts of blocks of ``call_id`` change       n
 RELAY    pid                      join the sender and ``pid``, by process 1    RESULT
 BEAT     none                     the sender is alive (``runtime.heart``)      none
 MAIL     (slot, inode)            short frames may be left in this slot of     none
-                                  the mailbox whose descriptor is with it
+                                  the mailbox whose descriptor is with it; of
+                                  slot -1: it wakes who looks into that
 COPY     (what, ...)              a copy of a value (``runtime.copies``)       by what
 AUDIT    (pid, sender)            what has ``call_id`` from ``pid``, which is  none
                                   lost? For the same, and what it has: that

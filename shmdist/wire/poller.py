@@ -32,6 +32,9 @@ _ONCE = 0x40000000  # EPOLLONESHOT
 _TURN = 0.5  # seconds after which a thread that SelectPoller has parked looks around
 
 
+ONE = b"\1\0\0\0\0\0\0\0"
+
+
 class Kick:
     """A descriptor that is readable once :meth:`set`, until :meth:`clear`.
 
@@ -50,11 +53,16 @@ class Kick:
         """Return the descriptor to poll for reading."""
         return self._in
 
+    @property
+    def setter(self) -> int:
+        """The descriptor that makes it readable when `ONE` is written to it, by any process."""
+        return self._out
+
     def set(self) -> None:
         """Make the descriptor readable."""
         # A full pipe or counter is readable already; a closed one has nobody left to wake.
         with contextlib.suppress(OSError):
-            os.write(self._out, b"\1\0\0\0\0\0\0\0")
+            os.write(self._out, ONE)
 
     def clear(self) -> None:
         """Make the descriptor unreadable."""
@@ -133,6 +141,11 @@ class Poller:
             self._kick.clear()
             return True
         return fd == self._outputs_fd
+
+    @property
+    def kicker(self) -> int:
+        """The descriptor by which another process can do as :meth:`kick`; it stays the poller's."""
+        return self._kick.setter
 
     def kick(self) -> None:
         """Wake the thread in :meth:`poll`; the kick lasts until it is seen."""

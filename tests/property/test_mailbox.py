@@ -6,6 +6,7 @@ that a single thread can play.
 """
 
 import contextlib
+import os
 import select
 import socket
 from multiprocessing.connection import Connection
@@ -19,6 +20,7 @@ from shmdist.memory.mailbox import MOST, RING, SLOTS, Mailbox, Sender
 from shmdist.memory.segment import PAGE
 from shmdist.wire.link import Link, LinkClosed
 from shmdist.wire.messages import Kind
+from shmdist.wire.poller import Kick
 from tests.unit.test_link import contents, encode, pattern
 
 
@@ -39,13 +41,15 @@ class Watched(list):
 class World:
     """A sender and a receiver, whose fences call what the test likes."""
 
-    def __init__(self):
+    def __init__(self, with_kick=True):
         a, b = socket.socketpair()
         a.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 19)
         self.a, self.b = Link(Connection(a.detach()), 2), Link(Connection(b.detach()), 1)
         self.box = Mailbox.make(1)
         self.b.mail_in = self.box.add()
         self.a.mail_out = Sender(self.box.segment, self.b.mail_in.slot)
+        self.kick = Kick()
+        self.a.kick_out = os.dup(self.kick.setter) if with_kick else -1
         self.sent, self.got, self.number = [], [], 0
         self.awake = False
         self.roads = set()
@@ -96,6 +100,7 @@ class World:
 
     def read_mail(self):
         frames = []
+        self.kick.clear()
         self.box.look()
         self.b.read_mail(frames)
         self.roads |= {"mail"} if frames else set()
@@ -121,6 +126,7 @@ class World:
         if not self.awake and len(self.got) < len(self.sent) and not self.a._outbox:
             poller = select.poll()
             poller.register(self.b.fd, select.POLLIN)
+            poller.register(self.kick.fileno(), select.POLLIN)
             assert poller.poll(0), "it sleeps, and nothing wakes it"
 
     def finish(self):
@@ -135,6 +141,7 @@ class World:
     def close(self):
         self.a.close()
         self.b.close()
+        self.kick.close()
 
 
 SIZES = st.sampled_from([0, 1, 7, 80, 1000, MOST - 28, MOST - 27, RING, 3 * RING]) | st.integers(0, MOST)
@@ -153,11 +160,11 @@ STEPS = st.lists(PLAIN | st.tuples(st.just("post"), SIZES), max_size=60) | st.li
 )
 
 
-@pytest.mark.parametrize("weak", [False, True])
+@pytest.mark.parametrize(("weak", "with_kick"), [(False, True), (True, True), (False, False)])
 @settings(max_examples=120, deadline=None)
 @given(looking=st.booleans(), steps=STEPS)
-def test_every_interleaving(weak, looking, steps):
-    world = World()
+def test_every_interleaving(weak, with_kick, looking, steps):
+    world = World(with_kick)
     before, module._WEAK = module._WEAK, weak
     try:
         if looking:
@@ -188,9 +195,11 @@ def world():
     world.close()
 
 
-def test_the_road_through_memory_is_taken_when_somebody_looks(world):
-    world.send(10)  # by the socket: nobody looks
-    world.wake()
+@pytest.mark.parametrize("looks", [True, False])
+def test_the_road_through_memory(world, looks):
+    world.send(10)  # by the socket: nobody knows yet what has been read of it
+    if looks:
+        world.wake()
     world.read_socket()
     for _ in range(3 * RING // 100):
         world.send(60)
