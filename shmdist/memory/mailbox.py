@@ -184,6 +184,11 @@ class Receiver:
         self._words[self._tail_at] = self._tail
         self._fence = make_fence()
 
+    def has_some(self) -> bool:
+        """Tell whether there is a message."""
+        head: int = self._words[self._head_at]
+        return head != self._tail
+
     def open(self) -> list[memoryview]:
         """Return the messages that lie here, where they lie; :meth:`done` must follow.
 

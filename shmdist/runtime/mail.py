@@ -51,11 +51,13 @@ class Mail:
         assert self.box is not None
         self.box.look()
         for link in self._links:
-            try:
-                link.read_mail(frames)
-            except OSError as error:
-                _log.warning("%r is ended: %s", link, error)
-                link.shut()
+            mail = link.mail_in
+            if mail is not None and mail.has_some():
+                try:
+                    link.read_mail(frames)
+                except OSError as error:
+                    _log.warning("%r is ended: %s", link, error)
+                    link.shut()
 
     def offer(self, link: Link) -> None:
         """Give a link a slot, and tell the process at its other end."""

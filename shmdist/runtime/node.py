@@ -66,13 +66,7 @@ from shmdist.wire.messages import (
     PeerInfo,
 )
 
-_CALL, _RESULT, _CANCEL, _REFS, _OP = (
-    int(Kind.CALL),
-    int(Kind.RESULT),
-    int(Kind.CANCEL),
-    int(Kind.REFS),
-    int(Kind.OP),
-)
+_RESULT, _CANCEL = int(Kind.RESULT), int(Kind.CANCEL)
 _NEWS = 0.3  # seconds that process 1 may take to tell how another one ended
 _log = Log("node")
 
@@ -258,7 +252,9 @@ class Node(Ownership):
         parts = codec.frame(kind, flags, lane, call_id, payload, link)
         self.pending[call_id] = reply
         try:
-            self.send(link, parts, payload, fd)
+            short = payload is not None and payload.is_short and not self.sharing.has_dues()
+            if not short or not link.leave(parts):
+                self.send(link, parts, payload, fd)
         except LinkClosed:
             # Its death is on its way to us, and says how it went.
             if pid in self.graves and self.pending.pop(call_id, None) is not None:

@@ -178,14 +178,24 @@ class Link(Reader):
             if self._outbox:
                 self.flush(block=False)
 
-    def _leave(self, parts: list[Part]) -> bool:
-        """Leave a frame in the receiver's mailbox if that can be; `_write` is held."""
-        if self._outbox or self.closed or self.mail_out is None:
+    def leave(self, parts: list[Part]) -> bool:
+        """Leave whole frames in the receiver's mailbox; False when they must be sent. Never blocks."""
+        mail = self.mail_out
+        if mail is None or not self._write.acquire(False):
             return False
-        outcome = self.mail_out.put(parts, self._sent)
-        if outcome == UNSEEN:
-            self._wake_up()
-        return outcome > 0
+        try:
+            if self._outbox or self.closed:
+                return False
+            outcome = mail.put(parts, self._sent)
+            if outcome == UNSEEN:
+                self._wake_up()
+            return outcome > 0
+        except LinkClosed:
+            return True  # nobody will read it
+        finally:
+            self._write.release()
+            if self._outbox:
+                self.flush(block=False)
 
     def _wake_up(self) -> None:
         """Wake the receiver, who may not have seen what was left; `_write` is held."""
@@ -275,23 +285,12 @@ class Link(Reader):
             thread that may block.
         """
         whole = b"".join(parts)
-        if self.mail_out is None or not self._leave_now(whole):
+        if not self.leave([whole]):
             self._outbox.append(whole)
         if self.flush(block=False) or self._asked:
             return True
         self._asked = True
         return False
-
-    def _leave_now(self, whole: bytes) -> bool:
-        """Leave a frame in the mailbox if nobody writes."""
-        if not self._write.acquire(False):
-            return False
-        try:
-            return self._leave([whole])
-        except LinkClosed:
-            return True  # nobody will read it
-        finally:
-            self._write.release()
 
     def flush(self, *, block: bool) -> bool:
         """Write what was posted; False when something may be left."""
