@@ -127,7 +127,8 @@ ClientAliveCountMax 2
     @property
     def text(self):
         """The machine, as addprocs takes it."""
-        return f"root@{self.address}:{self.port}"
+        address = f"[{self.address}]" if ":" in self.address else self.address
+        return f"root@{address}:{self.port}"
 
     def known_line(self, name=None):
         kind, key, *_ = Path(f"{self.host_key}.pub").read_text().split()

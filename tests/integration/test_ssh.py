@@ -1,6 +1,8 @@
 """Workers on other hosts, through real SSH servers on the loopback interface."""
 
+import contextlib
 import os
+import socket
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import pytest
 import shmdist as sd
 from tests.integration import helpers
 from tests.integration.helpers import until, within
-from tests.integration.sshd import Host, can_make_hosts, descriptors, needs_sshd, threads_of_logins
+from tests.integration.sshd import Host, Sshd, can_make_hosts, descriptors, needs_sshd, threads_of_logins
 
 pytestmark = needs_sshd
 
@@ -92,6 +94,28 @@ def test_the_login_is_used_where_there_is_no_direct_way(hosts):
     with within(20), sd.addprocs([f"{server.text} 127.0.0.1"], **server.params()) as (pid,):
         assert sd.remotecall_fetch(addresses, pid) == ["127.0.0.1"]
         assert sd.remotecall_fetch(np.negative, pid, np.ones(3)).tolist() == [-1.0] * 3
+
+
+def has_ipv6():
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize("tunnel", [False, True])
+def test_by_ipv6(sshd, tmp_path, tunnel):
+    """The login, and the workers' own links."""
+    server = Sshd(tmp_path / "server", sshd.user_key, address="::1")
+    try:
+        with within(30), sd.addprocs([(f"{server.text} [::1]", 2)], tunnel=tunnel, **server.params()) as pids:
+            assert sd.remotecall_fetch(addresses, pids[0]) == ["::1"]
+            array = np.arange(1 << 20, dtype=float)
+            assert np.array_equal(sd.remotecall_fetch(np.negative, pids[0], array), -array)
+            assert sd.remotecall_fetch(sd.remotecall_fetch, pids[0], sd.myid, pids[1]) == pids[1]
+            assert sd.pmap(abs, range(-20, 0)) == list(range(20, 0, -1))
+    finally:
+        server.stop()
 
 
 def test_nothing_is_left_of_a_cluster(sshd):

@@ -12,7 +12,7 @@ import pytest
 
 import shmdist as sd
 from shmdist.runtime.node import current_node
-from tests.integration.helpers import settled_state, shared_bytes, until, within
+from tests.integration.helpers import anonymous_bytes, settled_state, shared_bytes, until, within
 from tests.integration.test_shared_memory import warm
 
 KILLS = 100
@@ -187,6 +187,24 @@ def test_three_gibibytes(fresh):
         shared = sd.shared.empty(3 << 30, "B")
         shared[-1] = 9
         assert sd.remotecall_fetch(lambda a: int(a[-1]), pid, shared) == 9
+
+
+@pytest.mark.parametrize("nbytes", [8 * MIB, MIB // 2])
+def test_a_thousand_rounds_leave_memory_as_it_was(fresh, nbytes):
+    """Resident and shared memory of both sides after 50 rounds, and after 1,000."""
+    [pid] = fresh()
+    ospids = [os.getpid(), current_node().peers[pid].ospid]
+    array = np.ones(nbytes, "B")
+
+    def memory():
+        return [*map(anonymous_bytes, ospids), shared_bytes(ospids)]
+
+    for turn in range(1000):
+        assert len(sd.remotecall_fetch(mirror, pid, array)) == nbytes
+        if turn == 50:
+            before = memory()
+    for then, now in zip(before, memory(), strict=True):
+        assert now - then < 3 * MIB, (before, memory())
 
 
 def test_a_killed_sender_leaves_no_descriptor_behind(fresh):
