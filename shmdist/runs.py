@@ -366,7 +366,7 @@ class Run:
             strand = current()
             depth, strand.depth = strand.depth, 0
             key = (node.pid, batch.call_id)
-            batch.results = self.shipped.f.run(list(batch.elements), False, key)  # type: ignore[attr-defined]
+            batch.results = self.shipped.f.run(list(batch.elements), False, key)  # type: ignore[attr-defined]  # a BatchRunner
             strand.depth = depth
             self._arrived(batch)
 

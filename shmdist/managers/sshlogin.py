@@ -11,6 +11,7 @@ Only this file and ``sshconfig`` know paramiko.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import socket
@@ -420,12 +421,12 @@ class Login:
                 why = "it needs a passphrase" if locked else str(error)
                 tried.append(f"key {path} (not used: {why})")
                 continue
-            yield "publickey", f"key {path}", lambda key=key: transport.auth_publickey(user, key)  # type: ignore[misc]
+            yield "publickey", f"key {path}", functools.partial(transport.auth_publickey, user, key)
         if credentials.agent and self.hop.agent:
             with self._agent.lock:
                 for key in self._agent.identities():
                     name = f"the agent's key {getattr(key, 'comment', '') or key.get_name()}"
-                    yield "publickey", name, lambda key=key: transport.auth_publickey(user, key)  # type: ignore[misc]
+                    yield "publickey", name, functools.partial(transport.auth_publickey, user, key)
         if credentials.password is not None:
             password = credentials.password
             yield "password", "the password", lambda: transport.auth_password(user, password)

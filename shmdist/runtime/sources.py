@@ -7,6 +7,7 @@ every so often, so that neither road waits for ever.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -89,7 +90,7 @@ class Sources:
                 if not link.read(frames):
                     ended = [*(ended or ()), link]
                 elif link.reads == LIVELY and link.is_local:
-                    self.start(lambda link=link: self.mail.offer(link))  # type: ignore[misc]  # mypy: lambda
+                    self.start(functools.partial(self.mail.offer, link))
             elif not self.poller.is_kick(fd):
                 action = self._watched.pop(fd, None)
                 self.poller.remove(fd)
@@ -113,5 +114,5 @@ class Sources:
                 if self._links.pop(link.fd, None) is not None:
                     link.shut()
                     self.mail.forget(link)
-                    self.start(lambda link=link: self._node.link_ended(link))  # type: ignore[misc]
+                    self.start(functools.partial(self._node.link_ended, link))
         return True

@@ -39,7 +39,7 @@ def prepare(settings: dict[str, Any], close_stdin: bool, stderr_to_stdout: bool)
         os.dup2(1, 2)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]  # any text stream
     main = ModuleType("__main__")
     main.__dict__["__builtins__"] = __builtins__
     sys.modules["__main__"] = main
