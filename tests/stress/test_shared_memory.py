@@ -203,9 +203,10 @@ def test_a_thousand_rounds_leave_memory_as_it_was(fresh, nbytes):
         assert len(sd.remotecall_fetch(mirror, pid, array)) == nbytes
         if turn == 50:
             before = memory()
-    # An array may once have come by the socket: then the allocator keeps what it lay in.
+    # An array comes by the socket when memory is just being given back, here what an earlier test
+    # used: then the allocator keeps what it lay in, as much as three times that.
     for then, now in zip(before, memory(), strict=True):
-        assert now - then < 2 * nbytes + 3 * MIB, (before, memory())
+        assert now - then < 4 * nbytes + 3 * MIB, (before, memory())
 
 
 def test_a_killed_sender_leaves_no_descriptor_behind(fresh):
