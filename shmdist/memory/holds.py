@@ -60,6 +60,7 @@ class Lease:
     """
 
     __slots__ = (
+        "apart",
         "dead",
         "mode",
         "moving",
@@ -81,6 +82,7 @@ class Lease:
         self.start = 0
         self.private: PrivateView | None = None
         self.moving = self.dead = False
+        self.apart = False  # its place in the segment is mapped for this process alone, since a fork
         self.pins = 0
 
     def __repr__(self) -> str:
@@ -244,6 +246,11 @@ class Holds:
                 index = bisect_left(self._starts, (lease.start, id(lease)))
                 del self._starts[index]
                 self.shared -= lease.mode == SHARED
+            if lease.apart:
+                try:
+                    lease.segment.part(lease.offset, lease.nbytes, shared=True)
+                except OSError:
+                    continue  # not given back: what others put there could not be seen here
             if lease.private is not None:
                 lease.segment.rest(lease.private)
                 lease.private = None

@@ -285,11 +285,17 @@ class Segment:
         """Take down the private mappings that are not in use."""
         self._spares.clear()
 
-    def keep_own_copy(self, offset: int, nbytes: int) -> None:
-        """Put a private mapping in the place of a part of this one; in a forked child."""
+    def part(self, offset: int, nbytes: int, *, shared: bool) -> None:
+        """Map whole pages of the segment anew in their place, shared, or such that writes stay here.
+
+        Raises
+        ------
+        OSError
+            The system refuses.
+        """
         start = offset // PAGE * PAGE
         size = whole_pages(offset + nbytes - start)
-        _map_at(self.address + start, size, self.fd, start)
+        _map_at(self.address + start, size, self.fd, start, shared=shared)
 
 
 def _ask_for(size: int) -> None:

@@ -2,19 +2,19 @@
 
 A forked child sees the blocks of its parent, but the cluster does not know it. Its values must
 not change when the parent gives them back: they are pinned until the child has ended or has
-become another program, which the end of a pipe tells. And what the child writes must stay its
-own: it maps them privately, in their place.
-
-What the parent writes into a value after the fork, where the child has not written itself, the
-child may see. Shared arrays stay shared.
+become another program, which the end of a pipe tells. And what either writes from then on must
+stay its own: before the fork they are mapped privately, in their place, so that each gets pages
+of his own when he writes, as with all other memory. A value so mapped does not go home in its
+block. Shared arrays stay shared.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from shmdist.memory.holds import OWN, SHARED, Lease
+from shmdist.memory.holds import OWN, PRIVATE, SHARED, Lease
 from shmdist.wire import arrays
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ class Forks:
             leases = [lease for lease in sharing.holds.leases() if lease.mode != SHARED]
             for lease in leases:
                 lease.pins += 1
+                if lease.mode == OWN and lease.start and not lease.moving:
+                    with contextlib.suppress(OSError):  # then the child tries
+                        lease.segment.part(lease.offset, lease.nbytes, shared=False)
+                        lease.apart, lease.mode = True, PRIVATE
             if leases:
                 ends = os.pipe()  # without it they stay pinned: better that than values that change
         except OSError:
@@ -81,5 +85,5 @@ class Forks:
         self._sharing.holds.idle = False  # nobody to wake
         arrays.find_shared = None  # to a cluster of the child they are arrays like any other
         for lease in leases:
-            if lease.mode == OWN:
-                lease.segment.keep_own_copy(lease.offset, lease.nbytes)
+            if lease.mode == OWN:  # it is on its way home, or the system refused
+                lease.segment.part(lease.offset, lease.nbytes, shared=False)

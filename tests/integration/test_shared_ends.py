@@ -115,6 +115,37 @@ go()
 assert np.all(value == 1)
 assert sd.remotecall_fetch(np.sum, a, value) == value.sum()
 """,
+    "what the parent writes to a value the child does not see": """
+def body():
+    assert np.all(value == 1), "the parent's writes are seen"
+    assert builtins.kept_view[0] == 1
+go = child(body)
+value[:] = 7
+churn()
+go()
+assert np.all(value == 7)
+assert sd.remotecall_fetch(np.sum, a, value) == 7 * len(value)
+back = sd.remotecall_fetch(lambda x: x, a, value)
+assert np.all(back == 7)
+del back
+value[:] = 1
+""",
+    "a value that was apart goes back as it should": """
+mine = sd.remotecall_fetch(lambda: np.full(1 << 20, 3, "B"), a)
+go = child(lambda: None)
+mine[:] = 4
+go()
+where = mine.ctypes.data
+del mine
+gc.collect()
+kept_back = []
+for n in range(100):
+    kept_back.append(sd.remotecall_fetch(lambda n=n: np.full(1 << 20, 20 + n, "B"), a))
+    assert np.all(kept_back[-1] == 20 + n), "what lies in the block is not what is seen"
+    if kept_back[-1].ctypes.data == where: break
+assert n < 99, "the block was not used again"
+del kept_back
+""",
     "shared arrays stay shared": """
 def body():
     assert shared[0] == 2 and theirs[0] == 2
