@@ -118,10 +118,23 @@ def state_of_worker():
     }
 
 
+def has_mailboxes():
+    link = current_node().links[1]
+    return link.mail_in is not None and link.kick_out >= 0
+
+
+def end_idle_threads_soon():
+    from shmdist.runtime import threads
+
+    threads._IDLE_TIME = 1.0
+
+
 def test_five_hundred_that_stall(address, cluster):
     pid, where = address
-    for _ in range(20):  # after so many it has a mailbox
+    sd.remotecall_wait(end_idle_threads_soon, pid)
+    for _ in range(20):  # after so many there are mailboxes, which cost descriptors
         assert sd.remotecall_fetch(abs, pid, -1) == 1
+    until(lambda: sd.remotecall_fetch(has_mailboxes, pid))
     before = sd.remotecall_fetch(state_of_worker, pid)
     hello = Connector(b"a guess", 99).start()
     with contextlib.ExitStack() as stack:
@@ -146,7 +159,7 @@ def test_five_hundred_that_stall(address, cluster):
             and now["threads"] <= before["threads"] + 8
         )
 
-    until(recovered, 10, "descriptors and threads are back")
+    until(recovered, 25, "descriptors and threads are back")
     assert sd.remotecall_fetch(state_of_worker, pid)["resident"] - before["resident"] < 16 << 20
 
 
