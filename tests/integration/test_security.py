@@ -120,7 +120,7 @@ def state_of_worker():
 
 def has_mailboxes():
     link = current_node().links[1]
-    return link.mail_in is not None and link.kick_out >= 0
+    return not link.is_local or (link.mail_in is not None and link.kick_out >= 0)
 
 
 def end_idle_threads_soon():

@@ -245,6 +245,8 @@ def test_few_descriptors(where):
         for _ in range(20):  # after so many all have mailboxes
             for pid in (a, b): there_and_back(pid, 100)
             sd.remotecall_fetch(sd.remotecall_fetch, a, abs, b, -1)
+        def have(): return all(l.mail_in and l.kick_out >= 0 for l in current_node().links.values())
+        until(lambda: all(sd.remotecall_fetch(have, pid) for pid in (1, a)))
         def narrow(spare):
             fds = max(int(name) for name in os.listdir("/proc/self/fd"))
             limit(resource.RLIMIT_NOFILE, fds + spare)
