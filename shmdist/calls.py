@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pickle
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
@@ -91,12 +90,6 @@ def _ask(node: Node, f: Any, pid: int, flags: int, payload: codec.Payload) -> An
             raise
     finally:
         strand.leave()
-    frame = reply.frame
-    if frame is not None and not frame.flags and not frame.buffers and not node.has_output:
-        try:
-            return pickle.loads(frame.body)  # the usual case, in short
-        except Exception as error:
-            raise codec.unreadable(error, f"the result of {_what(f)} from process {pid}") from error
     return node.open(reply, _what(f))
 
 

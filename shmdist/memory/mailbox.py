@@ -65,7 +65,7 @@ _MASK = RING - 1
 _AWAKE, _HEADS, _TAILS, _SEEN = 0, 8, 8 + SLOTS, 8 + 2 * SLOTS  # indices of words
 _WEAK = platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686")
 
-_TIMES = (None,) * 6
+_TIMES = (None,) * 6  # looks of `watch`
 
 #: What became of a message: it must go by the socket, it is left, the receiver must be woken for it.
 REFUSED, LEFT, UNSEEN = 0, 1, 2
@@ -87,17 +87,9 @@ def make_fence() -> Callable[[], None]:
     return fence
 
 
-def make_shared_fence() -> Callable[[], None]:
-    """Return such a function for several threads at once."""
-    lock = threading.Lock()
-
-    def fence() -> None:
-        with lock:
-            pass
-        with lock:
-            pass
-
-    return fence
+def fence() -> None:
+    """Do the same for any thread, and for one that is interrupted here by a finalizer which does so too."""
+    make_fence()()
 
 
 class Sender:
@@ -242,7 +234,7 @@ class Mailbox:
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
         self.words = segment.view[:PAGE].cast("Q")
-        self._fence = make_shared_fence()
+        self._fence = fence
         self._heads = segment.memory
         self._stop = 8 * _HEADS  # of the heads in use
         self._looked = b""

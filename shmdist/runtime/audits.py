@@ -132,8 +132,7 @@ class Audits:
 
     def _send(self, pid: int, body: Any) -> None:
         """Send a question or an answer, on a thread that may block."""
-        payload = codec.Payload()
-        payload.parts.append(pickle.dumps(body, 5))
+        payload = codec.pickled(body)
 
         def send() -> None:
             try:

@@ -55,7 +55,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmdist._log import Log
 from shmdist.memory.holds import PRIVATE
-from shmdist.runtime.lending import COPY, GONE, HERE, Lending, answer_of, pickled
+from shmdist.runtime.lending import COPY, GONE, HERE, Lending, answer_of
 from shmdist.wire import codec
 from shmdist.wire.arrays import LINE, contiguous
 from shmdist.wire.link import LinkClosed
@@ -196,7 +196,7 @@ class Copies:
             self._leave_alone(pid)
             return False
         begun = time.monotonic()
-        payload = pickled(("here", copy.number))
+        payload = codec.pickled(("here", copy.number))
         payload.buffers.append(raw())
         try:
             node.send(node.links[pid], codec.frame(COPY, 0, 0, copy.number, payload), None)
@@ -210,7 +210,7 @@ class Copies:
     def _ask(self, copy: Copy, pid: int, what: Any, seconds: float) -> int | None:
         """Return a process's answer; None when there is none in time."""
         copy.asked.add(pid)
-        return answer_of(self.node, self.node.request(pid, COPY, 0, pickled(what)), seconds)
+        return answer_of(self.node, self.node.request(pid, COPY, 0, codec.pickled(what)), seconds)
 
     def _leave_alone(self, pid: int) -> None:
         now = time.monotonic()
@@ -253,7 +253,7 @@ class Copies:
         for pid in pids:
             link = self.node.links.get(pid)
             if link is not None:
-                self.node.post(link, COPY, 0, 0, pickled(("forget", number)))
+                self.node.post(link, COPY, 0, 0, codec.pickled(("forget", number)))
 
 
 def _may_share(one: PeerInfo, other: PeerInfo) -> bool:

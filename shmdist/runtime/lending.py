@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from shmdist._log import Log
 from shmdist.memory.holds import PRIVATE, Hold, Lease
 from shmdist.runtime.replies import Reply
-from shmdist.runtime.strand import current
 from shmdist.wire import codec
 from shmdist.wire.link import Link
 from shmdist.wire.messages import BROKEN, TOKEN, Frame, Kind
@@ -141,7 +140,7 @@ class Lending:
             with self._lock:
                 if self.table.get(key) is kept:
                     del self.table[key]
-        self._node.answer(link, call_id, 0, pickled(answer))
+        self._node.answer(link, call_id, 0, codec.pickled(answer))
 
     def _enter(self, key: Key, kept: _Kept, hold: Hold, here: bool) -> int:
         with self._lock:
@@ -163,7 +162,7 @@ class Lending:
             return GONE
         if not link.is_local:
             return APART
-        reply = node.request(lender, COPY, 0, pickled(("give", *key)))
+        reply = node.request(lender, COPY, 0, codec.pickled(("give", *key)))
         answer = answer_of(node, reply, deadline - time.monotonic())
         if answer != HERE or reply.frame is None:
             return GONE if answer is None else answer
@@ -199,7 +198,7 @@ class Lending:
                 kept.asking.append((link, call_id))
                 return
         if kept is None:
-            self._node.post(link, _RESULT, 0, call_id, pickled(GONE))
+            self._node.post(link, _RESULT, 0, call_id, codec.pickled(GONE))
         else:
             self._lend(kept, link, call_id)
 
@@ -210,9 +209,9 @@ class Lending:
         def lend() -> None:
             lease = hold.lease
             if not link.is_local or not self._sharing.offers.introduce(lease.segment, link.pid):
-                self._node.answer(link, call_id, 0, pickled(APART))
+                self._node.answer(link, call_id, 0, codec.pickled(APART))
                 return
-            payload = pickled(HERE)
+            payload = codec.pickled(HERE)
             payload.buffers.append(lease.view())
             payload.spread = {0: hold}
             self._node.answer(link, call_id, 0, payload)
@@ -239,7 +238,7 @@ class Lending:
         """Tell those who wait for a copy that it will not come."""
         if kept is not None:
             for link, call_id in kept.asking:
-                self._node.post(link, _RESULT, 0, call_id, pickled(GONE))
+                self._node.post(link, _RESULT, 0, call_id, codec.pickled(GONE))
 
     def _lost(self, pid: int) -> None:
         """A process is gone, and its copies with it."""
@@ -251,29 +250,12 @@ class Lending:
 
 def answer_of(node: Node, reply: Reply, seconds: float) -> int | None:
     """Return the answer to a request; None when there is none in time."""
-    # As ``Node.wait_inside``, but not for ever.
-    strand = current()
-    lock = threading.Lock()
-    lock.acquire()
-    reply.add(lock)
-    deadline = time.monotonic() + seconds
     try:
-        while not reply.done and time.monotonic() < deadline:
-            lock.acquire(timeout=0.05)
-            if strand.pending and not reply.done:
-                strand.deliver()
+        node.wait_inside(reply, seconds)
     finally:
-        reply.remove(lock)
         node.pending.pop(reply.call_id, None)
     frame = reply.frame
     return None if frame is None or frame.flags & BROKEN else pickle.loads(frame.body)
 
 
-def pickled(what: Any) -> codec.Payload:
-    """Return the payload of a frame about copies."""
-    payload = codec.Payload()
-    payload.parts.append(pickle.dumps(what, 5))
-    return payload
-
-
-__all__ = ["COPY", "GONE", "HERE", "Lending", "answer_of", "pickled"]
+__all__ = ["COPY", "GONE", "HERE", "Lending", "answer_of"]

@@ -81,8 +81,7 @@ class Mail:
                 link.mail_in = receiver
                 self._links += (link,)
             for slot, fd in (-1, node.dispatcher.poller.kicker), (receiver.slot, self.box.segment.fd):
-                payload = codec.Payload()
-                payload.parts.append(pickle.dumps((slot, os.fstat(fd).st_ino), 5))
+                payload = codec.pickled((slot, os.fstat(fd).st_ino))
                 link.send(codec.frame(int(Kind.MAIL), 0, 0, 0, payload), fd=fd)
         except LinkClosed:
             pass

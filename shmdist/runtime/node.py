@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 import os
 import pickle
 import sys
@@ -299,8 +300,8 @@ class Node(Ownership):
         if dues and not link.post(dues):
             self.dispatcher.start(lambda: (link.flush(block=True), None)[1])
 
-    def wait_inside(self, reply: Cell) -> None:
-        """Wait for what a peer's runtime answers by itself.
+    def wait_inside(self, reply: Cell, seconds: float = math.inf) -> None:
+        """Wait for what a peer's runtime answers by itself, for so many seconds at most.
 
         Another thread reads meanwhile: this one may be in the middle of anything.
 
@@ -313,8 +314,9 @@ class Node(Ownership):
         lock = threading.Lock()
         lock.acquire()
         reply.add(lock)
+        deadline = time.monotonic() + seconds
         try:
-            while not reply.done:
+            while not reply.done and time.monotonic() < deadline:
                 lock.acquire(timeout=0.05)  # it may have been done before it saw the lock
                 if strand.pending and not reply.done:
                     strand.deliver()

@@ -137,8 +137,7 @@ class Offers:
                 self._passed_on.add((owner, number))
         except Exception as error:
             trouble = f"{type(error).__name__}: {error}"
-        payload = codec.Payload()
-        payload.parts.append(pickle.dumps(trouble, 5))
+        payload = codec.pickled(trouble)
         self._sharing.node.post(link, _RESULT, 0, frame.call_id, payload)
 
     def _enter(self, segment: Segment) -> None:

@@ -5,7 +5,6 @@ Counts travel as messages of their own.  The protocol is written down in ``refta
 
 from __future__ import annotations
 
-import pickle
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -70,8 +69,7 @@ class Ownership:
             return
         if owner in self.graves:
             return
-        payload = codec.Payload()
-        payload.parts.append(pickle.dumps(changes, 5))
+        payload = codec.pickled(changes)
         try:
             self.way_to(owner).send(codec.frame(_REFS, 0, 0, owner, payload))
         except (LinkClosed, ShmdistError):

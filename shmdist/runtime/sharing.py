@@ -344,9 +344,11 @@ class Sharing:
                 continue
             address = address_of(buffer)
             lease = self.holds.find(address, len(buffer))
-            if lease is None or lease.mode != OWN or lease.segment.owner != pid or lease.moving:
+            if lease is None or lease.segment.owner != pid:
                 continue
-            with self.lock:
+            with self.lock:  # a fork in another thread makes it no longer OWN
+                if lease.mode != OWN or lease.moving:
+                    continue
                 lease.moving = True
             payload.buffers[index] = Moving(lease, lease.offset + address - lease.start, len(buffer))
 
@@ -474,8 +476,7 @@ class Sharing:
 
 
 def _leases_frame(owner: int, changes: list[Change]) -> Parts:
-    payload = codec.Payload()
-    payload.parts.append(pickle.dumps(changes, 5))
+    payload = codec.pickled(changes)
     return codec.frame(_LEASES, 0, 0, owner, payload)
 
 

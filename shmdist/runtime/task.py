@@ -107,19 +107,12 @@ class Tasks:
                 # Not exposed yet: reading may import modules, and an import that is interrupted
                 # leaves locks behind on which other calls would wait for ever.
                 function, args, kwargs = self._read(task)
-                link = task.link
-                if link.calls_started == task.ticket:  # `_pass_gate`, with nobody to wait for
-                    task.ticket = -1
-                    link.calls_started += 1
-                    if link.gate_waiters:
-                        with link.gate:
-                            link.gate.notify_all()
-                elif task.ticket >= 0:
+                if task.ticket >= 0:
                     self._pass_gate(task)
                 strand.expose()
                 value = function(*args, **kwargs)
                 if frame.flags & WANT_VALUE:
-                    payload = codec.dumps_atom(value) or _dump_value(value, function)
+                    payload = _dump_value(value, function)
             finally:
                 strand.cover()
         except BaseException as caught:
@@ -135,11 +128,7 @@ class Tasks:
         if self.running.pop(key, None) is None:
             return  # somebody answered for it
         try:
-            if payload is not None and error is None and not payload.buffers:  # the usual case, in short
-                self._node.flush_own_output()
-                self._node.answer(task.link, frame.call_id, 0, payload)
-            else:
-                self._finish(task, value, error, payload)
+            self._finish(task, value, error, payload)
         except Exception as failure:
             self._last_resort(task, failure)
         finally:
@@ -165,8 +154,7 @@ class Tasks:
     def _last_resort(self, task: Task, failure: BaseException) -> None:
         """Answer in the plainest way: the answer itself could not be made."""
         text = f"{type(failure).__name__} while the outcome of the call was being sent: {failure!s:.500}"
-        payload = codec.Payload()
-        payload.parts.append(pickle.dumps((self._node.pid, "RuntimeError", text, text, b""), 5))
+        payload = codec.pickled((self._node.pid, "RuntimeError", text, text, b""))
         flags = IS_ERROR | (STORED if task.frame.flags & WANT_STORE else 0)
         self._node.answer(task.link, task.frame.call_id, flags, payload)
 

@@ -348,7 +348,7 @@ class _Worker:
         while not self.node.pid and time.monotonic() - self.born < timeout:
             time.sleep(0.05)
         if not self.node.pid:
-            print(f"shmdist worker: nobody took it into a cluster within {timeout:g} s", file=sys.stderr)  # noqa: T201
+            print(f"shmdist worker: nobody took it into a cluster within {timeout:g} s", file=sys.stderr)  # noqa: T201 - its master's log
             os._exit(1)
         buffer_c_output_by_line()
 

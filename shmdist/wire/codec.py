@@ -84,22 +84,11 @@ def dumps_arguments(arguments: Any, value: Any) -> Payload:
     return dumps(arguments, "the element")
 
 
-def dumps_atom(value: Any) -> Payload | None:
-    """Pickle a result that is a number or a short text; None when it is something else."""
-    if value is None:
-        return Short(_NOTHING)
-    kind = type(value)
-    if kind in _ATOMS and (kind not in _SIZED or len(value) < _SMALL):
-        return Short(pickle.dumps(value, 5))
-    return None
-
-
 def dumps_value(value: Any, what: str) -> Payload:
     """Pickle a result; errors as those of :func:`dumps`."""
-    payload = dumps_atom(value)
-    if payload is not None:
-        return payload
     kind = type(value)
+    if kind in _ATOMS and (kind not in _SIZED or len(value) < _SMALL):
+        return Short(_NOTHING if value is None else pickle.dumps(value, 5))
     if kind is arrays.ndarray and arrays.is_plain(value):
         return Short(pickle.dumps(arrays.Plain(value), 5))
     return dumps(value, what)
@@ -134,6 +123,13 @@ def dumps(obj: Any, what: str = "the object") -> Payload:
         # something that cannot be pickled at all, which the second pickler will find as well.
         pass
     return _dumps_by_value(obj, what)
+
+
+def pickled(what: Any) -> Payload:
+    """Pickle what the runtime itself sends: plain tuples and numbers."""
+    payload = Payload()
+    payload.parts.append(pickle.dumps(what, 5))
+    return payload
 
 
 def _dumps_by_value(obj: Any, what: str) -> Payload:
@@ -350,6 +346,7 @@ __all__ = [
     "loads",
     "note_made",
     "pickle_whole",
+    "pickled",
     "reducers",
     "references",
     "unreadable",

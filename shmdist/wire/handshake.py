@@ -182,7 +182,7 @@ class _Machine:
         return reply
 
     def _take(self, event: Event, data: bytes) -> bytes:
-        raise NotImplementedError
+        raise NotImplementedError  # each side has its own
 
     def _move(self, event: Event) -> None:
         try:

@@ -47,7 +47,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from shmdist.memory.mailbox import LEFT, UNSEEN, Sender
+from shmdist.memory.mailbox import UNSEEN, Sender
 from shmdist.wire import pulse
 from shmdist.wire.messages import HEADER, Kind
 from shmdist.wire.poller import ONE
@@ -154,6 +154,8 @@ class Link(Reader):
         SendInterrupted
             Given up; the frame was not sent, or will be sent whole in the background.
         """
+        if fd < 0 and self.leave(parts):
+            return
         write = self._write
         if not write.acquire(False):
             while not write.acquire(timeout=0.05):
@@ -162,14 +164,6 @@ class Link(Reader):
                 if self.closed:
                     raise LinkClosed("the link is closed")
         try:
-            mail = self.mail_out
-            if mail is not None and fd < 0 and not self._outbox and not self.closed:
-                outcome = mail.put(parts, self._sent)
-                if outcome == LEFT:
-                    return
-                if outcome == UNSEEN:
-                    self._wake_up()
-                    return
             if self._outbox:
                 self._drain(block=True, interrupted=interrupted)
             self._write_parts(parts, interrupted, fd)

@@ -19,7 +19,7 @@ from shmdist.wire.picklers import MAIN
 
 _MOST = 1000  # functions and names that are noted
 #: The beginning of the body by function. A function that is not importable any more (its module
-#: was reloaded, say) is found out where it is called, and `forget` takes it out.
+#: was reloaded, say) is found out when it is called.
 #: No others are noted: a closure would be kept alive here, and what it captures.
 _heads: dict[Any, bytes] = {}
 _found: dict[bytes, tuple[Any, str, str]] = {}  # module, its name, the function's name
@@ -32,7 +32,7 @@ def head(f: Any) -> bytes | None:
         module = sys.modules.get(f.__module__)
         if getattr(module, f.__qualname__, None) is f:
             return known
-        del _heads[f]
+        _heads.pop(f, None)  # another thread may have found the same
         return None
     name = f.__module__ or ""
     module = sys.modules.get(name)

@@ -101,12 +101,11 @@ class Poller:
         self._park.register(self._always_fd, _ONCE)
         self._park.register(self._wake.fileno(), _IN)
         self.has_outputs = False
-        # The hot path: bound to the system's calls, for a Python function around costs as much. (mypy
-        # does not like methods to be replaced.)
-        self.outputs = self._outputs.poll  # type: ignore[method-assign]
-        self.poll = self._links.poll  # type: ignore[method-assign]
-        self.arm = functools.partial(self._park.modify, self._links_fd, _IN | _ONCE)  # type: ignore[method-assign]
-        self.disarm = functools.partial(self._park.modify, self._links_fd, _ONCE)  # type: ignore[method-assign]
+        # The hot path: bound to the system's calls, for a Python function around costs as much.
+        self.outputs = self._outputs.poll  # type: ignore[method-assign]  # hot
+        self.poll = self._links.poll  # type: ignore[method-assign]  # hot
+        self.arm = functools.partial(self._park.modify, self._links_fd, _IN | _ONCE)  # type: ignore[method-assign]  # hot
+        self.disarm = functools.partial(self._park.modify, self._links_fd, _ONCE)  # type: ignore[method-assign]  # hot
 
     def add(self, fd: int) -> None:
         """Watch `fd` for reading."""

@@ -138,18 +138,15 @@ class Reader:
         messages = mail.open()
         if not messages:
             return
-        unpack = HEADER.unpack_from
-        for message in messages:
-            kind, flags, _spare, lane, nbuf, call_id, body_len = unpack(message)
-            if not nbuf and len(message) == _HEADER_SIZE + body_len:
-                frame = Frame(kind, flags, lane, call_id, bytes(message[_HEADER_SIZE:]), [])
-                frame.link = self
-                frames.append(frame)
-                continue
-            self._take_frames(message, len(message), frames)
-            if self._incoming is not None:
-                raise OSError("there is a part of a frame in the mailbox")
-        mail.done()
+        try:
+            for message in messages:
+                if (
+                    self._take_frames(message, len(message), frames) < len(message)
+                    or self._incoming is not None
+                ):
+                    raise OSError("there is a part of a frame in the mailbox")
+        finally:
+            mail.done()  # also of what is delivered already when one makes no sense: never twice
 
     def _parse(self, frames: list[Frame]) -> None:
         """Take the whole frames out of the read buffer, and begin a large one."""

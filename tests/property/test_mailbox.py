@@ -274,6 +274,21 @@ def test_nonsense_ends_the_link(world, nonsense):
         world.b.read_mail([])
 
 
+@pytest.mark.parametrize("cut", [5, 28, 30])
+def test_a_part_of_a_frame_ends_the_link_and_nothing_comes_twice(world, cut):
+    world.wake()
+    world.send(5)
+    world.read_socket()
+    whole = b"".join(encode(pattern(6), call_id=8))
+    for message in (whole, whole[:cut]):
+        assert world.a.mail_out.put([message], world.a._sent) == module.LEFT
+    frames = []
+    with pytest.raises(OSError, match="part of a frame"):
+        world.b.read_mail(frames)
+    world.b.read_mail(frames)
+    assert [contents(frame) for frame in frames] == [(pattern(6),)]
+
+
 def test_slots_are_had_once():
     box = Mailbox.make(1)
     receivers = [box.add() for _ in range(SLOTS)]

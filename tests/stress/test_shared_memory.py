@@ -144,7 +144,7 @@ def test_one_of_four_is_killed_at_any_moment(cluster, fresh):
             until(lambda victim=victim: victim not in sd.procs(), 5)
             for pid in (1, *pids):
                 nothing_of(dead, pid, f"kill {kill}")
-            if kill >= 20 and time.monotonic() - begun > 18:
+            if kill >= 20 and time.monotonic() - begun > 60:
                 break  # this machine is slow
             if not spare:
                 spare += fresh(8)  # together, for a start takes long beside such traffic

@@ -41,7 +41,7 @@ class Rooms:
 class TestReceiving:
     def frames(self, links, number):
         near, far = links
-        payload = lending.pickled(("here", number))
+        payload = codec.pickled(("here", number))
         payload.buffers.append(b"x" * NBYTES)
         near.post([*codec.frame(COPY, 0, 0, number, payload), *codec.frame(COPY, 0, 0, 99, None)])
         frames = []
