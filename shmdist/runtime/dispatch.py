@@ -21,7 +21,7 @@ has come or when the reader leaves: then it reads.
 armed or a standby thread is awake that will look.*  Hence somebody always reads, no
 matter what blocks, and a write that waits for the other side's reading makes progress.
 
-Armed means for the mailbox (``memory.mailbox``) that its word says that nobody looks, and that
+Armed means for the mailbox (``wire.mailbox``) that its word says that nobody looks, and that
 it was looked into once more after that was said. Who takes the baton says that he looks.
 
 Late handing over
@@ -153,7 +153,7 @@ class Dispatcher(Sources):
             self._disarm()
             box = self.mail.box
             if box is not None:
-                box.words[0] = 1
+                box.wake()
             return True
         return False
 

@@ -16,10 +16,10 @@ import threading
 from typing import TYPE_CHECKING
 
 from shmdist._log import Log
-from shmdist.memory.mailbox import SIZE, Mailbox, Sender
 from shmdist.memory.segment import Window
 from shmdist.wire import codec
 from shmdist.wire.link import Link, LinkClosed
+from shmdist.wire.mailbox import SIZE, Mailbox, Sender
 from shmdist.wire.messages import Frame, Kind
 
 if TYPE_CHECKING:
@@ -49,15 +49,13 @@ class Mail:
     def read(self, frames: list[Frame]) -> None:
         """Append the frames that lie in the mailbox; the baton is held."""
         assert self.box is not None
-        self.box.look()
-        for link in self._links:
-            mail = link.mail_in
-            if mail is not None and mail.has_some():
-                try:
-                    link.read_mail(frames)
-                except OSError as error:
-                    _log.warning("%r is ended: %s", link, error)
-                    link.shut()
+        for receiver in self.box.take(frames):
+            link = receiver.link
+            try:
+                link.read_mail(frames)
+            except OSError as error:
+                _log.warning("%r is ended: %s", link, error)
+                link.shut()
 
     def offer(self, link: Link) -> None:
         """Give a link a slot, and tell the process at its other end."""
@@ -73,7 +71,7 @@ class Mail:
                     if slot not in taken and not _exists(ospid):
                         del self._users[slot]
                         self.box.used.discard(slot)
-                receiver = self.box.add()
+                receiver = self.box.open_slot(link)
                 if receiver is None:
                     return
                 peer = node.peers.get(link.pid)
@@ -112,6 +110,8 @@ class Mail:
         """A link has ended, and what was left by it has been read."""
         with self._lock:
             self._links = tuple(each for each in self._links if each is not link)
+            if self.box is not None and link.mail_in is not None:
+                self.box.remove(link.mail_in)
 
     def close(self) -> None:
         """Use no mailbox any more."""

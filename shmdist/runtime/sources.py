@@ -73,14 +73,14 @@ class Sources:
         if box is None:
             events = self._wait(timeout)
         elif box.stirred() or (timeout and box.sleep()):
-            box.words[0] = 1
+            box.wake()
             self.mail.read(frames)
             self._mail_turns += 1
             events = () if self._mail_turns & 15 else self._wait(0)  # neither road may wait for ever
         else:
             events = self._wait(timeout)
             if timeout:
-                box.words[0] = 1
+                box.wake()
         if not events and not frames:
             return False
         ended = None

@@ -26,7 +26,7 @@ first bytes, so it is here before the frame is whole, and they come in the order
 frames.  Links over AF_UNIX are therefore read with ``recvmsg``.
 
 Mailbox.  Between processes of one host short frames may go through shared memory, beside the
-socket and in one order with what goes through that: ``memory.mailbox``, whose slots the two
+socket and in one order with what goes through that: ``wire.mailbox``, whose slots the two
 sides of a link have in `mail_out` and `mail_in`.  A frame for which there is no room there, or
 nobody looking, goes by the socket.
 
@@ -47,8 +47,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from shmdist.memory.mailbox import UNSEEN, Sender
 from shmdist.wire import pulse
+from shmdist.wire.mailbox import MOST, UNSEEN, Sender
 from shmdist.wire.messages import HEADER, Kind
 from shmdist.wire.poller import ONE
 from shmdist.wire.reader import Reader
@@ -175,12 +175,20 @@ class Link(Reader):
     def leave(self, parts: list[Part]) -> bool:
         """Leave whole frames in the receiver's mailbox; False when they must be sent. Never blocks."""
         mail = self.mail_out
-        if mail is None or not self._write.acquire(False):
+        if mail is None:
+            return False
+        if len(parts) == 1:
+            whole = parts[0]
+        elif sum(map(len, parts)) > MOST:
+            return False
+        else:
+            whole = b"".join(parts)
+        if not self._write.acquire(False):
             return False
         try:
             if self._outbox or self.closed:
                 return False
-            outcome = mail.put(parts, self._sent)
+            outcome = mail.put(whole, self._sent)
             if outcome == UNSEEN:
                 self._wake_up()
             return outcome > 0

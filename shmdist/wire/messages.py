@@ -50,7 +50,9 @@ from __future__ import annotations
 
 import struct
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from shmdist.wire import native
 
 HEADER = struct.Struct("<BBHIIQQ")
 #: A block: its number and its owner, segment and offset, bytes, and how it may be used (``memory.holds``).
@@ -103,7 +105,29 @@ BROKEN = 0x80  # the frame could not be received (no memory for it); set by the 
 NO_LANE = 0
 
 
-class Frame:
+class _Record:
+    """What a frame consists of."""
+
+    __slots__ = ("body", "buffers", "call_id", "flags", "kind", "lane", "link")
+
+    def __init__(self, kind: int, flags: int, lane: int, call_id: int, body: Any, buffers: list[Any]) -> None:
+        self.kind = kind
+        self.flags = flags
+        self.lane = lane
+        self.call_id = call_id
+        self.body = body
+        self.buffers = buffers
+        self.link: Any = None
+
+
+if TYPE_CHECKING:
+    Record = _Record
+else:
+    # The same in C, so that what finds frames in a mailbox (``wire.mailbox``) can make them.
+    Record = _Record if native.slots is None else native.slots.Record
+
+
+class Frame(Record):
     """One received message.
 
     Attributes
@@ -118,16 +142,7 @@ class Frame:
         The link it came by; set by the reader.
     """
 
-    __slots__ = ("body", "buffers", "call_id", "flags", "kind", "lane", "link")
-
-    def __init__(self, kind: int, flags: int, lane: int, call_id: int, body: Any, buffers: list[Any]) -> None:
-        self.kind = kind
-        self.flags = flags
-        self.lane = lane
-        self.call_id = call_id
-        self.body = body
-        self.buffers = buffers
-        self.link: Any = None
+    __slots__ = ()
 
     def __repr__(self) -> str:
         try:

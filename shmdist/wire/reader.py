@@ -23,8 +23,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from shmdist.memory.mailbox import Receiver
 from shmdist.wire.incoming import Incoming
+from shmdist.wire.mailbox import Receiver
 from shmdist.wire.messages import HEADER, Frame, Parts
 
 if TYPE_CHECKING:

@@ -6,30 +6,43 @@ that a single thread can play.
 """
 
 import contextlib
+import gc
+import hashlib
 import os
 import select
 import socket
+import sys
+import weakref
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shmdist.memory import mailbox as module
-from shmdist.memory.mailbox import MOST, RING, SLOTS, Mailbox, Sender
 from shmdist.memory.segment import PAGE
+from shmdist.wire import mailbox, messages, native, slots
 from shmdist.wire.link import Link, LinkClosed
+from shmdist.wire.mailbox import LEFT, MOST, REFUSED, RING, SLOTS, Keeping
 from shmdist.wire.messages import Kind
 from shmdist.wire.poller import Kick
 from tests.unit.test_link import contents, encode, pattern
 
+#: The sides of a mailbox, in Python and, where it was compiled, in C.
+MODULES = {"python": slots} | ({"c": native.slots} if native.slots else {})
+BOXES = {
+    name: type("Box", (Keeping, module.Lookout), {"receiver_type": module.Receiver})
+    for name, module in MODULES.items()
+}
+SIDES = [(sender, receiver) for sender in MODULES for receiver in MODULES]
+every_side = pytest.mark.parametrize("sides", SIDES, ids="-".join)
+every_receiver = pytest.mark.parametrize("sides", [(each, each) for each in MODULES], ids="-".join)
 
-class Watched(list):
-    """Parts whose number is asked for when the sender has seen that the receiver looks."""
 
-    def __init__(self, parts, then):
-        super().__init__(parts)
-        self.then = then
+class Watched(bytes):
+    """A frame whose length is asked for when the sender in Python has seen that the receiver looks."""
+
+    then = None
 
     def __len__(self):
         then, self.then = self.then, None
@@ -41,21 +54,30 @@ class Watched(list):
 class World:
     """A sender and a receiver, whose fences call what the test likes."""
 
-    def __init__(self, with_kick=True):
+    def __init__(self, sides, with_kick=True):
+        self.sender, self.receiver = sides
         a, b = socket.socketpair()
         a.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 19)
         self.a, self.b = Link(Connection(a.detach()), 2), Link(Connection(b.detach()), 1)
-        self.box = Mailbox.make(1)
-        self.b.mail_in = self.box.add()
-        self.a.mail_out = Sender(self.box.segment, self.b.mail_in.slot)
+        self.box = BOXES[self.receiver].make(1)
+        self.b.mail_in = self.box.open_slot(self.b)
+        self.a.mail_out = MODULES[self.sender].Sender(self.box.segment, self.b.mail_in.slot)
         self.kick = Kick()
         self.a.kick_out = os.dup(self.kick.setter) if with_kick else -1
         self.sent, self.got, self.number = [], [], 0
         self.awake = False
         self.roads = set()
         self.at_sender = self.at_receiver = ()  # what the other side does at the next fences
-        self.box._fence = lambda: self.during("at_receiver")
-        self.a.mail_out._fence = lambda: self.during("at_sender")
+        self.before_sending = ()
+        self.box.fence = lambda: self.during("at_receiver")
+        self.a.mail_out.fence = self.at_fence
+
+    def at_fence(self):
+        """The sender is at a fence: before it moves the head, or after that."""
+        if self.before_sending:
+            self.during("before_sending")
+        else:
+            self.during("at_sender")
 
     def during(self, name):
         actions, _ = getattr(self, name), setattr(self, name, ())
@@ -69,12 +91,15 @@ class World:
         self.number += 1
         number = self.number
         self.sent.append((number, size))
-        parts = encode(pattern(size), call_id=number)
+        frame = b"".join(encode(pattern(size), call_id=number))
         if post or size > MOST:
-            self.a.post([b"".join(parts)])
+            self.a.post([frame])
         else:
-            self.a.send(Watched(parts, lambda: self.during("before_sending")), interrupted=self.make_room)
-        self.at_sender = ()
+            if self.sender == "python" and not slots._WEAK:  # it has no fence before the head is moved
+                frame = Watched(frame)
+                frame.then = lambda: self.during("before_sending")
+            self.a.send([frame], interrupted=self.make_room)
+        self.at_sender = self.before_sending = ()
 
     def make_room(self):
         """The receiver reads while the sender waits for room."""
@@ -101,14 +126,14 @@ class World:
     def read_mail(self):
         frames = []
         self.kick.clear()
-        self.box.look()
-        self.b.read_mail(frames)
+        for receiver in self.box.take(frames):
+            receiver.link.read_mail(frames)
         self.roads |= {"mail"} if frames else set()
         self.take(frames)
 
     def wake(self):
         self.awake = True
-        self.box.words[0] = 1
+        self.box.wake()
 
     def sleep(self, then=()):
         """Try to sleep; it must not succeed while there is a message that nothing will wake it for."""
@@ -160,12 +185,13 @@ STEPS = st.lists(PLAIN | st.tuples(st.just("post"), SIZES), max_size=60) | st.li
 )
 
 
+@every_side
 @pytest.mark.parametrize(("weak", "with_kick"), [(False, True), (True, True), (False, False)])
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(looking=st.booleans(), steps=STEPS)
-def test_every_interleaving(weak, with_kick, looking, steps):
-    world = World(with_kick)
-    before, module._WEAK = module._WEAK, weak
+def test_every_interleaving(sides, weak, with_kick, looking, steps):
+    world = World(sides, with_kick)
+    before, slots._WEAK = slots._WEAK, weak
     try:
         if looking:
             world.wake()
@@ -184,13 +210,13 @@ def test_every_interleaving(weak, with_kick, looking, steps):
             world.check()
         world.finish()
     finally:
-        module._WEAK = before
+        slots._WEAK = before
         world.close()
 
 
-@pytest.fixture
-def world():
-    world = World()
+@pytest.fixture(params=SIDES, ids="-".join)
+def world(request):
+    world = World(request.param)
     yield world
     world.close()
 
@@ -259,19 +285,30 @@ def test_what_was_posted_goes_first(world):
     world.finish()
 
 
-@pytest.mark.parametrize("nonsense", ["length", "head"])
+@pytest.mark.parametrize("nonsense", ["length", "end", "head"])
 def test_nonsense_ends_the_link(world, nonsense):
     world.wake()
     world.send(5)
     world.read_socket()
     world.send(6)
+    slot = world.b.mail_in.slot
+    words = world.box.segment.view.cast("Q")
+    ring = (PAGE + slot * RING) // 8
     if nonsense == "length":
-        world.b.mail_in._lengths[0] = RING * 2
+        words[ring] = RING * 2
+    elif nonsense == "end":
+        words[ring] = 0
+        words[8 + slot] = RING + 8
+        words[ring + 1] = MOST
     else:
-        world.box.words[world.b.mail_in._head_at] = 1 << 40
-        world.b.mail_in._lengths[(8 + 28 + 6 + 15 & -8) >> 3] = 0
+        words[8 + slot] = 1 << 40
+        words[ring + (8 + 28 + 6 + 15 & -8) // 8] = 0
+    frames = []
+    (receiver,) = world.box.take(frames)
+    frames.clear()
     with pytest.raises(OSError, match="makes no sense"):
-        world.b.read_mail([])
+        receiver.link.read_mail(frames)
+    assert frames == []
 
 
 @pytest.mark.parametrize("cut", [5, 28, 30])
@@ -281,41 +318,190 @@ def test_a_part_of_a_frame_ends_the_link_and_nothing_comes_twice(world, cut):
     world.read_socket()
     whole = b"".join(encode(pattern(6), call_id=8))
     for message in (whole, whole[:cut]):
-        assert world.a.mail_out.put([message], world.a._sent) == module.LEFT
+        assert world.a.mail_out.put(message, world.a._sent) == LEFT
     frames = []
+    (receiver,) = world.box.take(frames)
     with pytest.raises(OSError, match="part of a frame"):
-        world.b.read_mail(frames)
-    world.b.read_mail(frames)
+        receiver.link.read_mail(frames)
+    receiver.link.read_mail(frames)
+    assert world.box.take(frames) == []
     assert [contents(frame) for frame in frames] == [(pattern(6),)]
 
 
-def test_slots_are_had_once():
-    box = Mailbox.make(1)
-    receivers = [box.add() for _ in range(SLOTS)]
+def test_frames_with_buffers_and_several_at_once_keep_their_order(world):
+    world.wake()
+    world.send(5)
+    world.read_socket()
+    frames = [encode(pattern(number), call_id=number) for number in (1, 2, 3)]
+    with_buffer = encode(b"body", b"x" * 100, call_id=4)
+    for message in (frames[0], frames[1] + frames[2], with_buffer, frames[0]):
+        assert world.a.mail_out.put(b"".join(message), world.a._sent) == LEFT
+    found = []
+    for receiver in world.box.take(found):
+        receiver.link.read_mail(found)
+    assert [frame.call_id for frame in found] == [1, 2, 3, 4, 1]
+    assert all(frame.link is world.b for frame in found)
+    assert contents(found[3]) == (b"body", b"x" * 100)
+    assert world.box.take(found) == []
+
+
+@every_receiver
+@settings(max_examples=150, deadline=None)
+@given(
+    lies=st.lists(st.integers(0, 200) | st.sampled_from([0, MOST, RING, (1 << 64) - 1]), max_size=40),
+    at=st.sampled_from([0, 0, 28, 28, 29]),
+    head=st.integers(0, 600) | st.integers(0, (1 << 64) - 1),
+)
+def test_whatever_lies_there_is_borne(sides, lies, at, head):
+    box = BOXES[sides[1]].make(1)
+    receiver = box.open_slot("link")
+    view = box.segment.view
+    slot = PAGE + receiver.slot * RING
+    for number, what in enumerate(lies):
+        start = slot + 8 * number + at * (number % 3 > 0)
+        view[start : start + 8] = what.to_bytes(8, "little")
+    view.cast("Q")[8 + receiver.slot] = head
+    for _ in range(2):
+        for left in box.take([]):
+            try:
+                left.open()
+                left.done()
+            except OSError:
+                pass
+    box.sleep()
+
+
+@every_receiver
+def test_slots_are_had_once(sides):
+    box = BOXES[sides[1]].make(1)
+    links = [object() for _ in range(SLOTS)]
+    receivers = [box.open_slot(link) for link in links]
     assert sorted(each.slot for each in receivers) == list(range(SLOTS))
-    assert box.add() is None
+    assert [each.link for each in receivers] == links
+    assert box.open_slot(None) is None
     box.used.discard(5)
-    again = box.add()
+    box.remove(receivers[5])
+    again = box.open_slot(None)
     assert again.slot == 5
-    last = Sender(box.segment, SLOTS - 1)
-    box.words[0] = 1
-    box.look()
+    last = MODULES[sides[0]].Sender(box.segment, SLOTS - 1)
+    box.wake()
+    assert box.take([]) == []
+    assert not box.stirred()
+    assert not box.watch()
     receivers[-1].seen(3)
-    assert last.put([b"x" * MOST], 3) == module.LEFT
+    assert last.put(b"x" * MOST, 3) == LEFT
     assert box.stirred()
+    assert box.watch()
+    assert box.take([]) == [receivers[-1]]
     assert [bytes(message) for message in receivers[-1].open()] == [b"x" * MOST]
     assert box.segment.size == PAGE + SLOTS * RING
 
 
-def test_a_slot_that_is_used_again_goes_on_where_it_was():
-    box = Mailbox.make(1)
-    box.words[0] = 1
+@every_receiver
+def test_a_slot_that_is_used_again_goes_on_where_it_was(sides):
+    box = BOXES[sides[1]].make(1)
+    box.wake()
     for turn in range(3):
-        receiver = box.add()
-        sender = Sender(box.segment, receiver.slot)
-        assert sender.put([b"stale"], 0) == module.REFUSED  # until the socket has been read
+        receiver = box.open_slot(None)
+        sender = MODULES[sides[0]].Sender(box.segment, receiver.slot)
+        assert sender.put(b"stale", 0) == REFUSED  # until the socket has been read
         receiver.seen(7)
-        assert sender.put([b"x", b"y" * turn], 7) == module.LEFT
+        assert sender.put(bytearray(b"x" + b"y" * turn), 7) == LEFT
         assert [bytes(message) for message in receiver.open()] == [b"x" + b"y" * turn]
         receiver.done()
+        box.remove(receiver)
         box.used.discard(receiver.slot)
+
+
+@pytest.mark.skipif(native.slots is None, reason="it was not compiled here")
+class TestInC:
+    def test_it_is_what_lies_beside_it(self):
+        folder = Path(slots.__file__).parent
+        sources = b"".join(path.read_bytes() for path in sorted(folder.glob("_slots*.[ch]")))
+        assert hashlib.sha256(sources).hexdigest() == native.slots.SOURCE, "compile it: tools/venv does"
+        assert native.slots.LAYOUT == (SLOTS, RING, MOST, REFUSED, LEFT, slots.UNSEEN)
+        assert mailbox.Sender is native.slots.Sender
+
+    def test_bad_arguments_are_errors(self):
+        c = native.slots
+        box = BOXES["c"].make(1)
+        for slot in (-1, SLOTS):
+            with pytest.raises(ValueError, match="no such slot"):
+                c.Sender(box.segment, slot)
+            with pytest.raises(ValueError, match="no such slot"):
+                c.Receiver(box.segment, slot, None)
+        sender, receiver = c.Sender(box.segment, 0), c.Receiver(box.segment, 0, None)
+        for make in (
+            lambda: c.Sender(object(), 0),
+            lambda: c.Sender(box.segment),
+            lambda: box.add(object()),
+            lambda: box.take(()),
+            lambda: sender.put(b""),
+            lambda: sender.put("text", (1 << 64) - 1),
+            lambda: sender.put(b"", "1"),
+            lambda: receiver.seen(None),
+            lambda: c.settle(PAGE, object),
+        ):
+            with pytest.raises((TypeError, AttributeError)):
+                make()
+        with pytest.raises(OverflowError):
+            receiver.seen(-1)
+        with pytest.raises(RuntimeError, match="already"):
+            sender.__init__(box.segment, 0)
+
+        class Small:
+            view = memoryview(bytearray(PAGE))
+
+        with pytest.raises(ValueError, match="too small"):
+            c.Sender(Small, 0)
+
+    def test_what_was_not_made_does_nothing(self):
+        c = native.slots
+        assert c.Sender.__new__(c.Sender).put(b"x", 0) == REFUSED
+        assert c.Receiver.__new__(c.Receiver).open() == []
+        c.Receiver.__new__(c.Receiver).done()
+        c.Receiver.__new__(c.Receiver).seen(1)
+        lookout = c.Lookout.__new__(c.Lookout)
+        for step in (lookout.wake, lookout.sleep, lookout.stirred, lookout.watch, lambda: lookout.take([])):
+            with pytest.raises(RuntimeError):
+                step()
+
+    def test_a_test_that_fails_at_a_fence_is_heard(self):
+        box = BOXES["c"].make(1)
+        receiver = box.open_slot(None)
+        receiver.seen(0)
+        sender = native.slots.Sender(box.segment, receiver.slot)
+        sender.fence = box.fence = lambda: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            sender.put(b"x", 0)
+        with pytest.raises(ZeroDivisionError):
+            box.sleep()
+
+    def test_nothing_is_kept(self):
+        def turn():
+            world = World(("c", "c"))
+            world.wake()
+            world.send(0)
+            world.read_socket()
+            world.send(3)
+            world.read_mail()
+            world.close()
+            gone = [weakref.ref(world), weakref.ref(world.b), weakref.ref(world.box.segment)]
+            del world
+            gc.collect()
+            return [each() for each in gone]
+
+        assert turn() == [None, None, None]
+
+    def test_frames_are_the_same(self):
+        frame = messages.Frame(kind=1, flags=2, lane=3, call_id=4, body=b"5", buffers=[6])
+        assert frame.link is None
+        fields = ("kind", "flags", "lane", "call_id", "body", "buffers", "link")
+        assert [getattr(frame, name) for name in fields] == [1, 2, 3, 4, b"5", [6], None]
+        frame.link, frame.body = frame, b""
+        gone = [sys.getrefcount(frame)]
+        assert gone == [3]
+        with pytest.raises(AttributeError):
+            frame.other = 1
+        with pytest.raises(TypeError):
+            messages.Frame(1)

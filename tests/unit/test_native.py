@@ -1,0 +1,84 @@
+"""The part in C: compiled where that is possible, and done without where it is not."""
+
+import importlib.util
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[2] / "tools" / "hatch_build.py"
+SOURCE = Path(__file__).parents[2] / "shmdist" / "wire" / "_slots.c"
+
+
+@pytest.fixture
+def hook(monkeypatch):
+    """The build hook, which needs of its builder only the class to derive from."""
+    names = ["hatchling", "builders", "hooks", "plugin", "interface"]
+    for end in range(1, len(names) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(names[:end]), types.ModuleType(names[end - 1]))
+    sys.modules[".".join(names)].BuildHookInterface = object
+    spec = importlib.util.spec_from_file_location("hatch_build", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.delenv("SHMDIST_PURE", raising=False)
+    return module
+
+
+@pytest.fixture
+def build(hook, tmp_path):
+    """Build in a copy of the sources; returns what the builder is told, and the warnings."""
+    folder = tmp_path / "shmdist" / "wire"
+    folder.mkdir(parents=True)
+    for path in SOURCE.parent.glob("_slots*.[ch]"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    old = folder / "_slots.abi3.so"
+    old.write_bytes(b"old")
+
+    def run():
+        builder, warnings = hook.Hook(), []
+        builder.root = str(tmp_path)
+        builder.app = types.SimpleNamespace(display_warning=warnings.append)
+        data = {"artifacts": [], "pure_python": True}
+        builder.initialize("standard", data)
+        return data, warnings, sorted(path.name for path in folder.iterdir() if ".so" in path.name)
+
+    return run
+
+
+def test_it_is_compiled(build):
+    data, warnings, files = build()
+    if warnings:
+        pytest.skip(f"there is no compiler: {warnings}")
+    assert files == ["_slots.abi3.so"]
+    assert data["artifacts"] == ["/shmdist/wire/_slots.abi3.so"]
+    assert not data["pure_python"]
+    assert data["tag"].startswith("cp311-abi3-")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "why"),
+    [
+        ("CC", "/there/is/no/compiler", "No such file"),
+        ("CC", "false", "false failed"),
+        ("CFLAGS", "-DSLOTS=)", "error"),
+        ("SHMDIST_PURE", "1", "SHMDIST_PURE"),
+    ],
+)
+def test_without_a_compiler_it_is_pure(build, monkeypatch, variable, value, why):
+    monkeypatch.setenv(variable, value)
+    data, (warning,), files = build()
+    assert why in warning
+    assert files == []
+    assert data == {"artifacts": [], "pure_python": True}
+
+
+@pytest.mark.parametrize(("value", "wanted"), [("", True), ("0", True), ("1", False)])
+def test_it_can_be_left_alone(monkeypatch, value, wanted):
+    from shmdist.wire import native
+
+    monkeypatch.setenv("SHMDIST_PURE", value)
+    program = "from shmdist.wire import native; print(native.slots is not None)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str(wanted and native.slots is not None)
