@@ -252,7 +252,7 @@ class Holds:
                 except OSError:
                     continue  # not given back: what others put there could not be seen here
             if lease.private is not None:
-                lease.segment.rest(lease.private)
+                lease.segment.spares.rest(lease.private)
                 lease.private = None
             if lease.pins:
                 self.dead.append(lease)

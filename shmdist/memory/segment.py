@@ -25,6 +25,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from shmdist.memory.limits import address_space, available_memory
+from shmdist.memory.spares import Spares
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,10 +33,8 @@ if TYPE_CHECKING:
 PAGE = mmap.PAGESIZE
 _SIZE = 4096
 SLOTS = _SIZE // 16
-_DONTNEED, _REMOVE, _POPULATE_WRITE = 4, 9, 23  # Linux: advice to the system about pages
+_DONTNEED, _REMOVE, _POPULATE_READ, _POPULATE_WRITE = 4, 9, 22, 23  # Linux: advice to the system about pages
 _LINUX = sys.platform == "linux"
-_WORTH_KEEPING = 1 << 20  # bytes of a private mapping from which on it is kept for reuse
-_SPARES = 8  # private mappings of a segment that are kept for reuse
 _TOGETHER = 16 << 20  # bytes from which on two threads copy
 _PIECE = 4 << 20  # bytes that one of them copies at a time
 _SPARE = 16  # the system keeps one part in so many of the memory it has
@@ -132,7 +131,7 @@ class Segment:
         self.fd = fd
         self._array: Any = None
         self._address = 0
-        self._spares: dict[tuple[int, int], PrivateView] = {}
+        self.spares = Spares(self._map_privately)
         try:
             if size > address_space() // 2:  # the program will want some for itself
                 raise OSError(errno.ENOMEM, "there is little address space left")
@@ -243,7 +242,7 @@ class Segment:
             _libc().madvise(self.address + offset, size, advice)
 
     def private(self, offset: int, nbytes: int) -> PrivateView:
-        """Map a part such that what is written there stays this mapping's own.
+        """Map a part such that what is written there stays this mapping's own; `spares` takes it back.
 
         Raises
         ------
@@ -251,39 +250,10 @@ class Segment:
             There is no room for the mapping.
         """
         start = offset // PAGE * PAGE
-        size = whole_pages(offset + nbytes - start)
-        with contextlib.suppress(KeyError):
-            spare = self._spares.pop((start, size))
-            with spare.cleaning:
-                if not spare.is_clean:
-                    spare.clean()
-                spare.is_clean = False
-            return spare
+        return self.spares.take(start, whole_pages(offset + nbytes - start))
+
+    def _map_privately(self, start: int, size: int) -> PrivateView:
         return PrivateView(self.fd, start, size)
-
-    def rest(self, view: PrivateView) -> None:
-        """Take a private mapping back that nothing looks into any more.
-
-        A large one is kept: mapping its pages once more would take longer than a copy of them.
-        """
-        if view.size >= _WORTH_KEEPING and len(self._spares) < _SPARES:
-            self._spares.setdefault((view.start, view.size), view)
-
-    def clean_spares(self) -> None:
-        """Make the private mappings that are not in use ready for the next."""
-        for key, spare in list(self._spares.items()):
-            with spare.cleaning:
-                if self._spares.get(key) is spare and not spare.is_clean:
-                    spare.clean()
-                    spare.is_clean = True
-
-    def has_spares(self) -> bool:
-        """Tell whether private mappings are kept for reuse."""
-        return bool(self._spares)
-
-    def drop_spares(self) -> None:
-        """Take down the private mappings that are not in use."""
-        self._spares.clear()
 
     def part(self, offset: int, nbytes: int, *, shared: bool) -> None:
         """Map whole pages of the segment anew in their place, shared, or such that writes stay here.
@@ -328,8 +298,6 @@ class PrivateView:
     def __init__(self, fd: int, start: int, size: int) -> None:
         self.start = start
         self.size = size
-        self.cleaning = threading.Lock()  # guards cleaning it while it is not in use, and taking it into use
-        self.is_clean = False
         self._base = 0
         self._kept: Any = None
         if _LINUX:
@@ -357,6 +325,11 @@ class PrivateView:
             runs = [(0, self.size)]
         for start, size in runs:
             _libc().madvise(self._base + start, size, _DONTNEED)
+
+    def populate(self) -> None:
+        """Have the pages mapped now, so that the first user need not do it page by page."""
+        if self._base:
+            _libc().madvise(self._base, self.size, _POPULATE_READ)
 
 
 def _written(address: int, size: int) -> list[tuple[int, int]]:

@@ -208,7 +208,7 @@ class Keeper:
         sharing = self._sharing
         with sharing.lock:
             free = sharing.arena.total - sharing.arena.lent - sharing.arena.cold
-            spares = any(segment.has_spares() for segment in sharing.holds.segments.values())
+            spares = any(len(segment.spares) for segment in sharing.holds.segments.values())
         if free > 0 or spares or sharing.owed:
             return max(_TICK, IDLE - quiet)
         return _FOR_EVER
@@ -227,7 +227,7 @@ class Keeper:
                 _log.info("no block for process %d: %s", pid, error)
         sharing.pay()
         for segment in list(sharing.holds.segments.values()):
-            segment.clean_spares()
+            segment.spares.tidy()
         now = time.monotonic()
         while self._kept and self._kept[0][0] < now:
             self._kept.popleft()
@@ -334,7 +334,7 @@ class Keeper:
         """Give everything back that nobody uses."""
         sharing = self._sharing
         for segment in list(sharing.holds.segments.values()):
-            segment.drop_spares()
+            segment.spares.drop()
         with sharing.lock:
             extents = sharing.arena.begin_cooling()
         for extent in extents:

@@ -149,7 +149,7 @@ class TestPrivateView:
         array = self.as_array(view)
         for page in (0, 3, 4, 5, 1023):
             array[page * PAGE] = 1
-        segment.rest(view)
+        segment.spares.rest(view)
         segment.view[0], segment.view[7 * PAGE] = 9, 8
         view = segment.private(0, size)
         assert view.address == address, "large ones are kept"
@@ -187,6 +187,45 @@ class TestPrivateView:
         with pytest.raises(OSError):
             segment.private(0, 1 << 60)
 
+    def test_as_many_are_made_ready_as_were_short(self, segment, monkeypatch):
+        cleaned, clean = [], module.PrivateView.clean
+        monkeypatch.setattr(module.PrivateView, "clean", lambda view: (cleaned.append(view), clean(view)))
+        for size, kept in ((MIB, True), (PAGE, False)):
+            first = segment.private(0, size)
+            segment.spares.rest(first)
+            assert len(segment.spares) == kept
+            segment.private(0, size)
+            assert cleaned == [first] * kept, "there was no quiet moment"
+            cleaned.clear()
+            del first
+        segment.spares.tidy()
+        assert len(segment.spares) == 1, "one was short"
+        views = [segment.private(0, MIB), segment.private(0, MIB)]
+        assert cleaned == []
+        self.as_array(views[0])[0] = 1
+        for view in views * 8:
+            segment.spares.rest(view)
+        assert len(segment.spares) == 8
+        segment.spares.drop()
+        assert len(segment.spares) == 0
+        segment.spares.rest(views[0])
+        segment.spares.tidy()
+        assert cleaned == [views[0]]
+        assert self.as_array(segment.private(0, MIB))[0] == 0
+
+    def test_no_room_for_another_is_no_harm(self, segment, monkeypatch):
+        segment.spares.rest(segment.private(0, MIB))
+        view = segment.private(0, MIB)
+
+        def refuse(start, size):
+            raise OSError("no room")
+
+        segment.spares._make = refuse
+        segment.spares.tidy()
+        assert len(segment.spares) == 0
+        segment.spares.rest(view)
+        assert segment.private(0, MIB) is view
+
     def test_spares_are_dropped(self, segment):
         def mappings():
             with open("/proc/self/maps") as file:
@@ -194,10 +233,10 @@ class TestPrivateView:
 
         before = mappings()
         view = segment.private(0, MIB)
-        segment.rest(view)
+        segment.spares.rest(view)
         del view
         assert mappings() == before + 1
-        segment.drop_spares()
+        segment.spares.drop()
         assert mappings() == before
 
 
