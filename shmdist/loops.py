@@ -21,6 +21,7 @@ from shmdist.shipping import Shipped
 from shmdist.sizes import positive_integer
 from shmdist.tasks import async_
 from shmdist.wire import codec
+from shmdist.wire.link import Link
 from shmdist.wire.messages import BY_ID, IS_ERROR, NO_LANE, WANT_VALUE, Kind
 
 
@@ -372,6 +373,8 @@ def scatter(f: Callable[..., Any], parts: Iterable[tuple[int, tuple[Any, ...]]])
     strand = current()
     parts = list(parts)
     over = _Over(node, len(parts))
+    unwoken: list[Link] = []
+    how: dict[str, Any] = {"lane": NO_LANE, "callback": over.note, "unwoken": unwoken}
     try:
         for pid, arguments in parts:
             if pid == node.pid:
@@ -380,12 +383,11 @@ def scatter(f: Callable[..., Any], parts: Iterable[tuple[int, tuple[Any, ...]]])
             payload = codec.dumps((shipped.number, arguments, {}), "the chunk")
             strand.enter()
             try:
-                shipped.send_to(pid)
-                replies.append(
-                    node.request(pid, _CALL, WANT_VALUE | BY_ID, payload, lane=NO_LANE, callback=over.note)
-                )
+                shipped.send_to(pid, unwoken)
+                replies.append(node.request(pid, _CALL, WANT_VALUE | BY_ID, payload, **how))
             finally:
                 strand.leave()
+        node.dispatcher.mail.wake(unwoken)
         strand.enter()
         try:
             node.wait(over)

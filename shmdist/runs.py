@@ -41,6 +41,7 @@ from typing import Any
 from shmdist.assignments import Assignments, Batch, Division
 from shmdist.batches import BatchRunner, Results, note_key
 from shmdist.errors import ProcessExitedException
+from shmdist.runtime.dispatch import SPIN
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.replies import Reply, unpack_error
 from shmdist.runtime.strand import Cell, current
@@ -48,7 +49,7 @@ from shmdist.shipping import Shipped
 from shmdist.sizes import Sizes
 from shmdist.wire import codec
 from shmdist.wire.apart import Unreadable, pack
-from shmdist.wire.link import LinkClosed
+from shmdist.wire.link import Link, LinkClosed
 from shmdist.wire.messages import BY_ID, IS_ERROR, NOT_RUN, WANT_VALUE, Kind, Parts
 
 _JOINED = 1 << 16  # bytes of several frames that are written as one piece
@@ -164,7 +165,7 @@ class Run:
             timeout = _AGAIN if timeout is None else min(timeout, _AGAIN)
         self.cell.done = False
         if not self.inbox:
-            self.node.dispatcher.wait(self.cell, timeout)
+            self.node.dispatcher.wait(self.cell, timeout, spin=SPIN if self.sizes.brief else 0.0)
 
     def _cancel(self) -> None:
         """Cancel what is out, and let the workers forget the function."""
@@ -205,8 +206,12 @@ class Run:
                     break
                 plan.setdefault(pid, []).append(batch)
                 have[pid] += 1
-        for pid, batches in plan.items():
-            self._send(pid, batches, ready)
+        unwoken: list[Link] = []
+        try:
+            for pid, batches in plan.items():
+                self._send(pid, batches, ready, unwoken)
+        finally:
+            self.node.dispatcher.mail.wake(unwoken)
         if not plan and hungry:
             self.out.rebalance(pids, self.sizes.cost)
 
@@ -260,8 +265,8 @@ class Run:
         self.drawn += count
         return Batch(pid, range(start, start + count), elements)
 
-    def _send(self, pid: int, batches: list[Batch], ready: list[Outcome]) -> None:
-        """Send batches to a worker, in one go."""
+    def _send(self, pid: int, batches: list[Batch], ready: list[Outcome], unwoken: list[Link]) -> None:
+        """Send batches to a worker, in one go; `unwoken` as in ``Link.leave``."""
         node = self.node
         if pid == node.pid:
             for batch in batches:
@@ -293,7 +298,7 @@ class Run:
             if len(parts) > 1 and sum(map(len, parts)) < _JOINED:
                 parts[:] = [b"".join(parts)]
             sending = True
-            node.send(link, parts, together)
+            node.send(link, parts, together, unwoken=unwoken)
         except (LinkClosed, KeyError):
             pass  # its death is on its way, and fails what was sent to it
         except ProcessExitedException:

@@ -9,7 +9,7 @@ from typing import Any
 from shmdist.runtime.node import current_node
 from shmdist.runtime.strand import current
 from shmdist.wire import codec
-from shmdist.wire.link import LinkClosed
+from shmdist.wire.link import LinkClosed, Unwoken
 from shmdist.wire.messages import Kind
 
 
@@ -33,18 +33,18 @@ class Shipped:
         self.there: set[int] = set()
         self._lock = threading.Lock()  # guards `there`; held while one thread sends to a worker
 
-    def send_to(self, pid: int) -> None:
-        """See to it that process `pid` has the function."""
+    def send_to(self, pid: int, unwoken: Unwoken = None) -> None:
+        """See to it that process `pid` has the function; `unwoken` as in ``Link.leave``."""
         if pid in self.there:
             return
         strand = current()
         strand.enter()
         try:
-            self._send_to(pid)
+            self._send_to(pid, unwoken)
         finally:
             strand.leave()
 
-    def _send_to(self, pid: int) -> None:
+    def _send_to(self, pid: int, unwoken: Unwoken) -> None:
         node = self.node
         link = node.link_to(pid)
         with self._lock:
@@ -52,7 +52,7 @@ class Shipped:
                 return
             try:
                 parts = codec.frame(int(Kind.FUNC), 0, 0, self.number, self.payload, link)
-                node.send(link, parts, self.payload)
+                node.send(link, parts, self.payload, unwoken=unwoken)
             except LinkClosed:
                 raise node.death(pid) from None
             self.there.add(pid)

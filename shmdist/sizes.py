@@ -78,6 +78,13 @@ class Sizes:
             size = min(size, max(share / 2, _SHORT / cost))
         return max(1, min(int(size), self.largest * _GROW))
 
+    @property
+    def brief(self) -> bool:
+        """Whether a batch is probably back in no time."""
+        if self.cost is None:
+            return self.fixed == 1
+        return self.cost * (self.fixed or self.largest) < _SHORT
+
     def window(self, drawn: int, workers: int) -> int:
         """Return how many batches a worker should have: some work ahead, but no more."""
         if self.cost is None:

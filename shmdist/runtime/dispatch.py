@@ -194,7 +194,7 @@ class Dispatcher(Sources):
 
     # ------------------------------------------------------------------ waiting threads
 
-    def wait(self, cell: Cell, timeout: float | None = None) -> bool:
+    def wait(self, cell: Cell, timeout: float | None = None, *, spin: float = SPIN) -> bool:
         """Wait until `cell` is done, reading the links meanwhile.
 
         The caller is inside the runtime (``strand.depth`` > 0).
@@ -205,6 +205,9 @@ class Dispatcher(Sources):
             A reply, or anything else that somebody will complete.
         timeout : float, optional
             Seconds, after which it returns False.
+        spin : float
+            Seconds to poll before sleeping: none for what takes longer, for those who work on it may
+            want the processor.
 
         Raises
         ------
@@ -225,9 +228,9 @@ class Dispatcher(Sources):
                 if left <= 0:
                     return False
             if self._take() or self._follow(cell, left, strand):
-                self._lead(cell, left, strand)
+                self._lead(cell, left, strand, spin)
 
-    def _lead(self, cell: Cell, timeout: float, strand: Strand) -> None:
+    def _lead(self, cell: Cell, timeout: float, strand: Strand, spin: float) -> None:
         """Read with the baton held, until `cell` is done or something else wants the thread."""
         self._leader = cell
         if not cell.kicked:
@@ -235,11 +238,11 @@ class Dispatcher(Sources):
         strand.kick = self.poller.kick
         strand.leading = True
         poll, inbox = self._poll, self._inbox
-        spin_until = _now() + SPIN
+        spin_until = _now() + spin
         until = spin_until + timeout if timeout >= 0 else float("inf")
         while not cell.done and not strand.pending and not inbox:
             if poll(0):
-                spin_until = _now() + SPIN
+                spin_until = _now() + spin
                 if spin_until > until:  # answers to others may come without a pause
                     break
             elif _now() < spin_until:
@@ -454,4 +457,5 @@ class Dispatcher(Sources):
         for link in list(self._links.values()):
             link.abandon()
         self._links.clear()
+        self.mail.abandon()
         self.poller.close()

@@ -4,6 +4,11 @@ A link gets a slot when it has been read a few times, so that processes which ha
 none. The mailbox's descriptor goes with a MAIL frame; who cannot map it goes on using the
 socket, and nothing else changes.
 
+A process that leaves something for many others at once (a map's first batches) wakes them
+together: by a bell, which is one descriptor that all of them listen to. Woken one by one, the
+first could take the processor from who wakes them before it comes to the second. Who can listen
+says so with his mailbox; the bell is sent when it would have been of use for the first time.
+
 A slot is used again only when the process at the other end of its link is no more: it may be
 about to leave a message, though the link has ended here.
 """
@@ -21,6 +26,7 @@ from shmdist.wire import codec
 from shmdist.wire.link import Link, LinkClosed
 from shmdist.wire.mailbox import SIZE, Mailbox, Sender
 from shmdist.wire.messages import Frame, Kind
+from shmdist.wire.poller import Kick
 
 if TYPE_CHECKING:
     from shmdist.runtime.node import Node
@@ -39,11 +45,13 @@ class Mail:
         self._links: tuple[Link, ...] = ()  # that have slots
         self._users: dict[int, int] = {}  # slots, and who writes there: its process id in the system
         self._closing = False
+        self._bell: Kick | None = None
+        self._bells: dict[Link, int] = {}  # descriptors of others' bells
 
     @property
     def descriptors(self) -> int:
-        """How many descriptors are open for mailboxes: two for its own, and what wakes each other process."""
-        own = 0 if self.box is None else 2
+        """How many descriptors are open for mailboxes: two for its own, what wakes each other one, bells."""
+        own = 2 * (self.box is not None) + (self._bell is not None) + len(self._bells)
         return own + sum(link.kick_out >= 0 for link in self._node.dispatcher.links())
 
     def read(self, frames: list[Frame]) -> None:
@@ -78,9 +86,9 @@ class Mail:
                 self._users[receiver.slot] = 0 if peer is None else peer.ospid
                 link.mail_in = receiver
                 self._links += (link,)
-            for slot, fd in (-1, node.dispatcher.poller.kicker), (receiver.slot, self.box.segment.fd):
-                payload = codec.pickled((slot, os.fstat(fd).st_ino))
-                link.send(codec.frame(int(Kind.MAIL), 0, 0, 0, payload), fd=fd)
+            poller = node.dispatcher.poller
+            _send(link, _KICK, poller.kicker, poller.hears_bells)
+            _send(link, receiver.slot, self.box.segment.fd, False)
         except LinkClosed:
             pass
         except (OSError, ValueError) as error:
@@ -89,15 +97,24 @@ class Mail:
     def accept(self, frame: Frame) -> None:
         """Leave frames in the mailbox that is offered, from now on; on the reading thread."""
         link: Link = frame.link
-        slot, inode = pickle.loads(frame.body)
+        slot, inode, bells = pickle.loads(frame.body)
+        if slot == _HEARD:
+            link.has_bell = True
+            return
         fd = link.take_fd()
         if fd < 0:
             return
         if os.fstat(fd).st_ino != inode:
             link.give_fd_back(fd)  # it is the next frame's: ours was lost
             return
-        if slot < 0:
-            link.kick_out = fd
+        if slot == _KICK:
+            link.kick_out, link.hears_bells = fd, bells
+            return
+        if slot == _BELL:
+            self._bells[link] = fd
+            self._node.dispatcher.poller.add_bell(fd)
+            # The descriptor may get lost; who has said nothing is woken by himself.
+            self._node.post(link, int(Kind.MAIL), 0, 0, codec.pickled((_HEARD, 0, False)))
             return
         try:
             link.mail_out = Sender(Window(fd, SIZE), slot)
@@ -106,8 +123,45 @@ class Mail:
         finally:
             os.close(fd)
 
+    def wake(self, links: list[Link]) -> None:
+        """Wake the receivers for whom something was left by these links, all at once if that can be."""
+        links = list(dict.fromkeys(links))
+        if len(links) > 1:
+            with self._lock:
+                listening = sum(link.has_bell for link in self._links)
+            ringing = [link for link in links if link.has_bell]
+            # It wakes all who listen, so most of them should have something to do.
+            if self._bell is not None and len(ringing) > 1 and 2 * len(ringing) >= listening:
+                self._bell.set()
+                links = [link for link in links if link not in ringing]
+            unaware = [link for link in links if link.hears_bells]
+            if unaware:
+                self._node.dispatcher.start(lambda: self._give_bell(unaware))
+        for link in links:
+            link.wake()
+
+    def _give_bell(self, links: list[Link]) -> None:
+        """Tell processes by which bell they are woken from now on."""
+        for link in links:
+            try:
+                with self._lock:
+                    if self._closing or link.closed or not link.hears_bells:
+                        continue
+                    if self._bell is None:
+                        self._bell = Kick()
+                    link.hears_bells = False  # it is told once
+                _send(link, _BELL, self._bell.setter, False)
+            except LinkClosed:
+                pass
+            except OSError as error:
+                _log.info("no bell for process %d: %s", link.pid, error)
+
     def forget(self, link: Link) -> None:
         """A link has ended, and what was left by it has been read."""
+        bell = self._bells.pop(link, -1)
+        if bell >= 0:
+            self._node.dispatcher.poller.remove_bell(bell)
+            os.close(bell)
         with self._lock:
             self._links = tuple(each for each in self._links if each is not link)
             if self.box is not None and link.mail_in is not None:
@@ -117,6 +171,24 @@ class Mail:
         """Use no mailbox any more."""
         with self._lock:
             self._closing = True
+        for bell in list(self._bells.values()):
+            self._node.dispatcher.poller.remove_bell(bell)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Give descriptors back; in a forked child, whose parent goes on to listen."""
+        while self._bells:
+            os.close(self._bells.popitem()[1])
+        if self._bell is not None:
+            self._bell.close()
+
+
+_KICK, _BELL, _HEARD = -1, -2, -3  # in the place of a slot
+
+
+def _send(link: Link, slot: int, fd: int, bells: bool) -> None:
+    payload = codec.pickled((slot, os.fstat(fd).st_ino, bells))
+    link.send(codec.frame(int(Kind.MAIL), 0, 0, 0, payload), fd=fd)
 
 
 def _exists(ospid: int) -> bool:

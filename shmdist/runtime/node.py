@@ -7,7 +7,7 @@ Locks, in the order in which they may be taken (a later one while an earlier is 
 1. ``Dispatcher._baton``: the right to read; not a lock that anybody waits for.
 2. ``Node.lock``: members, links, reference table.  No user code, pickling, or sending
    while it is held: decide under it, act after it.
-3. ``Dispatcher._roles``, ``Link.gate``, ``Strand.guard``, ``Sharing.lock``,
+3. ``Mail._lock``, ``Link.gate``, ``Strand.guard``, ``Sharing.lock``,
    ``Lending._lock``: short and leaf-like.
 4. ``Link._write``: held while a frame is written; taken with none of the above held.
 
@@ -54,7 +54,7 @@ from shmdist.runtime.sharing import Sharing
 from shmdist.runtime.strand import Cell, current
 from shmdist.runtime.task import Functions, Tasks
 from shmdist.wire import codec
-from shmdist.wire.link import Link, LinkClosed, SendInterrupted
+from shmdist.wire.link import Link, LinkClosed, SendInterrupted, Unwoken
 from shmdist.wire.messages import (
     BROKEN,
     HAS_REFS,
@@ -236,6 +236,7 @@ class Node(Ownership):
         call_id: int | None = None,
         reply: Reply | None = None,
         fd: int = -1,
+        unwoken: Unwoken = None,
     ) -> Reply:
         """Send a frame that will be answered; the caller is inside the runtime.
 
@@ -254,30 +255,33 @@ class Node(Ownership):
         self.pending[call_id] = reply
         try:
             short = payload is not None and payload.is_short and not self.sharing.has_dues()
-            if not short or not link.leave(parts):
-                self.send(link, parts, payload, fd)
+            if not short or not link.leave(parts, unwoken):
+                self.send(link, parts, payload, fd, unwoken)
         except LinkClosed:
-            # Its death is on its way to us, and says how it went.
-            if pid in self.graves and self.pending.pop(call_id, None) is not None:
-                self.fail(reply, self.death(pid))
+            pass  # its death is on its way to us, and says how it went
         except BaseException:
             self.cancel(reply)
             raise
-        else:
-            if pid in self.graves and self.pending.pop(call_id, None) is not None:
-                self.fail(reply, self.death(pid))
+        if pid in self.graves and self.pending.pop(call_id, None) is not None:
+            self.fail(reply, self.death(pid))
         return reply
 
-    def send(self, link: Link, parts: Parts, payload: codec.Payload | None, fd: int = -1) -> None:
+    def send(
+        self,
+        link: Link,
+        parts: Parts,
+        payload: codec.Payload | None,
+        fd: int = -1,
+        unwoken: Unwoken = None,
+    ) -> None:
         """Write a frame; the references in it are counted for the receiver first."""
         if payload is not None and payload.refs:
             self.count(payload.refs, link.pid, +1)
-        strand = current()
-        sharing = self.sharing
+        strand, sharing = current(), self.sharing
         if sharing.has_dues():
             self._pay(link)
         try:
-            link.send(parts, strand.interrupted, fd)
+            link.send(parts, strand.interrupted, fd, unwoken)
         except SendInterrupted as stopped:
             if stopped.begun:
                 self.dispatcher.start(lambda: (link.flush(block=True), None)[1])
@@ -301,14 +305,12 @@ class Node(Ownership):
             self.dispatcher.start(lambda: (link.flush(block=True), None)[1])
 
     def wait_inside(self, reply: Cell, seconds: float = math.inf) -> None:
-        """Wait for what a peer's runtime answers by itself, for so many seconds at most.
-
-        Another thread reads meanwhile: this one may be in the middle of anything.
+        """Wait so long at most for what a peer's runtime answers by itself; another thread reads meanwhile.
 
         Raises
         ------
         KeyboardInterrupt
-            The peer may stand still, and nobody waits for it longer than he likes.
+            Nobody waits for a peer that stands still longer than he likes.
         """
         strand = current()
         lock = threading.Lock()

@@ -45,7 +45,7 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from shmdist.wire import pulse
 from shmdist.wire.mailbox import MOST, UNSEEN, Sender
@@ -78,6 +78,10 @@ class SendInterrupted(Exception):
     def __init__(self, begun: bool = False) -> None:
         super().__init__(begun)
         self.begun = begun
+
+
+#: Links by which something was left for receivers that sleep and are still to be woken, by who sends.
+Unwoken: TypeAlias = "list[Link] | None"
 
 
 class Link(Reader):
@@ -118,6 +122,8 @@ class Link(Reader):
         self._sent = 0  # bytes written to the socket
         self.mail_out: Sender | None = None
         self.kick_out = -1  # descriptor that wakes the receiver
+        self.hears_bells = False  # the receiver may be told by which bell it is woken (``runtime.mail``)
+        self.has_bell = False  # and listens to it
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
@@ -135,7 +141,13 @@ class Link(Reader):
         """Whether something is being written, or waits to be."""
         return bool(self._outbox) or self._write.locked()
 
-    def send(self, parts: list[Part], interrupted: Callable[[], bool] = lambda: False, fd: int = -1) -> None:
+    def send(
+        self,
+        parts: list[Part],
+        interrupted: Callable[[], bool] = lambda: False,
+        fd: int = -1,
+        unwoken: Unwoken = None,
+    ) -> None:
         """Write one or more whole frames, and wait until the system has taken them.
 
         Parameters
@@ -146,6 +158,8 @@ class Link(Reader):
             Looked at while waiting; true gives up.
         fd : int
             A descriptor to send along; it stays the caller's.
+        unwoken : list of Link, optional
+            As for :meth:`leave`. Those in it are woken before this waits for anything.
 
         Raises
         ------
@@ -154,8 +168,10 @@ class Link(Reader):
         SendInterrupted
             Given up; the frame was not sent, or will be sent whole in the background.
         """
-        if fd < 0 and self.leave(parts):
+        if fd < 0 and self.leave(parts, unwoken):
             return
+        while unwoken:
+            unwoken.pop().wake()
         write = self._write
         if not write.acquire(False):
             while not write.acquire(timeout=0.05):
@@ -172,8 +188,12 @@ class Link(Reader):
             if self._outbox:
                 self.flush(block=False)
 
-    def leave(self, parts: list[Part]) -> bool:
-        """Leave whole frames in the receiver's mailbox; False when they must be sent. Never blocks."""
+    def leave(self, parts: list[Part], unwoken: Unwoken = None) -> bool:
+        """Leave whole frames in the receiver's mailbox; False when they must be sent. Never blocks.
+
+        A receiver that sleeps is woken, or its link appended to `unwoken`: then the caller sees to it,
+        soon.
+        """
         mail = self.mail_out
         if mail is None:
             return False
@@ -190,7 +210,10 @@ class Link(Reader):
                 return False
             outcome = mail.put(whole, self._sent)
             if outcome == UNSEEN:
-                self._wake_up()
+                if unwoken is None:
+                    self._wake_up()
+                else:
+                    unwoken.append(self)
             return outcome > 0
         except LinkClosed:
             return True  # nobody will read it
@@ -198,6 +221,12 @@ class Link(Reader):
             self._write.release()
             if self._outbox:
                 self.flush(block=False)
+
+    def wake(self) -> None:
+        """Wake the receiver, for whom something was left."""
+        with self._write, contextlib.suppress(LinkClosed):
+            if not self.closed:
+                self._wake_up()
 
     def _wake_up(self) -> None:
         """Wake the receiver, who may not have seen what was left; `_write` is held."""

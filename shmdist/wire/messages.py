@@ -34,9 +34,12 @@ LEASES   ((serial, pid, n,        counts of blocks of ``call_id`` change       n
          teller)..)
 RELAY    pid                      join the sender and ``pid``, by process 1    RESULT
 BEAT     none                     the sender is alive (``runtime.heart``)      none
-MAIL     (slot, inode)            short frames may be left in this slot of     none
+MAIL     (slot, inode, bells)     short frames may be left in this slot of     none
                                   the mailbox whose descriptor is with it; of
-                                  slot -1: it wakes who looks into that
+                                  slot -1: it wakes who looks into that, who
+                                  can listen to bells if the third is true; of
+                                  -2: a bell, which wakes many at once; of
+                                  -3: the sender listens to the bell
 COPY     (what, ...)              a copy of a value (``runtime.copies``)       by what
 AUDIT    (pid, sender)            what has ``call_id`` from ``pid``, which is  none
                                   lost? For the same, and what it has: that

@@ -29,6 +29,7 @@ from math import inf
 
 _IN = 1  # EPOLLIN and POLLIN are 1 everywhere
 _ONCE = 0x40000000  # EPOLLONESHOT
+_EDGE = 0x80000000  # EPOLLET
 _TURN = 0.5  # seconds after which a thread that SelectPoller has parked looks around
 
 
@@ -95,6 +96,7 @@ class Poller:
         self._outputs_fd = self._outputs.fileno()
         self._kick_fd = self._kick.fileno()
         self._always_fd = self._always.fileno()
+        self._bells: set[int] = set()
         self._links.register(self._kick_fd, _IN)
         self._links.register(self._outputs_fd, _IN)
         self._park.register(self._links_fd, _ONCE)
@@ -141,7 +143,24 @@ class Poller:
         if fd == self._kick_fd:
             self._kick.clear()
             return True
-        return fd == self._outputs_fd
+        return fd == self._outputs_fd or fd in self._bells
+
+    #: Whether :meth:`add_bell` is there.
+    hears_bells = hasattr(os, "eventfd")
+
+    def add_bell(self, fd: int) -> None:
+        """Wake the reader each time somebody writes to `fd`, an eventfd that others listen to as well.
+
+        Nobody clears it, so only what changes counts.
+        """
+        self._bells.add(fd)
+        self._links.register(fd, _IN | _EDGE)
+
+    def remove_bell(self, fd: int) -> None:
+        """Listen to a bell no more."""
+        with contextlib.suppress(OSError, ValueError):
+            self._links.unregister(fd)
+        self._bells.discard(fd)
 
     @property
     def kicker(self) -> int:
@@ -192,12 +211,15 @@ class Poller:
 class SelectPoller(Poller):
     """The same with :func:`select.poll` and a lock, for systems without epoll."""
 
+    hears_bells = False
+
     def __init__(self) -> None:
         self._kick = Kick()
         self._kick_fd = self._kick.fileno()
         self._table = threading.Lock()  # guards _fds, _outs and _generation
         self._fds: set[int] = {self._kick_fd}
         self._outs: set[int] = set()
+        self._bells = set()
         self._outputs_fd = -1
         self._state = threading.Condition()  # guards _armed, _nudged, _woken, _closed
         self._armed = self._nudged = self._woken = self._closed = False

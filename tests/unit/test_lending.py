@@ -87,7 +87,7 @@ class Sends:
         self.pid = pid
         self.sent = self.posted = 0
 
-    def send(self, parts, interrupted=None, fd=-1):
+    def send(self, parts, interrupted=None, fd=-1, unwoken=None):
         self.sent += sum(map(len, parts))
 
     def post(self, parts):

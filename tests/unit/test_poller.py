@@ -417,3 +417,57 @@ def test_make_poller(monkeypatch: pytest.MonkeyPatch) -> None:
     poller = make_poller()
     assert type(poller) is (Poller if hasattr(select, "epoll") else SelectPoller)
     poller.close()
+
+
+@EPOLL
+class TestBells:
+    """An eventfd that many listen to, and that nobody clears."""
+
+    @pytest.fixture
+    def bell(self) -> Iterator[Kick]:
+        bell = Kick()
+        yield bell
+        bell.close()
+
+    @pytest.fixture
+    def listeners(self, bell: Kick) -> Iterator[list[Poller]]:
+        listeners = [Poller(), Poller()]
+        for each in listeners:
+            each.add_bell(bell.fileno())
+        yield listeners
+        for each in listeners:
+            each.close()
+
+    def test_each_ring_is_heard_once_by_everybody(self, bell: Kick, listeners: list[Poller]) -> None:
+        for each in listeners:
+            assert not each.poll(0)
+        for _ in range(3):
+            bell.set()
+            for each in listeners:
+                assert [fd for fd, _ in each.poll(LONG)] == [bell.fileno()]
+                assert each.is_kick(bell.fileno())
+                assert not each.poll(0)
+
+    def test_it_wakes_a_parked_thread_when_armed(
+        self, bell: Kick, listeners: list[Poller], threads: Threads
+    ) -> None:
+        listener = listeners[0]
+        bell.set()
+        assert not woken(listener, BRIEF), "the links are the reader's"
+        listener.poll(0)
+        listener.arm()
+        assert not woken(listener, BRIEF), "what was heard before is over"
+        bell.set()
+        assert woken(listener)
+
+    def test_not_heard_any_more(self, bell: Kick, listeners: list[Poller]) -> None:
+        listeners[0].remove_bell(bell.fileno())
+        listeners[0].remove_bell(bell.fileno())
+        bell.set()
+        assert not listeners[0].poll(0)
+        assert listeners[1].poll(LONG)
+
+    def test_who_cannot_listen_says_so(self) -> None:
+        poller = SelectPoller()
+        assert not poller.hears_bells
+        poller.close()
