@@ -188,7 +188,8 @@ def pmap(
         bar.finish()
     for place in range(len(results), count):
         results.append(scattered[place])
-    return results[:count]
+    del results[count:]
+    return results
 
 
 def _run(

@@ -12,6 +12,8 @@ from shmdist.wire import codec
 from shmdist.wire.link import LinkClosed, Unwoken
 from shmdist.wire.messages import Kind
 
+_SMALL = 1 << 16  # bytes of a function that nobody is woken for to forget it
+
 
 class Shipped:
     """A function on its way to many calls: pickled once, sent once to each worker.
@@ -58,14 +60,17 @@ class Shipped:
             self.there.add(pid)
 
     def drop(self) -> None:
-        """Let all workers forget the function."""
-        node = self.node
-        self.payload.spread = {}  # its blocks
+        """Let all workers forget the function: a small one when they wake for something else."""
+        node, payload = self.node, self.payload
+        payload.spread = {}  # its blocks
         there, self.there = self.there, set()
+        quietly = not payload.refs and not payload.buffers and payload.nbytes() < _SMALL
         for pid in there:
             link = node.links.get(pid)
             if link is not None:
-                node.post(link, int(Kind.DROP), 0, self.number)
+                frame = codec.frame(int(Kind.DROP), 0, 0, self.number, None)
+                if not quietly or not link.leave(frame, []):
+                    node.post(link, int(Kind.DROP), 0, self.number)
 
     def drop_in_turn(self) -> None:
         """Let all workers forget the function when the calls sent before this have begun."""

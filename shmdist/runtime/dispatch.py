@@ -333,13 +333,16 @@ class Dispatcher(Sources):
             while self._main_jobs:
                 self._main_jobs.popleft()()
 
-    def _serve(self, strand: Strand, cell: Cell, *, forever: bool) -> None:
-        """Read and run calls with the baton held; returns without it."""
+    def _serve(self, strand: Strand, cell: Cell, *, forever: bool, leave: bool = True) -> None:
+        """Read and run calls with the baton held; returns without it.
+
+        `leave` what comes to a worker's main thread if that is between two calls.
+        """
         inbox, poll = self._inbox, self._poll
         self._leader = cell
         spin_until = _now() + SPIN if forever else 0.0
         while not self.closing:
-            if not forever and self._main_cell is not None:
+            if not forever and (self._main_cell is not None or (leave and inbox and self._main_returns())):
                 break  # the main thread is free, and the better one: signals reach it
             if inbox:
                 item = inbox.popleft()
@@ -403,15 +406,21 @@ class Dispatcher(Sources):
         if woken:
             self.poller.unwake()
             self.threads.guarded(self._node.housekeeping)
+        leave = True
         if _now() - self._last < GRACE and not self._followers:
-            self._nap()
+            leave = self._nap()
         if self._take():
-            self._serve(strand, Cell(), forever=False)
+            self._serve(strand, Cell(), forever=False, leave=leave)
         if self._node.has_output:
             self._node.print_output()
 
-    def _nap(self) -> None:
-        """Leave the reading to the thread that had the baton a moment ago."""
+    def _main_returns(self) -> bool:
+        """Tell whether a worker's main thread has ended a call, and is about to read or run the next."""
+        main = self._main
+        return main is not None and main.task is None and main.depth > 0
+
+    def _nap(self) -> bool:
+        """Leave the reading to the thread that had the baton a moment ago; False if it stays away long."""
         self._napping = True
         turns, naps = -1, 0
         while not self.closing and not self._followers:
@@ -424,6 +433,7 @@ class Dispatcher(Sources):
             # Where many calls block, each new one is probably going to block as well.
             time.sleep(GRACE if len(self.threads) < 8 else GRACE / 10)
         self._napping = False
+        return naps <= _NAPS
 
     # ------------------------------------------------------------------ end
 
