@@ -16,6 +16,7 @@ sent it compares the two: elements without a value have not begun here, and neve
 from __future__ import annotations
 
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -26,7 +27,7 @@ from shmdist.memory.segment import SLOTS
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.replies import pack_error
 from shmdist.runtime.strand import current
-from shmdist.wire import codec
+from shmdist.wire import codec, native
 from shmdist.wire.apart import Apart, Partial, Unreadable, pack
 
 _PROBE = 0.0005  # seconds that a worker spends to find out what elements cost
@@ -97,20 +98,14 @@ class BatchRunner:
         if several:
             under_way = _under_way(current_node())
             under_way[key] = batch, source
-        numbers, slot, free = _NOWHERE, -1, None
-        if page is not None:
-            numbers, slot, free = _begin_notes(page, key)
+        numbers, slot, free = _begin_notes(page, key)
         try:
-            elements = enumerate(source)
             start = time.perf_counter()
-            if probe:
-                size = 1
-                while _work(f, star, islice(elements, size), values, errors, numbers, slot + 1):
-                    if len(values) < size or time.perf_counter() - start > _PROBE:
-                        break
-                    size = 2 * len(values)
-            else:
-                _work(f, star, elements, values, errors, numbers, slot + 1)
+            size = 1 if probe else len(batch)
+            while _work(f, star, source, values, errors, numbers, slot + 1, size) and probe:
+                if len(values) < size or time.perf_counter() - start > _PROBE:
+                    break
+                size = 2 * len(values)
             seconds = time.perf_counter() - start
         finally:
             if several:
@@ -136,35 +131,57 @@ class BatchRunner:
 def _work(
     f: Callable[..., Any],
     star: bool,
-    elements: Iterator[tuple[int, Any]],
+    source: Iterator[Any],
     values: list[Any],
     errors: dict[int, Any],
     numbers: Any,
     slot: int,
+    limit: int,
 ) -> bool:
-    """Run `f` on numbered elements; False when it was ended by an error that is no `Exception`."""
-    done = len(values)
+    """Run `f` until there are `limit` values; False when it was ended by an error that is no `Exception`.
+
+    The number of the element that is begun is in ``numbers[slot]``.
+    """
     while True:
         try:
-            if star:
-                for done, element in elements:
-                    numbers[slot] = done
-                    values.append(f(*element))
-            else:
-                for done, element in elements:
-                    numbers[slot] = done
-                    values.append(f(element))
+            while len(values) < limit and not _advance(f, star, source, values, numbers, slot, limit):
+                pass  # between two steps signals come through, and other threads
             return True
         except Exception as error:
-            errors[done] = pack_error(capture(error))
+            errors[len(values)] = pack_error(capture(error))
             values.append(None)
         except BaseException as error:
             # It may have come after the value was there; then the value is given up, lest
             # the next element, which has not begun, be taken to have ended.
+            done = numbers[slot]
             del values[done:]
             errors[done] = pack_error(capture(error))
             values.append(None)
             return False
+
+
+def _advance_in_python(
+    f: Callable[..., Any],
+    star: bool,
+    source: Iterator[Any],
+    values: list[Any],
+    numbers: Any,
+    slot: int,
+    limit: int,
+) -> bool:
+    """Append `f` of elements to `values` until there are `limit` of these; true at the end of the source."""
+    elements = enumerate(islice(source, limit - len(values)), len(values))
+    if star:
+        for numbers[slot], element in elements:
+            values.append(f(*element))
+    else:
+        for numbers[slot], element in elements:
+            values.append(f(element))
+    return len(values) < limit
+
+
+#: The same in C takes two thirds of the time, for elements that take none.
+_advance = _advance_in_python if native.module is None else native.module.advance
 
 
 class _Refusing:
@@ -224,8 +241,6 @@ def _drawn(source: Any) -> int | None:
 
 # ---------------------------------------------------------------------- notes
 
-_NOWHERE: Any = [0]
-
 
 def note_key(key: tuple[int, int]) -> int:
     """Return the number under which a call is noted: of its caller, and its number there."""
@@ -233,7 +248,12 @@ def note_key(key: tuple[int, int]) -> int:
 
 
 def _begin_notes(page: Any, key: tuple[int, int]) -> tuple[Any, int, deque[int] | None]:
-    """Take a slot of the page for a batch; returns the page's numbers, the slot, and where it goes back."""
+    """Take a slot of the page for a batch; returns the page's numbers, the slot, and where it goes back.
+
+    Without a page or a free slot, they are noted where nobody looks.
+    """
+    if page is None:
+        return array("Q", [0]), -1, None
     node = current_node()
     free: deque[int] | None = node.settings.get("slots")
     if free is None:
@@ -243,7 +263,7 @@ def _begin_notes(page: Any, key: tuple[int, int]) -> tuple[Any, int, deque[int] 
         # for a good while: this process may die before the answer is sent.
         slot = free.popleft()
     except IndexError:
-        return _NOWHERE, -1, None
+        return array("Q", [0]), -1, None
     numbers = page.numbers
     numbers[slot + 1] = 0
     numbers[slot] = note_key(key)

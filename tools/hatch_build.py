@@ -1,4 +1,4 @@
-"""Build hook: compiles ``shmdist/wire/_slots.c`` where there is a compiler, and does without elsewhere."""
+"""Build hook: compiles ``shmdist/wire/_native.c`` where there is a compiler, and does without elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-NAME = "shmdist/wire/_slots"
+NAME = "shmdist/wire/_native"
 FLAGS = ("-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter")
 
 
@@ -43,7 +43,7 @@ def _compile(source: Path, target: Path) -> str:
         return "it is not for this Python"
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
     linking = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-    parts = sorted(source.parent.glob("_slots*.[ch]"))
+    parts = sorted(source.parent.glob("_native*.[ch]"))
     digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
     command = [
         *compiler,

@@ -28,6 +28,7 @@ from itertools import chain
 from types import FunctionType
 from typing import Any
 
+from shmdist.wire import native
 from shmdist.wire.arrays import INLINE
 from shmdist.wire.picklers import MAIN, Payload, PlainPickler, cloud_pickler, reducers
 
@@ -76,9 +77,17 @@ def pack(items: list[Any] | range) -> Any:
     """
     if type(items) is range:
         return items
-    rest = set(map(type, items)) - _constant
+    rest = _kinds(items) - _constant
     rest = {kind for kind in rest if not _is_scalar(kind)}
     return items if not rest or (rest <= _FLAT and _are_flat(items, rest)) else Apart(items)
+
+
+def _kinds_in_python(items: list[Any]) -> set[type]:
+    """Return the types of a list's objects."""
+    return set(map(type, items))
+
+
+_kinds = _kinds_in_python if native.module is None else native.module.kinds
 
 
 def _are_flat(items: list[Any], kinds: set[type]) -> bool:

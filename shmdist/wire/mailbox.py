@@ -42,13 +42,13 @@ Memory order
 A word is written by one process only, with one aligned 8-byte store. Processors of the x86
 family let others see stores in their order and need a fence at the two places above only;
 on others there is one more before the head and the tail are moved and after the head is read.
-In C (`_slots.c`) all these are acquires, releases and fences of the language. In Python the fence
+In C (`_native.c`) all these are acquires, releases and fences of the language. In Python the fence
 is the release and taking of a lock, which on all systems of CPython are full ones when they come
 in this order.
 
 Who does it
 -----------
-``wire.slots`` in Python, and ``_slots.c`` in C where it could be built: a call makes four steps
+``wire.slots`` in Python, and ``_native.c`` in C where it could be built: a call makes four steps
 here, and each is a microsecond shorter in C. That is what brings a call from 14 us to 10.
 """
 
@@ -67,10 +67,10 @@ SIZE = PAGE + SLOTS * RING
 if TYPE_CHECKING:
     from shmdist.wire.slots import Lookout, Receiver, Sender
 else:
-    if native.slots is None:
+    if native.module is None:
         _module = slots
     else:
-        _module = native.slots
+        _module = native.module
         _module.settle(PAGE, Frame)
     Lookout, Receiver, Sender = _module.Lookout, _module.Receiver, _module.Sender
 

@@ -127,7 +127,7 @@ if TYPE_CHECKING:
     Record = _Record
 else:
     # The same in C, so that what finds frames in a mailbox (``wire.mailbox``) can make them.
-    Record = _Record if native.slots is None else native.slots.Record
+    Record = _Record if native.module is None else native.module.Record
 
 
 class Frame(Record):

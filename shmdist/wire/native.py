@@ -1,4 +1,4 @@
-"""What is there in C: `slots` is the module ``_slots``, or None where Python must do.
+"""What is there in C: `module` is ``_native``, or None where Python must do.
 
 It is compiled when shmdist is installed, if there is a compiler then. ``SHMDIST_PURE=1`` leaves it alone.
 """
@@ -13,10 +13,10 @@ def _find() -> Any:
     if os.environ.get("SHMDIST_PURE", "") not in ("", "0"):
         return None
     try:
-        from shmdist.wire import _slots  # type: ignore[attr-defined]  # there are no stubs; wire.slots is typed
+        from shmdist.wire import _native  # type: ignore[attr-defined]  # no stubs: what it mirrors is typed
     except ImportError:
         return None
-    return _slots
+    return _native
 
 
-slots = _find()
+module = _find()

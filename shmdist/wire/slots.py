@@ -1,6 +1,6 @@
 """The slots of a mailbox, in Python: what leaves messages in one, and what takes them out.
 
-``wire._slots`` is the same in C, a microsecond faster at each of a call's four steps here; where
+``wire._native`` is the same in C, a microsecond faster at each of a call's four steps here; where
 it could not be built, or ``SHMDIST_PURE`` is set, this serves. The two may meet in one mailbox.
 The protocol stands in ``wire.mailbox``.
 """

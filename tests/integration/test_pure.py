@@ -22,7 +22,7 @@ def kind():
     box = current_node().dispatcher.mail.box
     return mailbox.Sender.__module__, box is not None
 
-assert native.slots is None and mailbox.Sender is slots.Sender and messages.Record is messages._Record
+assert native.module is None and mailbox.Sender is slots.Sender and messages.Record is messages._Record
 first, second = sd.addprocs(2)
 for number in range(500):
     assert sd.remotecall_fetch(operator.neg, first, number) == -number
@@ -53,10 +53,10 @@ def test_all_of_it_in_python():
 def has_c():
     from shmdist.wire import native
 
-    return native.slots is not None
+    return native.module is not None
 
 
-@pytest.mark.skipif(native.slots is None, reason="it was not compiled here")
+@pytest.mark.skipif(native.module is None, reason="it was not compiled here")
 def test_beside_those_that_have_it():
     with sd.addprocs(1) as swift, sd.addprocs(1, env={"SHMDIST_PURE": "1"}) as plain:
         assert sd.remotecall_fetch(has_c, swift[0])

@@ -29,7 +29,7 @@ from shmdist.wire.poller import Kick
 from tests.unit.test_link import contents, encode, pattern
 
 #: The sides of a mailbox, in Python and, where it was compiled, in C.
-MODULES = {"python": slots} | ({"c": native.slots} if native.slots else {})
+MODULES = {"python": slots} | ({"c": native.module} if native.module else {})
 BOXES = {
     name: type("Box", (Keeping, module.Lookout), {"receiver_type": module.Receiver})
     for name, module in MODULES.items()
@@ -427,17 +427,17 @@ def test_a_slot_that_is_used_again_goes_on_where_it_was(sides):
         box.used.discard(receiver.slot)
 
 
-@pytest.mark.skipif(native.slots is None, reason="it was not compiled here")
+@pytest.mark.skipif(native.module is None, reason="it was not compiled here")
 class TestInC:
     def test_it_is_what_lies_beside_it(self):
         folder = Path(slots.__file__).parent
-        sources = b"".join(path.read_bytes() for path in sorted(folder.glob("_slots*.[ch]")))
-        assert hashlib.sha256(sources).hexdigest() == native.slots.SOURCE, "compile it: tools/venv does"
-        assert native.slots.LAYOUT == (SLOTS, RING, MOST, REFUSED, LEFT, slots.UNSEEN)
-        assert mailbox.Sender is native.slots.Sender
+        sources = b"".join(path.read_bytes() for path in sorted(folder.glob("_native*.[ch]")))
+        assert hashlib.sha256(sources).hexdigest() == native.module.SOURCE, "compile it: tools/venv does"
+        assert native.module.LAYOUT == (SLOTS, RING, MOST, REFUSED, LEFT, slots.UNSEEN)
+        assert mailbox.Sender is native.module.Sender
 
     def test_bad_arguments_are_errors(self):
-        c = native.slots
+        c = native.module
         box = BOXES["c"].make(1)
         for slot in (-1, SLOTS):
             with pytest.raises(ValueError, match="no such slot"):
@@ -470,7 +470,7 @@ class TestInC:
             c.Sender(Small, 0)
 
     def test_what_was_not_made_does_nothing(self):
-        c = native.slots
+        c = native.module
         assert c.Sender.__new__(c.Sender).put(b"x", 0) == REFUSED
         assert c.Receiver.__new__(c.Receiver).open() == []
         c.Receiver.__new__(c.Receiver).done()
@@ -484,7 +484,7 @@ class TestInC:
         box = BOXES["c"].make(1)
         receiver = box.open_slot(None)
         receiver.seen(0)
-        sender = native.slots.Sender(box.segment, receiver.slot)
+        sender = native.module.Sender(box.segment, receiver.slot)
         sender.fence = box.fence = lambda: 1 / 0
         with pytest.raises(ZeroDivisionError):
             sender.put(b"x", 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 TOOL = Path(__file__).parents[2] / "tools" / "hatch_build.py"
-SOURCE = Path(__file__).parents[2] / "shmdist" / "wire" / "_slots.c"
+SOURCE = Path(__file__).parents[2] / "shmdist" / "wire" / "_native.c"
 
 
 @pytest.fixture
@@ -31,9 +31,9 @@ def build(hook, tmp_path):
     """Build in a copy of the sources; returns what the builder is told, and the warnings."""
     folder = tmp_path / "shmdist" / "wire"
     folder.mkdir(parents=True)
-    for path in SOURCE.parent.glob("_slots*.[ch]"):
+    for path in SOURCE.parent.glob("_native*.[ch]"):
         (folder / path.name).write_bytes(path.read_bytes())
-    old = folder / "_slots.abi3.so"
+    old = folder / "_native.abi3.so"
     old.write_bytes(b"old")
 
     def run():
@@ -51,8 +51,8 @@ def test_it_is_compiled(build):
     data, warnings, files = build()
     if warnings:
         pytest.skip(f"there is no compiler: {warnings}")
-    assert files == ["_slots.abi3.so"]
-    assert data["artifacts"] == ["/shmdist/wire/_slots.abi3.so"]
+    assert files == ["_native.abi3.so"]
+    assert data["artifacts"] == ["/shmdist/wire/_native.abi3.so"]
     assert not data["pure_python"]
     assert data["tag"].startswith("cp311-abi3-")
 
@@ -79,6 +79,6 @@ def test_it_can_be_left_alone(monkeypatch, value, wanted):
     from shmdist.wire import native
 
     monkeypatch.setenv("SHMDIST_PURE", value)
-    program = "from shmdist.wire import native; print(native.slots is not None)"
+    program = "from shmdist.wire import native; print(native.module is not None)"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == str(wanted and native.slots is not None)
+    assert found.stdout.strip() == str(wanted and native.module is not None)

@@ -70,7 +70,7 @@ static PyType_Slot record_slots[] = {
 };
 
 static PyType_Spec record_spec = {
-    "shmdist.wire._slots.Record", sizeof(Record), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    "shmdist.wire._native.Record", sizeof(Record), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
     record_slots,
 };
 

@@ -1,5 +1,5 @@
-/* The slots of a mailbox, in C: the same as wire/slots.py, which says what each thing is for.
- * The protocol, and which order of memory it needs, stands in wire/mailbox.py.
+/* What is in C. The slots of a mailbox stand here: the same as wire/slots.py, which says what each
+ * thing is for. The protocol, and which order of memory it needs, stands in wire/mailbox.py.
  *
  * What lies in a slot comes from another process, so each length is read once and held against
  * the room there is before it is used. Nothing here blocks or lets go of the interpreter, but
@@ -11,12 +11,14 @@
 #define Py_LIMITED_API 0x030b0000
 #include <Python.h>
 
-#include "_slots_memory.h"
+#include "_native_memory.h"
 
-#include "_slots_frame.h"
+#include "_native_frame.h"
+
+#include "_native_batch.h"
 
 #ifndef SOURCE
-#define SOURCE "" /* a digest of these three files */
+#define SOURCE "" /* a digest of these files */
 #endif
 
 static PyTypeObject *record_type, *sender_type, *receiver_type, *lookout_type;
@@ -138,7 +140,7 @@ static PyType_Slot sender_slots[] = {
 };
 
 static PyType_Spec sender_spec = {
-    "shmdist.wire._slots.Sender", sizeof(Sender), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, sender_slots,
+    "shmdist.wire._native.Sender", sizeof(Sender), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, sender_slots,
 };
 
 /* ------------------------------------------------------------------ Receiver */
@@ -311,7 +313,7 @@ static PyType_Slot receiver_slots[] = {
 };
 
 static PyType_Spec receiver_spec = {
-    "shmdist.wire._slots.Receiver", sizeof(Receiver), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, receiver_slots,
+    "shmdist.wire._native.Receiver", sizeof(Receiver), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, receiver_slots,
 };
 
 /* ------------------------------------------------------------------ Lookout */
@@ -506,7 +508,7 @@ static PyType_Slot lookout_slots[] = {
 };
 
 static PyType_Spec lookout_spec = {
-    "shmdist.wire._slots.Lookout", sizeof(Lookout), 0,
+    "shmdist.wire._native.Lookout", sizeof(Lookout), 0,
     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC, lookout_slots,
 };
 
@@ -530,11 +532,13 @@ static PyObject *settle(PyObject *module, PyObject *args) {
 
 static PyMethodDef functions[] = {
     {"settle", settle, METH_VARARGS, NULL},
+    {"advance", (PyCFunction)(void (*)(void))advance, METH_FASTCALL, NULL},
+    {"kinds", kinds, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "shmdist.wire._slots", NULL, -1, functions, NULL, NULL, NULL, NULL,
+    PyModuleDef_HEAD_INIT, "shmdist.wire._native", NULL, -1, functions, NULL, NULL, NULL, NULL,
 };
 
 static PyTypeObject *enter(PyObject *module, const char *name, PyType_Spec *spec) {
@@ -546,7 +550,7 @@ static PyTypeObject *enter(PyObject *module, const char *name, PyType_Spec *spec
     return (PyTypeObject *)type; /* the reference is this file's, for good */
 }
 
-PyMODINIT_FUNC PyInit__slots(void) {
+PyMODINIT_FUNC PyInit__native(void) {
     PyObject *module = PyModule_Create(&definition);
     if (module == NULL)
         return NULL;
