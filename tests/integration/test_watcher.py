@@ -274,6 +274,17 @@ def fork():
     return child
 
 
+@each_road
+def test_a_worker_that_becomes_another_program(host, server, tunnel):
+    """Its link ends with that; the watcher's copy does not keep it."""
+    pid, ospid, watcher = add(host, server, tunnel=tunnel)
+    sd.remote_do(os.execv, pid, "/bin/sleep", ["sleep", "600"])
+    until(are_gone(watcher), 0.5)
+    with within(1.5):  # for a second it is asked how the process ended, which it has not
+        until(lambda: pid not in sd.procs())
+    until(are_gone(ospid), what="it ends with its login")
+
+
 def test_none_is_wanted(host, start, monkeypatch):
     monkeypatch.setenv("SHMDIST_HEARTBEAT_TIMEOUT", "0")
     server = start(host.name, address=host.address, prefix=host.prefix)
