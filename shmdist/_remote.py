@@ -155,21 +155,20 @@ def _find_package(settings: dict[str, Any], tell: _Teller) -> str:
     return ""
 
 
-def _tie() -> None:
+def _tie() -> Any:
     """End with the master: with standard input, and with the server's process of this connection."""
     import threading
+
+    from shmdist.runtime.watcher import Watcher
 
     lifeline = os.dup(0)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
+    watcher = Watcher(lifeline)  # it forks, which is to be done before there are threads
 
     def wait() -> None:
-        try:
-            while os.read(lifeline, 65536):
-                pass
-        except OSError:
-            pass
+        watcher.wait()
         node = sys.modules.get("shmdist.runtime.node")
         if node is not None and node._current is not None:
             node._current.flush_own_output()
@@ -185,6 +184,7 @@ def _tie() -> None:
             os._exit(1)
     except (AttributeError, ImportError, OSError):
         pass
+    return watcher
 
 
 def _address(settings: dict[str, Any]) -> str | None:
@@ -235,7 +235,7 @@ def main() -> None:
         text = f"shmdist {settings['version']} on the master, and on {host} ({sys.executable}) {why}; "
         tell.say("error", message=text + "install the same version there, or pass bootstrap=True")
         sys.exit(1)
-    _tie()
+    watcher = _tie()
     import shmdist.owners  # noqa: F401 - what a worker answers besides calls
     from shmdist.managers.base import usable_cpus
     from shmdist.runtime.worker import start_worker
@@ -249,4 +249,5 @@ def main() -> None:
         bind_addr=_address(settings),
         port=settings["bind_port"],
         close_stdin=False,
+        watcher=watcher,
     )

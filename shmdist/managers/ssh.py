@@ -178,7 +178,7 @@ class SSHManager(ClusterManager):
                 reached = error
                 login.direct = False  # no need to find out again
         try:
-            connection = tunnel.bridge(login.dial(host, port, window_size=tunnel.WINDOW))
+            connection = tunnel.bridge(login.dial(host, port, window_size=tunnel.WINDOW), worker)
         except Exception as error:
             if reached is not None:
                 raise ConnectionError(

@@ -399,6 +399,13 @@ class RemoteWorker:
         self._close_pipe(False)
         self._close_pipe(True)
 
+    def beat(self) -> None:
+        """Let its watcher hear this process, by a byte on its standard input; it may block."""
+        channel = self._channel
+        if channel is not None:
+            with contextlib.suppress(OSError):  # it has ended
+                channel.send(b"\n")
+
     def wait(self, timeout: float) -> int | None:
         """Wait for the end of the remote process; return its exit code when it is known."""
         self._ended.wait(timeout)

@@ -3,7 +3,9 @@
 Two threads move the bytes, one for each direction.  Either end closes both.
 
 A third one, for each login, asks its server for a sign of life.  The server answers though the
-worker's interpreter is held for minutes, and from behind any number of jump hosts.
+worker's interpreter is held for minutes, and from behind any number of jump hosts.  It also gives the
+workers' watchers such signs, by their standard input: the tunnel itself may be full
+(``runtime.watcher``).
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from shmdist.wire import pulse
 if TYPE_CHECKING:
     import paramiko
 
+    from shmdist.managers.sshworker import RemoteWorker
+
 #: Bytes that may be on their way to us: twice what ``ssh`` asks for.  OpenSSH's server may hold as many in
 #: one piece, which grows by steps and is copied at each: with 16 MiB some transfers took 20 times as long.
 WINDOW = 1 << 22
@@ -27,23 +31,37 @@ _CHUNK = 1 << 18  # bytes moved at once
 
 
 class Pulse:
-    """Asks the server of a login for signs of life, and counts its answers."""
+    """Asks the server of a login for signs of life, counts its answers, and gives workers such signs."""
 
     def __init__(self, transport: paramiko.Transport, seconds: float) -> None:
         self._transport = transport
         self._pause = seconds / 4
         self.answers = 0
+        self._workers: weakref.WeakSet[RemoteWorker] = weakref.WeakSet()
+        self._adding = threading.Lock()  # guards `_workers`
         threading.Thread(target=self._run, name="shmdist-ssh-pulse", daemon=True).start()
 
     def _run(self) -> None:
         transport = self._transport
         with contextlib.suppress(Exception):
             while transport.is_active():
+                self._beat()
                 # No server knows it, so each refuses it, and that is an answer.
                 transport.global_request("keepalive@openssh.com", wait=True)
                 if transport.is_active():
                     self.answers += 1
                 transport.join(self._pause)  # a thread: so we sleep no longer than it lives
+
+    def _beat(self) -> None:
+        with self._adding:
+            workers = list(self._workers)
+        for worker in workers:
+            worker.beat()
+
+    def keep(self, worker: RemoteWorker) -> None:
+        """Give a worker signs of life from now on."""
+        with self._adding:
+            self._workers.add(worker)
 
     def end(self) -> None:
         """Close the login without a word to its server."""
@@ -83,8 +101,8 @@ class TunnelConnection(Connection):
             self.pulse.end()
 
 
-def bridge(channel: paramiko.Channel) -> TunnelConnection:
-    """Return a connection whose bytes go through a channel."""
+def bridge(channel: paramiko.Channel, worker: RemoteWorker) -> TunnelConnection:
+    """Return a connection to a worker, whose bytes go through a channel."""
     ours, theirs = socket.socketpair()
     for end in (ours, theirs):
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
@@ -96,6 +114,8 @@ def bridge(channel: paramiko.Channel) -> TunnelConnection:
         ).start()
     connection = TunnelConnection(ours.detach())
     connection.pulse = pulse_of(channel.get_transport())
+    if connection.pulse is not None:
+        connection.pulse.keep(worker)
     return connection
 
 

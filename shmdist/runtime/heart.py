@@ -1,7 +1,7 @@
 """Hosts that fall silent: found, and their processes given up, whatever anybody is doing.
 
 A cable that is pulled or a machine that is suspended ends no connection: nothing comes any
-more, and nothing says so.  Each process looks at its links to other hosts, ten times within
+more, and nothing says so.  Each process looks at its links to other hosts, twenty times within
 `SHMDIST_HEARTBEAT_TIMEOUT`, and shuts those on which nothing has come for nearly so long.  The
 rest follows as from any link that ends: who waits for that process gets
 `ProcessExitedException`, with calls under way or none, and a write that is blocked there ends.
@@ -22,6 +22,9 @@ a manager's own         ``connection.heard()``, a value that BEAT
                         there
 ======================= ==================================== ===================================
 
+A worker's watcher hears what the worker does, and through a login also what comes on the worker's
+standard input, where process 1 sends a byte every fourth of the time.
+
 So in all the cases that matter:
 
 - *cut off, suspended, switched off*: no kernel and no server answers; silent.
@@ -35,8 +38,15 @@ tell that its client is gone.  So process 1 sends BEAT there, and the worker cou
 came.  There, and only there, a process 1 that is stopped or holds its interpreter for longer than
 the timeout is taken for dead by its workers.
 
-A worker that cannot hear process 1 any more ends itself: nothing of a cluster outlives its
-road.  One thread does all this, in processes that have such links; it sleeps between looks.
+A worker that cannot hear process 1 any more ends itself.  One thread does all this, in processes
+that have such links; it sleeps between looks.
+
+That thread needs the interpreter, which a function of a worker may hold for hours.  So beside each
+worker that was launched by SSH there is a small process, its watcher, which hears what the worker's
+heart hears and kills a worker that does not end itself.  It acts after the heart, and within the
+timeout: *nothing of a cluster outlives its road by more than* `SHMDIST_HEARTBEAT_TIMEOUT`.  See
+``runtime.watcher``.  Workers of a manager's own, and those on systems that do not count what comes
+on a socket (macOS), live on until the function comes back.
 """
 
 from __future__ import annotations
@@ -54,9 +64,7 @@ if TYPE_CHECKING:
     from shmdist.runtime.node import Node
     from shmdist.wire.link import Link
 
-_LOOKS = 10  # within the timeout
-_LIMIT = 0.85  # of the timeout: with a look and the telling, it is not exceeded
-_BEATS = 3  # looks between two beats
+_BEATS = 6  # looks between two beats
 _log = Log("heart")
 
 
@@ -96,7 +104,7 @@ class Heart:
 
     def _run(self) -> None:
         timeout = pulse.timeout()
-        pause = timeout / _LOOKS
+        pause = timeout / pulse.LOOKS
         turn = 0
         while not self._closed.wait(pause):
             turn += 1
@@ -121,7 +129,7 @@ class Heart:
             return False
         silence = self._links.get(link)
         if silence is None:
-            silence = self._links[link] = pulse.Silence(pause, timeout * _LIMIT)
+            silence = self._links[link] = pulse.Silence(pause, timeout * pulse.LIMIT)
         return silence.look(now, heard)
 
     def _heard(self, link: Link) -> Any:

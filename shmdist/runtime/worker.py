@@ -11,7 +11,8 @@ whatever this process is doing:
 - the host of process 1 has been silent for too long (``runtime.heart``);
 - a thread that holds the interpreter for minutes lets nobody read.  So the pipe on which
   the cookie came is kept, and the system is asked to kill this process when its other
-  end closes.
+  end closes.  A worker on another host is killed when the SSH server's process of its login
+  ends, and by its watcher when the road is cut (``runtime.watcher``).
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from typing import TextIO
 
+    from shmdist.runtime.watcher import Watcher
+
 _log = Log("worker")
 _PATIENCE = 0.2  # seconds a busy main thread gets to come back when the worker is told to end
 
@@ -57,6 +60,7 @@ def start_worker(
     local: bool = False,
     close_stdin: bool = True,
     stderr_to_stdout: bool = False,
+    watcher: Watcher | None = None,
 ) -> None:
     """Be a worker: listen, tell where, and serve until process 1 ends it or is gone.
 
@@ -80,6 +84,8 @@ def start_worker(
         Give the worker's functions an empty standard input.
     stderr_to_stdout : bool
         Send what goes to standard error to standard output.
+    watcher : optional
+        For the library's own use: what watches the road to process 1 while the interpreter is held.
 
     Notes
     -----
@@ -110,6 +116,9 @@ def start_worker(
     bind_addr = settings.get("bind_addr", bind_addr)
     prepare(settings, close_stdin, stderr_to_stdout)
     node = init_worker(cookie)
+    if watcher is not None:
+        node.settings["watcher"] = watcher
+        node.inherited.append(watcher)
     if "page" in settings:
         page = node.settings["page"] = Page(settings["page"])
         page.close_fd()
@@ -232,6 +241,8 @@ class _Worker:
         self._learn(join.peers)
         if frame.link.pid == -1:
             self._on_hello_from_master(frame.link)
+        if "watcher" in node.settings:
+            node.settings["watcher"].watch(frame.link.socket, node.heart.carried)
         # Where the interpreter is process 1's own, so is its numpy: no need to look for that.
         mine = own_versions(numpy=join.settings.get("prefix") != sys.prefix)
         node.post(frame.link, int(Kind.RESULT), 0, frame.call_id, codec.dumps((me, tuple(mine))))

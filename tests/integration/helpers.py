@@ -123,6 +123,13 @@ def is_alive(ospid):
     return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
+def name_of(ospid):
+    """Return the short name that a process has for the system; empty when it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{ospid}/comm").read_text().strip()
+    return ""
+
+
 def cpu_ticks(ospid):
     """Return the processor time that a process has used, in clock ticks."""
     fields = Path(f"/proc/{ospid}/stat").read_text().rpartition(")")[2].split()

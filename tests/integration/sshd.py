@@ -174,12 +174,30 @@ class Host:
             subprocess.run(["ip", *command.split()], check=True, capture_output=True)
         self.prefix = ("ip", "netns", "exec", self.name)
 
-    def remove(self):
+    def processes(self):
+        """Return the processes that run there."""
         inside = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True)
-        for ospid in inside.stdout.split():  # servers, which would not see that the line is gone
-            kill(int(ospid))
+        return [int(word) for word in inside.stdout.split()]
+
+    def line_down(self):
+        run(f"ip link set {self._line} down")
+
+    def lose_all(self):
+        """Lose what is sent, in both directions, while the line seems to be up: it goes to a card that is not there."""
+        run(f"ip neighbour replace {self.address} lladdr 02:00:00:00:00:01 dev {self._line} nud permanent")
+        run(
+            f"ip -n {self.name} neighbour replace {self.here} lladdr 02:00:00:00:00:01 dev eth0 nud permanent"
+        )
+
+    def remove(self):
+        for ospid in self.processes():  # servers, which would not see that the line is gone
+            kill(ospid)
         subprocess.run(["ip", "link", "delete", self._line], check=False, capture_output=True)
         subprocess.run(["ip", "netns", "delete", self.name], check=False, capture_output=True)
+
+
+def run(command):
+    subprocess.run(command.split(), check=True, capture_output=True)
 
 
 def can_make_hosts():

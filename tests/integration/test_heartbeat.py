@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import subprocess
 import threading
 import time
 
@@ -41,20 +40,6 @@ def server(host, start):
     return start(host.name, address=host.address, prefix=host.prefix)
 
 
-def run(command):
-    subprocess.run(command.split(), check=True, capture_output=True)
-
-
-def line_down(host):
-    run(f"ip link set {host._line} down")
-
-
-def lose_all(host):
-    """Lose what is sent, in both directions, while the line seems to be up: it goes to a card that is not there."""
-    run(f"ip neighbour replace {host.address} lladdr 02:00:00:00:00:01 dev {host._line} nud permanent")
-    run(f"ip -n {host.name} neighbour replace {host.here} lladdr 02:00:00:00:00:01 dev eth0 nud permanent")
-
-
 def gone(ospid):
     return lambda: not helpers.is_alive(ospid)
 
@@ -85,7 +70,7 @@ def waits_for(function):
     return result
 
 
-@pytest.mark.parametrize("cut", [line_down, lose_all])
+@pytest.mark.parametrize("cut", [Host.line_down, Host.lose_all])
 @pytest.mark.parametrize("tunnel", [False, True], ids=["direct", "tunnel"])
 def test_a_call_under_way(host, server, cut, tunnel):
     pid, ospid = add(server, tunnel=tunnel)
@@ -104,7 +89,7 @@ def test_a_call_under_way(host, server, cut, tunnel):
 @pytest.mark.parametrize("tunnel", [False, True], ids=["direct", "tunnel"])
 def test_no_call_under_way(host, server, tunnel):
     pid, ospid = add(server, tunnel=tunnel)
-    lose_all(host)
+    host.lose_all()
     with within(TIMEOUT + 0.3):
         until(lambda: pid not in sd.procs(), TIMEOUT + 1)
     with within(0.5), pytest.raises(sd.ProcessExitedException):
@@ -116,7 +101,7 @@ def test_no_call_under_way(host, server, tunnel):
 def test_a_write_that_is_blocked(host, server, tunnel):
     pid, ospid = add(server, tunnel=tunnel)
     assert sd.remotecall_fetch(abs, pid, -1) == 1
-    lose_all(host)
+    host.lose_all()
     at = time.monotonic()
     call = waits_for(lambda: sd.remotecall_fetch(len, pid, np.ones(16 << 20)))
     error, when = call()
@@ -174,7 +159,7 @@ def test_relayed_workers_learn_it_from_process_1(brief, start):
         call = waits_for(lambda: sd.remotecall_fetch(sd.remotecall_fetch, first, time.sleep, second, 60))
         until(lambda: current_node().pending, 2)
         at = time.monotonic()
-        lose_all(made[1])
+        made[1].lose_all()
         error, when = call()
         assert isinstance(error, sd.ProcessExitedException | sd.RemoteException), error
         assert when - at < TIMEOUT + 0.5

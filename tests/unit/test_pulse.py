@@ -1,5 +1,6 @@
 """Signs of life: the setting, what the kernel counts, and how silence is measured."""
 
+import contextlib
 import socket
 import time
 
@@ -63,6 +64,24 @@ def test_so_has_one_whose_reader_does_not_read(pair):
     for _ in range(2):
         before = pulse.counts(ours)[0]
         until(lambda before=before: pulse.counts(ours)[0] > before, 3, "their kernel asks")
+
+
+def test_so_has_one_where_both_do_not_read(pair):
+    """No keep-alive is sent where data waits; and what is asked instead is asked often enough."""
+    for sock in pair:
+        pulse.keep_alive(sock, 6.0)
+        with contextlib.suppress(OSError):
+            sock.getsockopt(socket.IPPROTO_TCP, 44)
+            continue
+        pytest.skip("Linux before 6.15: nothing limits the pauses")
+    for sock in pair:
+        sock.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                sock.send(bytes(1 << 16))
+    for _ in range(8):  # by then the pauses would be longer
+        before = pulse.counts(pair[0])[0]
+        until(lambda before=before: pulse.counts(pair[0])[0] > before, 1.5, "a kernel asks")
 
 
 @pytest.mark.parametrize("seconds", [2.0, 3.0, 20.0, 3600.0, 100_000.0])
