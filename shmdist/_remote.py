@@ -238,12 +238,12 @@ def main() -> None:
     watcher = _tie()
     import shmdist.owners  # noqa: F401 - what a worker answers besides calls
     from shmdist.managers.base import usable_cpus
-    from shmdist.runtime.worker import start_worker
+    from shmdist.runtime.worker import be_worker
 
     numpy = _numpy(settings, host)
     tell.say("hello", pid=os.getpid(), host=host, python=mine, numpy=numpy, cpus=usable_cpus())
     out: Any = tell
-    start_worker(
+    be_worker(
         settings["cookie"],
         out,
         bind_addr=_address(settings),

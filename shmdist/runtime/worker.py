@@ -60,7 +60,6 @@ def start_worker(
     local: bool = False,
     close_stdin: bool = True,
     stderr_to_stdout: bool = False,
-    watcher: Watcher | None = None,
 ) -> None:
     """Be a worker: listen, tell where, and serve until process 1 ends it or is gone.
 
@@ -84,8 +83,6 @@ def start_worker(
         Give the worker's functions an empty standard input.
     stderr_to_stdout : bool
         Send what goes to standard error to standard output.
-    watcher : optional
-        For the library's own use: what watches the road to process 1 while the interpreter is held.
 
     Notes
     -----
@@ -103,6 +100,29 @@ def start_worker(
         $ echo mycookie | python -m shmdist worker
         shmdist_worker:9009#127.0.0.1
     """
+    be_worker(
+        cookie,
+        out,
+        bind_addr=bind_addr,
+        port=port,
+        local=local,
+        close_stdin=close_stdin,
+        stderr_to_stdout=stderr_to_stdout,
+    )
+
+
+def be_worker(
+    cookie: str | bytes | None,
+    out: TextIO | None,
+    *,
+    bind_addr: str | None,
+    port: int,
+    local: bool = False,
+    close_stdin: bool,
+    stderr_to_stdout: bool = False,
+    watcher: Watcher | None = None,
+) -> None:
+    """Do what :func:`start_worker` says, with a watcher when there is one."""
     settings: dict[str, Any] = {}
     if cookie is None:
         line = sys.stdin.readline().strip()
