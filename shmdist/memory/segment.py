@@ -131,7 +131,7 @@ class Segment:
         self.fd = fd
         self._array: Any = None
         self._address = 0
-        self.spares = Spares(self._map_privately)
+        self.spares = Spares()
         try:
             if size > address_space() // 2:  # the program will want some for itself
                 raise OSError(errno.ENOMEM, "there is little address space left")
@@ -250,7 +250,11 @@ class Segment:
             There is no room for the mapping.
         """
         start = offset // PAGE * PAGE
-        return self.spares.take(start, whole_pages(offset + nbytes - start))
+        return self.spares.take(start, whole_pages(offset + nbytes - start), self._map_privately)
+
+    def tidy_spares(self) -> None:
+        """Make the private mappings that are not in use ready for the next arrays; in a quiet moment."""
+        self.spares.tidy(self._map_privately)
 
     def _map_privately(self, start: int, size: int) -> PrivateView:
         return PrivateView(self.fd, start, size)

@@ -26,14 +26,11 @@ _MOST = 8  # mappings of a segment that are kept
 class Spares:
     """The private mappings of a segment that are not in use.
 
-    Parameters
-    ----------
-    make : callable
-        ``make(start, size)`` maps a part.
+    ``make(start, size)`` maps a part. It is the segment's, and given each time: kept here, it
+    would keep the segment until the next garbage collection.
     """
 
-    def __init__(self, make: Callable[[int, int], PrivateView]) -> None:
-        self._make = make
+    def __init__(self) -> None:
         self._used: deque[PrivateView] = deque()  # as their users left them; anybody may append
         self._lock = threading.Lock()  # guards all else; held while one is cleaned
         self._clean: dict[Part, list[PrivateView]] = {}
@@ -45,7 +42,7 @@ class Spares:
     def __len__(self) -> int:
         return len(self._used) + sum(map(len, list(self._clean.values())))
 
-    def take(self, start: int, size: int) -> PrivateView:
+    def take(self, start: int, size: int, make: Callable[[int, int], PrivateView]) -> PrivateView:
         """Return a clean mapping of a part, for an array to use.
 
         Raises
@@ -65,14 +62,14 @@ class Spares:
                         view.clean()
                         self._short[part] += 1
                         return view
-        return self._make(start, size)
+        return make(start, size)
 
     def rest(self, view: PrivateView) -> None:
         """Take a mapping back that nothing looks into any more. It never blocks."""
         if view.size >= _WORTH_KEEPING and len(self) < _MOST:
             self._used.append(view)
 
-    def tidy(self) -> None:
+    def tidy(self, make: Callable[[int, int], PrivateView]) -> None:
         """Make what is kept ready for the next arrays; in a quiet moment."""
         while self._used:
             with self._lock:
@@ -87,7 +84,7 @@ class Spares:
                 part, number = self._short.popitem()
             for _ in range(min(number, _MOST - len(self))):
                 try:
-                    view = self._make(*part)
+                    view = make(*part)
                     view.populate()
                 except OSError:
                     return

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 SPIN = 50e-6  # seconds a reader polls before it sleeps
 GRACE = 1e-3  # seconds a call may run before the reading is taken over from it
 _NAPS = 20  # so many times that, when the thread that had the reading runs no call
+_PATIENCE = 3  # times that calls are left to it while it does not come
 _CALL, _OP, _RESULT, _CANCEL = int(Kind.CALL), int(Kind.OP), int(Kind.RESULT), int(Kind.CANCEL)
 _log = Log("dispatch")
 _now = time.perf_counter
@@ -83,6 +84,7 @@ class Dispatcher(Sources):
         self._last = 0.0  # when it was, last
         self._lively = 0.0  # and when it was some turns ago
         self._napping = False  # a standby thread is awake and will try the baton
+        self._left = 0  # how often calls were left to a worker's main thread since it last read
         self._main: Strand | None = None  # a worker's main thread
         self._main_cell: Cell | None = None  # a worker's main thread, waiting for the baton or a job
         self._main_jobs: deque[Callable[[], None]] = deque()
@@ -317,6 +319,7 @@ class Dispatcher(Sources):
         cell = Cell()
         while not self.closing:
             if self._take():
+                self._left = 0
                 self._serve(strand, cell, forever=True)
                 continue
             lock = threading.Lock()
@@ -343,6 +346,7 @@ class Dispatcher(Sources):
         spin_until = _now() + SPIN if forever else 0.0
         while not self.closing:
             if not forever and (self._main_cell is not None or (leave and inbox and self._main_returns())):
+                self._left += bool(inbox)
                 break  # the main thread is free, and the better one: signals reach it
             if inbox:
                 item = inbox.popleft()
@@ -353,6 +357,8 @@ class Dispatcher(Sources):
                 self._run(item, strand)
                 if not self._take():
                     return
+                if forever:
+                    self._left = 0
                 self._leader = cell
                 spin_until = _now() + SPIN
             elif poll(0):
@@ -406,8 +412,9 @@ class Dispatcher(Sources):
         if woken:
             self.poller.unwake()
             self.threads.guarded(self._node.housekeeping)
-        leave = True
-        if _now() - self._last < GRACE and not self._followers:
+        # A main thread that was waited for in vain is busy, with a long answer say.
+        leave = self._left < _PATIENCE
+        if leave and _now() - self._last < GRACE and not self._followers:
             leave = self._nap()
         if self._take():
             self._serve(strand, Cell(), forever=False, leave=leave)

@@ -227,7 +227,7 @@ class Keeper:
                 _log.info("no block for process %d: %s", pid, error)
         sharing.pay()
         for segment in list(sharing.holds.segments.values()):
-            segment.spares.tidy()
+            segment.tidy_spares()
         now = time.monotonic()
         while self._kept and self._kept[0][0] < now:
             self._kept.popleft()

@@ -15,6 +15,7 @@ about to leave a message, though the link has ended here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import threading
@@ -61,7 +62,7 @@ class Mail:
             link = receiver.link
             try:
                 link.read_mail(frames)
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 _log.warning("%r is ended: %s", link, error)
                 link.shut()
 
@@ -126,6 +127,7 @@ class Mail:
     def wake(self, links: list[Link]) -> None:
         """Wake the receivers for whom something was left by these links, all at once if that can be."""
         links = list(dict.fromkeys(links))
+        unaware = [link for link in links if link.hears_bells] if len(links) > 1 else []
         if len(links) > 1:
             with self._lock:
                 listening = sum(link.has_bell for link in self._links)
@@ -134,11 +136,11 @@ class Mail:
             if self._bell is not None and len(ringing) > 1 and 2 * len(ringing) >= listening:
                 self._bell.set()
                 links = [link for link in links if link not in ringing]
-            unaware = [link for link in links if link.hears_bells]
-            if unaware:
-                self._node.dispatcher.start(lambda: self._give_bell(unaware))
         for link in links:
             link.wake()
+        if unaware:
+            with contextlib.suppress(RuntimeError):  # no thread can be had: the next time, then
+                self._node.dispatcher.start(lambda: self._give_bell(unaware))
 
     def _give_bell(self, links: list[Link]) -> None:
         """Tell processes by which bell they are woken from now on."""
@@ -147,9 +149,9 @@ class Mail:
                 with self._lock:
                     if self._closing or link.closed or not link.hears_bells:
                         continue
+                    link.hears_bells = False  # it is told once
                     if self._bell is None:
                         self._bell = Kick()
-                    link.hears_bells = False  # it is told once
                 _send(link, _BELL, self._bell.setter, False)
             except LinkClosed:
                 pass

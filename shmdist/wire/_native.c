@@ -69,7 +69,7 @@ static int sender_init(Sender *self, PyObject *args, PyObject *kwargs) {
     self->head_word = self->words + HEADS + slot;
     self->tail_word = self->words + TAILS + slot;
     self->seen_word = self->words + SEEN + slot;
-    self->head = load(self->head_word);
+    self->head = load(self->head_word) & ~(uint64_t)7; /* whoever wrote it */
     self->tail = load(self->tail_word);
     return 0;
 }
@@ -191,7 +191,7 @@ static int receiver_init(Receiver *self, PyObject *args, PyObject *kwargs) {
     self->head_word = words + HEADS + self->slot;
     self->tail_word = words + TAILS + self->slot;
     self->seen_word = words + SEEN + self->slot;
-    self->tail = self->next = load(self->head_word);
+    self->tail = self->next = load(self->head_word) & ~(uint64_t)7; /* whoever wrote it */
     store(self->tail_word, self->tail);
     return 0;
 }
@@ -390,7 +390,7 @@ failed:
 }
 
 static int is_receiver(PyObject *object) {
-    if (Py_TYPE(object) == receiver_type)
+    if (Py_TYPE(object) == receiver_type && ((Receiver *)object)->memory && ((Receiver *)object)->link)
         return 1;
     PyErr_SetString(PyExc_TypeError, "it must be a Receiver");
     return 0;

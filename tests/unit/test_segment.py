@@ -198,7 +198,7 @@ class TestPrivateView:
             assert cleaned == [first] * kept, "there was no quiet moment"
             cleaned.clear()
             del first
-        segment.spares.tidy()
+        segment.tidy_spares()
         assert len(segment.spares) == 1, "one was short"
         views = [segment.private(0, MIB), segment.private(0, MIB)]
         assert cleaned == []
@@ -209,9 +209,24 @@ class TestPrivateView:
         segment.spares.drop()
         assert len(segment.spares) == 0
         segment.spares.rest(views[0])
-        segment.spares.tidy()
+        segment.tidy_spares()
         assert cleaned == [views[0]]
         assert self.as_array(segment.private(0, MIB))[0] == 0
+
+    def test_a_segment_goes_without_the_collector(self):
+        import gc
+        import weakref
+
+        gc.disable()
+        try:
+            segment = Segment.make(1, 1, MIB)
+            segment.spares.rest(segment.private(0, MIB))
+            segment.tidy_spares()
+            gone = weakref.ref(segment)
+            del segment
+            assert gone() is None
+        finally:
+            gc.enable()
 
     def test_no_room_for_another_is_no_harm(self, segment, monkeypatch):
         segment.spares.rest(segment.private(0, MIB))
@@ -220,8 +235,8 @@ class TestPrivateView:
         def refuse(start, size):
             raise OSError("no room")
 
-        segment.spares._make = refuse
-        segment.spares.tidy()
+        segment._map_privately = refuse
+        segment.tidy_spares()
         assert len(segment.spares) == 0
         segment.spares.rest(view)
         assert segment.private(0, MIB) is view
