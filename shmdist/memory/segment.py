@@ -178,11 +178,6 @@ class Segment:
             os.close(fd)
 
     @property
-    def memory(self) -> Any:
-        """The memory as something whose slices are copies."""
-        return self._map
-
-    @property
     def array(self) -> Any:
         """The memory as a numpy array of bytes."""
         if self._array is None:

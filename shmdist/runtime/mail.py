@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from shmdist._log import Log
 from shmdist.memory.segment import Window
+from shmdist.runtime.strand import current
 from shmdist.wire import codec
 from shmdist.wire.link import Link, LinkClosed
 from shmdist.wire.mailbox import SIZE, Mailbox, Sender
@@ -126,7 +127,14 @@ class Mail:
 
     def wake(self, links: list[Link]) -> None:
         """Wake the receivers for whom something was left by these links, all at once if that can be."""
-        links = list(dict.fromkeys(links))
+        strand = current()
+        strand.enter()  # an interrupt must not come between a write and the note of it
+        try:
+            self._wake(list(dict.fromkeys(links)))
+        finally:
+            strand.leave()
+
+    def _wake(self, links: list[Link]) -> None:
         unaware = [link for link in links if link.hears_bells] if len(links) > 1 else []
         if len(links) > 1:
             with self._lock:
