@@ -14,6 +14,7 @@ from shmdist.batches import BatchRunner
 from shmdist.errors import ShmdistError, capture, remote_exception
 from shmdist.pools import default_worker_pool
 from shmdist.runs import Run
+from shmdist.runtime.mail import Together
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.replies import Reply, pack_error, unpack_error
 from shmdist.runtime.strand import Cell, current
@@ -21,7 +22,6 @@ from shmdist.shipping import Shipped
 from shmdist.sizes import positive_integer
 from shmdist.tasks import async_
 from shmdist.wire import codec
-from shmdist.wire.link import Link
 from shmdist.wire.messages import BY_ID, IS_ERROR, NO_LANE, WANT_VALUE, Kind
 
 
@@ -373,21 +373,21 @@ def scatter(f: Callable[..., Any], parts: Iterable[tuple[int, tuple[Any, ...]]])
     strand = current()
     parts = list(parts)
     over = _Over(node, len(parts))
-    unwoken: list[Link] = []
-    how: dict[str, Any] = {"lane": NO_LANE, "callback": over.note, "unwoken": unwoken}
     try:
-        for pid, arguments in parts:
-            if pid == node.pid:
-                replies.append(_Here(node, f, arguments, over.note))
-                continue
-            payload = codec.dumps((shipped.number, arguments, {}), "the chunk")
-            strand.enter()
-            try:
-                shipped.send_to(pid, unwoken)
-                replies.append(node.request(pid, _CALL, WANT_VALUE | BY_ID, payload, **how))
-            finally:
-                strand.leave()
-        node.dispatcher.mail.wake(unwoken)
+        with Together(node.dispatcher.mail) as unwoken:
+            how: dict[str, Any] = {"lane": NO_LANE, "callback": over.note, "unwoken": unwoken}
+            for pid, arguments in parts:
+                if pid == node.pid:
+                    replies.append(_Here(node, f, arguments, over.note))
+                    continue
+                payload = codec.dumps((shipped.number, arguments, {}), "the chunk")
+                strand.enter()
+                try:
+                    shipped.send_to(pid, unwoken)
+                    replies.append(node.request(pid, _CALL, WANT_VALUE | BY_ID, payload, **how))
+                finally:
+                    strand.leave()
+                unwoken.turn()
         strand.enter()
         try:
             node.wait(over)

@@ -42,6 +42,7 @@ from shmdist.assignments import Assignments, Batch, Division
 from shmdist.batches import BatchRunner, Results, note_key
 from shmdist.errors import ProcessExitedException
 from shmdist.runtime.dispatch import SPIN
+from shmdist.runtime.mail import Together
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.replies import Reply, unpack_error
 from shmdist.runtime.strand import Cell, current
@@ -49,7 +50,7 @@ from shmdist.shipping import Shipped
 from shmdist.sizes import Sizes
 from shmdist.wire import codec
 from shmdist.wire.apart import Unreadable, pack
-from shmdist.wire.link import Link, LinkClosed
+from shmdist.wire.link import LinkClosed, Unwoken
 from shmdist.wire.messages import BY_ID, IS_ERROR, NOT_RUN, WANT_VALUE, Kind, Parts
 
 _JOINED = 1 << 16  # bytes of several frames that are written as one piece
@@ -206,12 +207,10 @@ class Run:
                     break
                 plan.setdefault(pid, []).append(batch)
                 have[pid] += 1
-        unwoken: list[Link] = []
-        try:
+        with Together(self.node.dispatcher.mail) as unwoken:
             for pid, batches in plan.items():
                 self._send(pid, batches, ready, unwoken)
-        finally:
-            self.node.dispatcher.mail.wake(unwoken)
+                unwoken.turn()
         if not plan and hungry:
             self.out.rebalance(pids, self.sizes.cost)
 
@@ -265,7 +264,7 @@ class Run:
         self.drawn += count
         return Batch(pid, range(start, start + count), elements)
 
-    def _send(self, pid: int, batches: list[Batch], ready: list[Outcome], unwoken: list[Link]) -> None:
+    def _send(self, pid: int, batches: list[Batch], ready: list[Outcome], unwoken: Unwoken) -> None:
         """Send batches to a worker, in one go; `unwoken` as in ``Link.leave``."""
         node = self.node
         if pid == node.pid:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from packaging.tags import sys_tags
 
 NAME = "shmdist/wire/_native"
 FLAGS = ("-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter")
@@ -23,15 +24,16 @@ class Hook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile; on failure the package is one of pure Python."""
         root = Path(self.root)
-        target = root / f"{NAME}.abi3.so"
-        target.unlink(missing_ok=True)  # never an old one with a new source
+        target = root / f"{NAME}.abi3.so"  # an older one that stays is not used (wire/native.py)
         why = _compile(root / f"{NAME}.c", target)
         if why:
             self.app.display_warning(f"shmdist: without its part in C, calls take longer: {why}")
             return
         build_data["artifacts"].append(f"/{NAME}.abi3.so")
         build_data["pure_python"] = False
-        system = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        # What is compiled here asks for this system, and not for the oldest ones (manylinux).
+        systems = (tag.platform for tag in sys_tags())
+        system = next(name for name in systems if "manylinux" not in name and "musllinux" not in name)
         build_data["tag"] = f"cp311-abi3-{system}"
 
 

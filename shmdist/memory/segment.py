@@ -294,6 +294,8 @@ class PrivateView:
         The part; bytes, multiples of the page size.
     """
 
+    can_be_cleaned = _LINUX
+
     def __init__(self, fd: int, start: int, size: int) -> None:
         self.start = start
         self.size = size

@@ -66,7 +66,7 @@ class Spares:
 
     def rest(self, view: PrivateView) -> None:
         """Take a mapping back that nothing looks into any more. It never blocks."""
-        if view.size >= _WORTH_KEEPING and len(self) < _MOST:
+        if view.can_be_cleaned and view.size >= _WORTH_KEEPING and len(self) < _MOST:
             self._used.append(view)
 
     def tidy(self, make: Callable[[int, int], PrivateView]) -> None:

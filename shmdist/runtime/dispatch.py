@@ -412,7 +412,7 @@ class Dispatcher(Sources):
         if woken:
             self.poller.unwake()
             self.threads.guarded(self._node.housekeeping)
-        # A main thread that was waited for in vain is busy, with a long answer say.
+        # A main thread that was waited for in vain, or told us so, is busy with a long answer.
         leave = self._left < _PATIENCE
         if leave and _now() - self._last < GRACE and not self._followers:
             leave = self._nap()
@@ -430,7 +430,7 @@ class Dispatcher(Sources):
         """Leave the reading to the thread that had the baton a moment ago; False if it stays away long."""
         self._napping = True
         turns, naps = -1, 0
-        while not self.closing and not self._followers:
+        while not self.closing and not self._followers and self._left < _PATIENCE:
             # A worker's main thread that runs no user code is about to be back, though the system may
             # let it wait: calls had better run there, where interrupts reach all of them.
             main = self._main
@@ -440,7 +440,14 @@ class Dispatcher(Sources):
             # Where many calls block, each new one is probably going to block as well.
             time.sleep(GRACE if len(self.threads) < 8 else GRACE / 10)
         self._napping = False
-        return naps <= _NAPS
+        return naps <= _NAPS and self._left < _PATIENCE
+
+    def held_up(self) -> bool:
+        """Take note that this thread waits to write an answer; False, for that is not to be given up."""
+        main = self._main
+        if main is not None and main.ident == threading.get_ident():
+            self._left = _PATIENCE
+        return False
 
     # ------------------------------------------------------------------ end
 

@@ -226,14 +226,15 @@ class Keeper:
             except Exception as error:  # the process for which it is has gone meanwhile, say
                 _log.info("no block for process %d: %s", pid, error)
         sharing.pay()
-        for segment in list(sharing.holds.segments.values()):
-            segment.tidy_spares()
         now = time.monotonic()
+        idle = now - self._last_use >= IDLE
+        if not idle:  # else they are taken down
+            for segment in list(sharing.holds.segments.values()):
+                segment.tidy_spares()
         while self._kept and self._kept[0][0] < now:
             self._kept.popleft()
         with sharing.lock:
             over = sharing.arena.total - sharing.arena.cold > max(self.limit, sharing.arena.lent)
-        idle = now - self._last_use >= IDLE
         if over or idle:
             self._cool()
 

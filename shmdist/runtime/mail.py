@@ -19,6 +19,7 @@ import contextlib
 import os
 import pickle
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from shmdist._log import Log
@@ -33,8 +34,34 @@ from shmdist.wire.poller import Kick
 if TYPE_CHECKING:
     from shmdist.runtime.node import Node
 
+_SOON = 2e-4  # seconds for which a receiver may have to wait until others can be woken with it
 LIVELY = 8  # reads of a link after which it gets a slot
 _log = Log("mail")
+
+
+class Together(list[Link]):
+    """Links by which something is being left, whose receivers are woken together at the end of the block."""
+
+    def __init__(self, mail: Mail) -> None:
+        super().__init__()
+        self._mail = mail
+        self._since = time.perf_counter()
+
+    def __enter__(self) -> Together:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self:
+            self._mail.wake(self)
+
+    def turn(self) -> None:
+        """Wake those who have waited for a while: what comes next may take as long."""
+        now = time.perf_counter()
+        if now - self._since > _SOON:
+            self._since = now
+            if self:
+                self._mail.wake(self)
+                self.clear()
 
 
 class Mail:
@@ -110,11 +137,15 @@ class Mail:
             link.give_fd_back(fd)  # it is the next frame's: ours was lost
             return
         if slot == _KICK:
-            link.kick_out, link.hears_bells = fd, bells
+            link.take_kick(fd, bells)
             return
         if slot == _BELL:
-            self._bells[link] = fd
-            self._node.dispatcher.poller.add_bell(fd)
+            with self._lock:
+                if self._closing or link in self._bells:
+                    os.close(fd)
+                    return
+                self._bells[link] = fd
+                self._node.dispatcher.poller.add_bell(fd)
             # The descriptor may get lost; who has said nothing is woken by himself.
             self._node.post(link, int(Kind.MAIL), 0, 0, codec.pickled((_HEARD, 0, False)))
             return
@@ -137,8 +168,7 @@ class Mail:
     def _wake(self, links: list[Link]) -> None:
         unaware = [link for link in links if link.hears_bells] if len(links) > 1 else []
         if len(links) > 1:
-            with self._lock:
-                listening = sum(link.has_bell for link in self._links)
+            listening = sum(link.has_bell for link in list(self._node.links.values()))
             ringing = [link for link in links if link.has_bell]
             # It wakes all who listen, so most of them should have something to do.
             if self._bell is not None and len(ringing) > 1 and 2 * len(ringing) >= listening:
@@ -168,11 +198,11 @@ class Mail:
 
     def forget(self, link: Link) -> None:
         """A link has ended, and what was left by it has been read."""
-        bell = self._bells.pop(link, -1)
-        if bell >= 0:
-            self._node.dispatcher.poller.remove_bell(bell)
-            os.close(bell)
         with self._lock:
+            bell = self._bells.pop(link, -1)
+            if bell >= 0:
+                self._node.dispatcher.poller.remove_bell(bell)
+                os.close(bell)
             self._links = tuple(each for each in self._links if each is not link)
             if self.box is not None and link.mail_in is not None:
                 self.box.remove(link.mail_in)
@@ -181,9 +211,9 @@ class Mail:
         """Use no mailbox any more."""
         with self._lock:
             self._closing = True
-        for bell in list(self._bells.values()):
-            self._node.dispatcher.poller.remove_bell(bell)
-        self.abandon()
+            for bell in self._bells.values():
+                self._node.dispatcher.poller.remove_bell(bell)
+            self.abandon()
 
     def abandon(self) -> None:
         """Give descriptors back; in a forked child, whose parent goes on to listen."""

@@ -7,8 +7,8 @@ Locks, in the order in which they may be taken (a later one while an earlier is 
 1. ``Dispatcher._baton``: the right to read; not a lock that anybody waits for.
 2. ``Node.lock``: members, links, reference table.  No user code, pickling, or sending
    while it is held: decide under it, act after it.
-3. ``Mail._lock``, ``Link.gate``, ``Strand.guard``, ``Sharing.lock``,
-   ``Lending._lock``: short and leaf-like.
+3. ``Mail._lock``, ``Link.gate``, ``Link._kick``, ``Strand.guard``, ``Sharing.lock``,
+   ``Lending._lock``, ``Spares._lock``: short and leaf-like.
 4. ``Link._write``: held while a frame is written; taken with none of the above held.
 
 How a process is lost
@@ -336,7 +336,7 @@ class Node(Ownership):
                 self.count(payload.refs, link.pid, +1)
             if self.sharing.has_dues():
                 parts[:0] = self.sharing.dues(link)  # in one piece with the answer
-            link.send(parts)
+            link.send(parts, self.dispatcher.held_up)
         except LinkClosed:
             return False
         if len(parts) > 1 and parts.wanted:

@@ -46,7 +46,9 @@ static int fence(PyObject *then) {
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
     if (then == NULL || then == Py_None)
         return 0;
+    Py_INCREF(then); /* it may put another one in its place */
     PyObject *nothing = PyObject_CallNoArgs(then);
+    Py_DECREF(then);
     Py_XDECREF(nothing);
     return nothing == NULL ? -1 : 0;
 }

@@ -27,8 +27,10 @@ frames.  Links over AF_UNIX are therefore read with ``recvmsg``.
 
 Mailbox.  Between processes of one host short frames may go through shared memory, beside the
 socket and in one order with what goes through that: ``wire.mailbox``, whose slots the two
-sides of a link have in `mail_out` and `mail_in`.  A frame for which there is no room there, or
-nobody looking, goes by the socket.
+sides of a link have in `mail_out` and `mail_in`.  A frame for which there is no room there
+goes by the socket.  A receiver that sleeps is woken by a descriptor, `kick_out`, which `_kick`
+keeps from being closed meanwhile: so :meth:`wake` waits for nobody who writes.  Several may be
+woken together (``runtime.mail``).
 
 End.  A read of no bytes, a reset, a frame that makes no sense (lengths that no memory can
 have), a write that fails in the middle of a frame, or :meth:`close` end the link for both
@@ -121,6 +123,7 @@ class Link(Reader):
         self._asked = False  # somebody was told to flush, and has not begun yet
         self._sent = 0  # bytes written to the socket
         self.mail_out: Sender | None = None
+        self._kick = threading.Lock()  # held while `kick_out` is written to, and while it is changed
         self.kick_out = -1  # descriptor that wakes the receiver
         self.hears_bells = False  # the receiver may be told by which bell it is woken (``runtime.mail``)
         self.has_bell = False  # and listens to it
@@ -209,33 +212,36 @@ class Link(Reader):
             if self._outbox or self.closed:
                 return False
             outcome = mail.put(whole, self._sent)
-            if outcome == UNSEEN:
-                if unwoken is None:
-                    self._wake_up()
-                else:
-                    unwoken.append(self)
-            return outcome > 0
-        except LinkClosed:
-            return True  # nobody will read it
         finally:
             self._write.release()
             if self._outbox:
                 self.flush(block=False)
+        if outcome == UNSEEN:
+            if unwoken is None:
+                self.wake()
+            else:
+                unwoken.append(self)
+        return outcome > 0
 
     def wake(self) -> None:
-        """Wake the receiver, for whom something was left."""
-        with self._write, contextlib.suppress(LinkClosed):
-            if not self.closed:
-                self._wake_up()
+        """Wake the receiver, who may not have seen what was left. Never blocks."""
+        with self._kick:
+            if self.kick_out >= 0:
+                with contextlib.suppress(OSError):  # it is set already, or has nobody left to wake
+                    os.write(self.kick_out, ONE)
+                return
+        if not self.closed:
+            # What is left over when the socket is full need not be seen to: that has woken the receiver.
+            self._outbox.append(_WAKE_UP)
+            self.flush(block=False)
 
-    def _wake_up(self) -> None:
-        """Wake the receiver, who may not have seen what was left; `_write` is held."""
-        if self.kick_out >= 0:
-            with contextlib.suppress(OSError):  # it is set already, or has nobody left to wake
-                os.write(self.kick_out, ONE)
-            return
-        self._outbox.append(_WAKE_UP)
-        self._drain(block=False, interrupted=lambda: False)  # the socket is empty, so this takes it
+    def take_kick(self, fd: int, bells: bool) -> None:
+        """Wake the receiver by a descriptor from now on; it is the link's."""
+        with self._kick:
+            if self.closed or self.kick_out >= 0:
+                os.close(fd)
+            else:
+                self.kick_out, self.hears_bells = fd, bells
 
     def _write_parts(self, parts: list[Part], interrupted: Callable[[], bool], fd: int) -> None:
         """Write `parts`; `_write` is held."""
@@ -397,7 +403,7 @@ class Link(Reader):
         descriptor is in no poller.
         """
         self.shut()
-        with self._write:  # a sender may still be in a system call with the descriptor
+        with self._write, self._kick:  # a sender may still be in a system call with the descriptor
             self._outbox.clear()
             self._forget_mail()
             with contextlib.suppress(OSError):
@@ -405,7 +411,8 @@ class Link(Reader):
             with contextlib.suppress(OSError):
                 self.connection.close()
             while self._fds:
-                os.close(self._fds.popleft())
+                if (fd := self._fds.popleft()) >= 0:
+                    os.close(fd)
         with self.gate:
             self.gate.notify_all()
 

@@ -35,7 +35,8 @@ Sleep
 clears it, *then* looks once more, then sleeps. A sender moves the head, *then* looks at
 `awake`; finding it cleared he wakes the reader. Between the two steps each side has a fence,
 so at least one sees what the other did. A reader that was woken first clears the descriptor,
-then looks.
+then looks. Who leaves something for several wakes them together, by a bell (``runtime.mail``): a
+descriptor to which all of them listen, and which nobody clears, for each change of it wakes them.
 
 Memory order
 ------------

@@ -49,7 +49,6 @@ class Kick:
             self._in, self._out = os.pipe()
             os.set_blocking(self._in, False)
             os.set_blocking(self._out, False)
-            os.set_blocking(self._out, False)
 
     def fileno(self) -> int:
         """Return the descriptor to poll for reading."""

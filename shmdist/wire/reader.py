@@ -6,7 +6,8 @@ frame is received straight into its final memory, so a peer that stops in the mi
 holds up nobody else.
 
 Descriptors that come with a frame are here before it is whole, and they come in the order of
-their frames.
+their frames.  The system gives those of one frame at a time; one that it could not give, for
+this process has as many open as it may, is kept as -1.
 
 Blocks.  A buffer of a frame may be a token in the place of bytes (``messages``).  It becomes a
 hold the moment the frame is whole, on the reading thread: whatever happens to the frame from
@@ -196,7 +197,9 @@ class Reader:
 
     def _receive_with_fds(self, room: Any) -> int:
         """Receive bytes, and the descriptors that are with them."""
-        count, ancillary, _, _ = self._sock.recvmsg_into((room,), _ANCILLARY, _CLOEXEC)
+        count, ancillary, flags, _ = self._sock.recvmsg_into((room,), _ANCILLARY, _CLOEXEC)
+        if flags & socket.MSG_CTRUNC and not ancillary:
+            self._fds.append(-1)
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 self._fds.extend(struct.unpack(f"{len(data) // 4}i", data[: len(data) // 4 * 4]))

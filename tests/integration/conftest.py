@@ -146,3 +146,25 @@ def start(tmp_path, user_key):
     yield start
     for server in started:
         server.stop()
+
+
+@pytest.fixture
+def brief(monkeypatch, request):
+    """What falls silent is soon taken for dead: after the module's TIMEOUT."""
+    monkeypatch.setenv("SHMDIST_HEARTBEAT_TIMEOUT", f"{request.module.TIMEOUT:g}")
+
+
+@pytest.fixture
+def host(brief):
+    """A host of its own; its line can be cut."""
+    if not sshd_module.can_make_hosts():
+        pytest.skip("this machine does not let us make network namespaces (ip netns, from iproute2)")
+    made = sshd_module.Host(211)
+    yield made
+    made.remove()
+
+
+@pytest.fixture
+def server(host, start):
+    """An SSH server on that host."""
+    return start(host.name, address=host.address, prefix=host.prefix)

@@ -145,3 +145,38 @@ sd.rmprocs(pids)
 until(lambda: not current_node().dispatcher.mail._bells, 10, "the worker's bell is forgotten")
 """
     ).end(60).clean()
+
+
+def test_none_sleeps_while_what_is_for_another_is_pickled():
+    Script(
+        BEGIN
+        + """
+import tempfile
+
+pids = sd.addprocs(2)
+settle(pids)
+mark = os.path.join(tempfile.mkdtemp(), "begun")
+
+class Element:
+    def __init__(self, first):
+        self.first = first
+    def __reduce__(self):
+        if self.first:
+            time.sleep(0.01)
+        else:
+            until(lambda: os.path.exists(mark), 10, "the first worker has begun")
+        return Element, (self.first,)
+
+def begin(element):
+    if element.first:
+        open(mark, "w").close()
+    return element.first
+
+time.sleep(0.1)
+assert sd.pmap(begin, [Element(True), Element(False)], batch_size=1) == [True, False]
+os.remove(mark)
+time.sleep(0.1)
+from shmdist.loops import scatter
+assert scatter(begin, [(pids[0], (Element(True),)), (pids[1], (Element(False),))]) == [True, False]
+"""
+    ).end(60).clean()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import shmdist as sd
-from tests.integration.helpers import log, meet_and_wait, note, take_log, within
+from tests.integration.helpers import Script, log, meet_and_wait, note, take_log, within
 
 FACTOR = 10  # a global of this module, used by a lambda below
 
@@ -302,3 +302,37 @@ def test_random_numbers_are_each_process_s_own(cluster):
     own = random.Random(5)
     assert sd.remotecall_fetch(random.random, cluster[0]) == own.random()
     assert sd.remotecall_fetch(own.random, cluster[0]) == own.random(), "a program's own is a value"
+
+
+def test_a_main_thread_that_writes_a_long_answer_is_not_waited_for():
+    # By the stream to a process that stands still, so it never ends.
+    Script(
+        """
+import os, signal, time
+import numpy as np
+import shmdist as sd
+from shmdist.runtime import dispatch
+from shmdist.runtime.node import current_node
+from tests.integration.helpers import until
+
+writer, stopped = sd.addprocs(2)
+sd.remotecall_fetch(sd.remotecall_fetch, stopped, abs, writer, -1)
+ospid = current_node().peers[stopped].ospid
+
+def stop():
+    sd.remotecall_fetch(lambda: (os.kill(ospid, signal.SIGSTOP), np.zeros(1 << 23))[1], writer)
+
+call = sd.remotecall(stop, stopped)
+def left():
+    dispatcher = current_node().dispatcher
+    return dispatcher._main.task is None and dispatcher._left
+until(lambda: "(stopped)" in open(f"/proc/{ospid}/status").read(), 10)
+time.sleep(1)  # it writes, and the system takes no more
+for _ in range(20):
+    assert sd.remotecall_fetch(left, writer) >= dispatch._PATIENCE
+os.kill(ospid, signal.SIGCONT)
+until(lambda: sd.remotecall_fetch(left, writer) is False, 10, "the main thread runs calls again")
+call.wait()
+""",
+        env={"SHMDIST_ARENA_LIMIT": "0"},
+    ).end(60).clean()

@@ -20,26 +20,6 @@ pytestmark = needs_sshd
 TIMEOUT = 2.0
 
 
-@pytest.fixture
-def brief(monkeypatch):
-    monkeypatch.setenv("SHMDIST_HEARTBEAT_TIMEOUT", f"{TIMEOUT:g}")
-
-
-@pytest.fixture
-def host(brief):
-    """A host of its own; its line can be cut."""
-    if not can_make_hosts():
-        pytest.skip("this machine does not let us make network namespaces (ip netns, from iproute2)")
-    made = Host(211)
-    yield made
-    made.remove()
-
-
-@pytest.fixture
-def server(host, start):
-    return start(host.name, address=host.address, prefix=host.prefix)
-
-
 def gone(ospid):
     return lambda: not helpers.is_alive(ospid)
 

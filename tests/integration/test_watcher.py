@@ -15,31 +15,11 @@ import shmdist as sd
 from shmdist.runtime.node import current_node
 from tests.integration import helpers
 from tests.integration.helpers import Script, until, within
-from tests.integration.sshd import Host, can_make_hosts, needs_sshd
+from tests.integration.sshd import Host, needs_sshd
 
 pytestmark = needs_sshd
 TIMEOUT = 2.0
 each_road = pytest.mark.parametrize("tunnel", [False, True], ids=["direct", "tunnel"])
-
-
-@pytest.fixture
-def brief(monkeypatch):
-    monkeypatch.setenv("SHMDIST_HEARTBEAT_TIMEOUT", f"{TIMEOUT:g}")
-
-
-@pytest.fixture
-def host(brief):
-    """A host of its own; its line can be cut."""
-    if not can_make_hosts():
-        pytest.skip("this machine does not let us make network namespaces (ip netns, from iproute2)")
-    made = Host(241)
-    yield made
-    made.remove()
-
-
-@pytest.fixture
-def server(host, start):
-    return start(host.name, address=host.address, prefix=host.prefix)
 
 
 def watchers(host):

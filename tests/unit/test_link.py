@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import os
+import resource
 import select
 import socket
 import struct
@@ -375,6 +377,41 @@ class TestNoMemory:
         frames: list[Frame] = []
         assert not link.read(frames)
         assert [frame.body for frame in frames] == [b"first"]
+
+
+class TestDescriptors:
+    def test_one_that_is_lost_keeps_its_place(self, pair: tuple[Link, Link]) -> None:
+        a, b = pair
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        [sent, *rest] = [os.open("/dev/null", os.O_RDONLY), os.open("/dev/zero", os.O_RDONLY)]
+        filling = []
+        try:
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 3, limits[1])
+            )
+            with contextlib.suppress(OSError):
+                while True:
+                    filling.append(os.dup(sent))
+            a.send(encode(b"lost"), fd=sent)
+            frames: list[Frame] = []
+            while not frames:
+                assert b.read(frames)
+            os.close(filling.pop())
+            a.send(encode(b"here"), fd=rest[0])
+            while len(frames) < 2:
+                assert b.read(frames)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            for fd in filling:
+                os.close(fd)
+        assert [frame.body for frame in frames] == [b"lost", b"here"]
+        assert b.take_fd() == -1
+        here = b.take_fd()
+        assert os.path.sameopenfile(here, rest[0])
+        for fd in (here, sent, *rest):
+            os.close(fd)
+        b._fds.append(-1)  # nobody has taken it
+        b.close()
 
 
 class TestEnd:

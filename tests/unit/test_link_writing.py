@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import threading
@@ -10,7 +11,7 @@ import pytest
 
 from shmdist.wire import link as module
 from shmdist.wire.link import Link, LinkClosed, SendInterrupted
-from shmdist.wire.messages import Frame
+from shmdist.wire.messages import Frame, Kind
 from tests.unit.test_channels import Threads
 from tests.unit.test_link import collect, contents, encode, fill, pair, pattern, read_to_end, ready, threads
 
@@ -271,6 +272,48 @@ class TestPost:
         order = [frame.body for frame in frames[count:]]
         assert order[0] == b"before"
         assert sorted(order) == [b"before", b"meanwhile", b"sent"]
+
+
+class TestWake:
+    def test_nobody_who_writes_is_waited_for(self, pair: Pair) -> None:
+        a, _b = pair
+        bell = os.eventfd(0, os.EFD_NONBLOCK)
+        a.take_kick(os.dup(bell), True)
+        assert a.hears_bells
+        with a._write:
+            a.wake()
+        assert os.eventfd_read(bell) == 1
+        a.close()
+        a.wake()
+        assert not ready(bell, 0)
+        os.close(bell)
+
+    def test_without_a_descriptor_it_is_a_frame(self, pair: Pair) -> None:
+        a, b = pair
+        a.wake()
+        [frame] = collect(b, 1)
+        assert frame.kind == Kind.BEAT
+        with a._write:
+            a.wake()
+        assert not ready(b.fd, 0)
+        a.send(encode(b"body"))
+        assert [frame.kind for frame in collect(b, 2)] == [Kind.BEAT, 1]
+        a.shut()
+        a.wake()
+        assert not a.is_writing
+
+    def test_a_descriptor_too_many_is_closed(self, pair: Pair) -> None:
+        a, b = pair
+        fds = [os.eventfd(0), os.eventfd(0)]
+        for fd in fds:
+            a.take_kick(fd, False)
+        assert a.kick_out == fds[0]
+        with pytest.raises(OSError):
+            os.fstat(fds[1])
+        b.shut()
+        b.take_kick(late := os.eventfd(0), False)
+        with pytest.raises(OSError):
+            os.fstat(late)
 
 
 def test_many_writers(pair: Pair, threads: Threads) -> None:

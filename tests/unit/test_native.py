@@ -33,8 +33,6 @@ def build(hook, tmp_path):
     folder.mkdir(parents=True)
     for path in SOURCE.parent.glob("_native*.[ch]"):
         (folder / path.name).write_bytes(path.read_bytes())
-    old = folder / "_native.abi3.so"
-    old.write_bytes(b"old")
 
     def run():
         builder, warnings = hook.Hook(), []
@@ -72,6 +70,24 @@ def test_without_a_compiler_it_is_pure(build, monkeypatch, variable, value, why)
     assert why in warning
     assert files == []
     assert data == {"artifacts": [], "pure_python": True}
+
+
+def test_an_older_one_is_not_used(monkeypatch, tmp_path, caplog):
+    from shmdist.wire import native
+
+    if native.module is None:
+        pytest.skip("there is none")
+    for path in SOURCE.parent.glob("_native*.[ch]"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    assert native._find() is native.module
+    with open(tmp_path / SOURCE.name, "a") as source:
+        source.write("/* newer */")
+    assert native._find() is None
+    assert "older than its source" in caplog.text
+    for path in tmp_path.iterdir():
+        path.unlink()  # as where a wheel was installed
+    assert native._find() is native.module
 
 
 @pytest.mark.parametrize(("value", "wanted"), [("", True), ("0", True), ("1", False)])
