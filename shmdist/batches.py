@@ -29,6 +29,7 @@ from shmdist.runtime.replies import pack_error
 from shmdist.runtime.strand import current
 from shmdist.wire import codec, native
 from shmdist.wire.apart import Apart, Partial, Unreadable, pack
+from shmdist.wire.values import kept
 
 _PROBE = 0.0005  # seconds that a worker spends to find out what elements cost
 
@@ -56,7 +57,7 @@ class BatchRunner:
         self.star = star
 
     def __reduce__(self) -> Any:
-        return BatchRunner, (self.f, self.star)
+        return BatchRunner, (kept(self.f) or self.f, self.star)
 
     def __call__(self, batch: Any, probe: bool = False) -> Any:
         """Run a batch that was sent here; returns its results as they are sent."""

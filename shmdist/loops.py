@@ -23,6 +23,7 @@ from shmdist.sizes import positive_integer
 from shmdist.tasks import async_
 from shmdist.wire import codec
 from shmdist.wire.messages import BY_ID, IS_ERROR, NO_LANE, WANT_VALUE, Kind
+from shmdist.wire.values import goes_by_name, kept
 
 
 class _None:
@@ -87,7 +88,10 @@ class _Chunk:
         self.vectorized = vectorized
 
     def __reduce__(self) -> Any:
-        return _Chunk, (self.body, self.reducer, self.vectorized)
+        body, reducer = self.body, self.reducer
+        if reducer is None or goes_by_name(reducer):  # else they may share what the program has
+            body = kept(body) or body  # type: ignore[assignment]  # it pickles as one
+        return _Chunk, (body, reducer, self.vectorized)
 
     def __call__(self, chunk: Any) -> Any:
         """Run the body over a chunk; returns the chunk's partial result."""

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from shmdist.errors import SerializationError, capture
 from shmdist.runtime.reftable import RRID
-from shmdist.wire import codec, names
+from shmdist.wire import codec, names, values
 from shmdist.wire.messages import (
     BROKEN,
     BY_ID,
     BY_NAME,
+    BY_VALUE,
     HAS_REFS,
     IS_ERROR,
     NOT_RUN,
@@ -168,7 +169,9 @@ class Tasks:
                 call = codec.loads(frame, node.give_back)
             else:
                 codec.prepare(frame.body)
-                call = names.load(frame.body) if frame.flags & BY_NAME else pickle.loads(frame.body)
+                by = frame.flags & (BY_NAME | BY_VALUE)
+                load = pickle.loads if not by else names.load if by == BY_NAME else values.load
+                call = load(frame.body)
         except Exception as error:
             hint = codec.unreadable(error, "the call's function or arguments").args[0]
             error.add_note(f"{hint} (on process {node.pid}, {sys.executable})")

@@ -6,7 +6,8 @@ The C pickler does the work.  Two picklers share their rules: the plain one, and
 cloudpickle's for what can only go by value (functions and classes of ``__main__``,
 lambdas, closures).  The plain one is tried first; meeting such an object it stops, and
 the other starts over.  Both stop before the first byte is on its way, so an object that
-cannot be sent costs nothing but its error.
+cannot be sent costs nothing but its error.  The function of a call is seldom pickled:
+``wire.names`` and ``wire.values`` know those that were called before.
 
 Buffers of `INLINE` bytes and more leave the pickle stream.  What becomes of them is decided
 when a frame is made of the payload (:func:`frame`), for a payload may go to several receivers:
@@ -35,10 +36,19 @@ from typing import TYPE_CHECKING, Any
 
 from shmdist.errors import SerializationError
 from shmdist.memory.holds import Hold
-from shmdist.wire import arrays, names
+from shmdist.wire import arrays, names, values
 from shmdist.wire.arrays import INLINE, contiguous
 from shmdist.wire.messages import BODY_LAST, HAS_REFS, HEADER, IN_BLOCK, Frame, Parts, Token
-from shmdist.wire.picklers import FUNCTIONS, Named, Payload, PlainPickler, Short, cloud_pickler, reducers
+from shmdist.wire.picklers import (
+    FUNCTIONS,
+    Named,
+    Payload,
+    PlainPickler,
+    Short,
+    Valued,
+    cloud_pickler,
+    reducers,
+)
 
 if TYPE_CHECKING:
     from shmdist.wire.link import Link
@@ -70,7 +80,14 @@ def dumps_call(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload
             name = names.head(f)
             if name is not None:
                 return Named(name + pickle.dumps((short, kwargs), 5))
-    return dumps((f, args, kwargs), "the call")
+            value = values.kept(f)
+            if value is not None:
+                return Valued(value.head + pickle.dumps((short, kwargs), 5))
+            return dumps((f, args, kwargs), "the call")
+    value = values.kept(f)
+    # What goes by value in the arguments may be the function, or be used by it: then all goes as one.
+    payload = None if value is None else _dumps_plainly((value, args, kwargs))
+    return dumps((f, args, kwargs), "the call") if payload is None else payload
 
 
 _SIZED = frozenset({str, bytes})
@@ -110,6 +127,12 @@ def dumps(obj: Any, what: str = "the object") -> Payload:
     SerializationError
         It holds something that cannot be sent; the text names the path to it.
     """
+    payload = _dumps_plainly(obj)
+    return _dumps_by_value(obj, what) if payload is None else payload
+
+
+def _dumps_plainly(obj: Any) -> Payload | None:
+    """Pickle `obj`; None when that cannot be."""
     payload = Payload()
     try:
         pickler = PlainPickler(payload, 5, buffer_callback=payload.keep_out)
@@ -121,8 +144,7 @@ def dumps(obj: Any, what: str = "the object") -> Payload:
     except BaseException:
         # By value, then: a function of __main__, a lambda (whose lookup by name fails), or
         # something that cannot be pickled at all, which the second pickler will find as well.
-        pass
-    return _dumps_by_value(obj, what)
+        return None
 
 
 def pickled(what: Any) -> Payload:

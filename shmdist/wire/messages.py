@@ -95,6 +95,7 @@ BODY_LAST = 0x02  # the body is the last buffer, for it lies in a block
 WANT_VALUE = 0x10  # the value itself (remotecall_fetch)
 WANT_STORE = 0x20  # keep the value here as a Future; tell when it is there
 BY_NAME = 0x04  # the body is the name of a function, and (args, kwargs) (``wire.names``)
+BY_VALUE = 0x08  # the body is a pickled function, and (args, kwargs) (``wire.values``)
 BY_ID = 0x40  # the body is (function id, args, kwargs): a function sent before by FUNC
 # Flags of REFS.
 IS_NEW = 0x10  # the body is (whence, id): a Future that the sender has made here

@@ -19,7 +19,7 @@ from typing import Any
 from shmdist.errors import reduce_exception
 from shmdist.wire.arrays import INLINE, reduce_array, reduce_masked
 from shmdist.wire.generators import GENERATORS, reduce_generator
-from shmdist.wire.messages import BY_NAME
+from shmdist.wire.messages import BY_NAME, BY_VALUE
 
 #: Types with a reducer of ours: type -> callable(object, pickler) -> reduce value.
 #: ``refs`` enters its types here.
@@ -94,6 +94,13 @@ class Named(Short):
 
     __slots__ = ()
     flags = BY_NAME
+
+
+class Valued(Short):
+    """The payload of a call of a function by value (``wire.values``)."""
+
+    __slots__ = ()
+    flags = BY_VALUE
 
 
 class _ByValue(Exception):

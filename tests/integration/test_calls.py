@@ -336,3 +336,57 @@ call.wait()
 """,
         env={"SHMDIST_ARENA_LIMIT": "0"},
     ).end(60).clean()
+
+
+def test_functions_of_the_program_mean_what_they_mean_when_they_are_called():
+    Script(
+        """
+import operator
+import shmdist as sd
+
+sd.addprocs(2)
+N, K = 0, 5
+
+def count():
+    global N
+    N += 1
+    return N
+
+def body(i):
+    return i + count()
+
+def add(a, b):
+    return a + b + N  # what the bodies of the chunk did
+
+def factorial(n):
+    return 1 if n < 2 else n * factorial(n - 1)
+
+def is_it(f):
+    return f is factorial
+
+def fail():
+    raise ValueError(K)
+
+for turn in range(6):
+    assert [sd.remotecall_fetch(count, 2) for _ in range(4)] == [1] * 4  # each has its own
+    assert sd.remotecall_fetch(factorial, 2, 6) == 720
+    assert sd.remotecall_fetch(is_it, 2, factorial) and sd.remotecall_fetch(is_it, 2, f=factorial)
+    assert sd.remotecall_fetch(lambda x: x + K, 3, 1) == K + 1 == sd.remotecall(lambda: K + 1, 3).fetch()
+    assert sd.pmap(lambda x: x + K, [1, 2]) == [K + 1, K + 2]
+    assert sd.distributed(operator.add)(lambda i: K)(range(2)) == 2 * K
+    assert sd.pmap(body, range(2), pool=sd.WorkerPool([2]), batch_size=1) == [1, 3]  # one for the map
+    # Reducer and body of a chunk see each other's: counts 1 and 2, then 0 + 1 + (1 + 2) + 2.
+    assert sd.distributed(add)(body)(range(2), pool=sd.WorkerPool([2])) == 6
+    try:
+        sd.remotecall_fetch(fail, 2)
+        assert False
+    except ValueError as error:
+        assert "in fail" in str(error) and f"ValueError: {K}" in str(error)
+    K += 1
+
+def factorial(n):
+    return n
+
+assert sd.remotecall_fetch(factorial, 2, 6) == 6
+"""
+    ).end(60).clean()

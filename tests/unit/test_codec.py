@@ -23,9 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shmdist.errors import SerializationError
-from shmdist.wire import codec, names
+from shmdist.wire import codec, names, values
 from shmdist.wire.codec import INLINE, Payload
-from shmdist.wire.messages import BROKEN, BY_NAME, HAS_REFS, HEADER, Frame
+from shmdist.wire.messages import BROKEN, BY_NAME, BY_VALUE, HAS_REFS, HEADER, Frame
 
 
 def receive(parts: list[Any]) -> Frame:
@@ -162,7 +162,10 @@ class TestRoundTrips:
         payload = codec.dumps_call(f, args, kwargs)
         frame = receive(codec.frame(1, 0, 0, 0, payload))
         by_name = frame.flags & BY_NAME
-        function, *rest = names.load(frame.body) if by_name else codec.loads(frame, no_references)
+        if frame.flags & BY_VALUE:
+            function, *rest = values.load(frame.body)
+        else:
+            function, *rest = names.load(frame.body) if by_name else codec.loads(frame, no_references)
         assert rest == [args, kwargs]
         assert not by_name or f in (importable, len)
         assert function is f or function.__name__ == "<lambda>"
