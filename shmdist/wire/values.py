@@ -170,7 +170,10 @@ class Value:
         return (
             self._first.is_of(function)
             and len(sys.modules) == self._modules
-            and all(part.is_of(reference()) for reference, part in self._others.items())
+            and all(
+                (used := reference()) is not None and part.is_of(used)
+                for reference, part in self._others.items()
+            )
             and all(map(goes_by_name, self._named))
             and not _registered()
         )
