@@ -369,6 +369,8 @@ class Cluster:
         """Wait until workers are gone; returns those that are not in time."""
         deadline = time.monotonic() + timeout
         strand = current()
+        if strand.depth:
+            strand.look()
         pause = 0.001
         while True:
             left = [pid for pid in pids if pid in self.members]

@@ -214,7 +214,7 @@ class Dispatcher(Sources):
         Raises
         ------
         KeyboardInterrupt
-            Or what the program's handler raises; the cell is as it was.
+            Or what a handler of the program's raises; the cell is as it was.
         """
         strand = current()
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -230,7 +230,20 @@ class Dispatcher(Sources):
                 if left <= 0:
                     return False
             if self._take() or self._follow(cell, left, strand):
-                self._lead(cell, left, strand, spin)
+                try:
+                    self._lead(cell, left, strand, spin)
+                except BaseException:  # of a handler that was set a moment ago (`Strand.look`)
+                    if strand.leading:
+                        self._let_go(cell, strand)
+                        self._release(promote=True)
+                    raise
+
+    def _let_go(self, cell: Cell, strand: Strand) -> None:
+        """Take note that this thread reads for `cell` no more; it holds the baton still."""
+        strand.leading = False
+        self._leader = None
+        if not cell.kicked:
+            cell.remove(self._kicker)
 
     def _lead(self, cell: Cell, timeout: float, strand: Strand, spin: float) -> None:
         """Read with the baton held, until `cell` is done or something else wants the thread."""
@@ -239,7 +252,7 @@ class Dispatcher(Sources):
             cell.add(self._kicker)
         strand.kick = self.poller.kick
         strand.leading = True
-        poll, inbox = self._poll, self._inbox
+        poll, inbox, looked = self._poll, self._inbox, False
         spin_until = _now() + spin
         until = spin_until + timeout if timeout >= 0 else float("inf")
         while not cell.done and not strand.pending and not inbox:
@@ -251,12 +264,12 @@ class Dispatcher(Sources):
                 box = self.mail.box
                 if box is None or not box.watch():
                     _yield()
+            elif not looked:
+                strand.look()
+                looked = True
             elif not poll(timeout if timeout < 0 else max(0.0, until - _now())):
                 break
-        strand.leading = False
-        self._leader = None
-        if not cell.kicked:
-            cell.remove(self._kicker)
+        self._let_go(cell, strand)
         if not inbox:
             self._release(promote=True)
             return
@@ -282,6 +295,7 @@ class Dispatcher(Sources):
 
     def _follow(self, cell: Cell, timeout: float, strand: Strand) -> bool:
         """Sleep until `cell` is done or the baton is this thread's; True with the baton."""
+        strand.look()
         lock = threading.Lock()
         lock.acquire()
         cell.add(lock)

@@ -35,12 +35,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from shmdist._log import Log
-from shmdist.errors import (
-    CapturedException,
-    ProcessExitedException,
-    RemoteException,
-    ShmdistError,
-)
+from shmdist.errors import CapturedException, ProcessExitedException, RemoteException, ShmdistError
 from shmdist.memory.receipts import Receipts
 from shmdist.runtime import served
 from shmdist.runtime.audits import Audits
@@ -313,6 +308,7 @@ class Node(Ownership):
             Nobody waits for a peer that stands still longer than he likes.
         """
         strand = current()
+        strand.look()
         lock = threading.Lock()
         lock.acquire()
         reply.add(lock)

@@ -12,7 +12,8 @@ half-read frame or of a lock, so there it is put off:
 On process 1 the main thread enters the runtime by putting its own SIGINT handler in
 place and leaves by putting the former one back: whatever program shmdist is used in
 keeps its own handling of Ctrl-C.  From the moment the handler is in place interrupts are
-put off, so there is no gap between the handler and ``depth``.
+put off, so there is no gap between the handler and ``depth``. Handlers of other signals, which
+may raise as well, are in ``runtime.signals``, on a worker's main thread too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from shmdist.runtime.signals import Handlers
+
 _SIGINT = int(signal.SIGINT)
+_OFTEN = 31  # of so many entries and one, one asks which handlers the program has
 
 
 _adding = threading.Lock()  # guards the locks of all cells; nothing else is done while it is held
@@ -98,8 +102,10 @@ class Strand:
     __slots__ = (
         "cell",
         "depth",
+        "due",
         "guard",
         "handler",
+        "handlers",
         "ident",
         "kick",
         "leading",
@@ -109,11 +115,13 @@ class Strand:
         "signalled",
         "struck",
         "task",
+        "turns",
     )
 
     def __init__(self) -> None:
         self.depth = 0
-        self.pending = False
+        self.pending = False  # something is to be delivered
+        self.due = False  # and that is an interrupt of the task
         self.cell: Cell | None = None  # what it sleeps on
         self.leading = False  # it reads the links
         self.kick: Callable[[], None] | None = None  # wakes it when it reads
@@ -123,6 +131,8 @@ class Strand:
         self.struck = False  # the interrupt of this task has come
         self.handler = self._on_sigint
         self.previous: Any = None  # the SIGINT handler found on entering
+        self.handlers = Handlers(self._on_signal)  # of other signals; of main threads alone
+        self.turns = -1  # entries
         self.guard = threading.Lock()
         self.ident = threading.get_ident()
 
@@ -133,11 +143,55 @@ class Strand:
         """Enter the runtime: from here on interrupts are put off."""
         if self.main and not self.depth:
             self.previous = _signal.signal(_SIGINT, self.handler)
+            self.turns = turns = self.turns + 1
+            if not turns & _OFTEN or self.handlers.watched:
+                self._take_over(look=not turns & _OFTEN)
         elif self.task is not None:
+            if self.signalled and not self.depth:
+                self.turns += 1
+                if not self.turns & _OFTEN or self.handlers.watched:
+                    self._take_over(look=not self.turns & _OFTEN)
             with self.guard:
                 self.depth += 1
             return
         self.depth += 1
+
+    def _take_over(self, *, look: bool) -> None:
+        """Take the place of the program's handlers, on entering.
+
+        Raises
+        ------
+        BaseException
+            What one of them raised before that; then the runtime is not entered.
+        """
+        try:
+            if look:
+                self.handlers.look()
+            self.handlers.take_over()
+        except BaseException:
+            if self.main:
+                self._put_back()
+            raise
+
+    def look(self) -> None:
+        """Take the place of handlers that are new, before a long wait; inside the runtime.
+
+        Raises
+        ------
+        BaseException
+            What one of them raised before that; nothing may be half done here.
+        """
+        if self.main or self.signalled:
+            self.handlers.look()
+            self.handlers.take_over()
+
+    def _put_back(self) -> None:
+        """Put the program's SIGINT handler back, unless it has set another one meanwhile."""
+        # None: a handler that was not installed from Python; it cannot be put back.
+        previous = self.previous
+        found = _signal.signal(_SIGINT, signal.SIG_DFL if previous is None else previous)
+        if found is not self.handler:
+            _signal.signal(_SIGINT, found)
 
     def leave(self) -> None:
         """Leave the runtime, and raise what was put off.
@@ -151,18 +205,27 @@ class Strand:
             with self.guard:
                 self.depth -= 1
                 pending = self.pending and not self.depth
+            if self.handlers.taken and not self.depth:
+                self.handlers.give_back()
             if pending:
                 self.deliver()
             return
         self.depth -= 1
         if self.main and not self.depth:
-            # None: a handler that was not installed from Python; it cannot be put back.
-            previous = self.previous
-            _signal.signal(_SIGINT, signal.SIG_DFL if previous is None else previous)
+            try:
+                if self.handlers.taken:
+                    self.handlers.give_back()
+            finally:
+                self._put_back()
             if self.pending:
                 self.deliver()
 
     def _on_sigint(self, signum: int, stack: Any) -> None:
+        self.due = self.pending = True
+        self.poke()
+
+    def _on_signal(self, signum: int, stack: Any) -> None:
+        self.handlers.caught.append(signum)
         self.pending = True
         self.poke()
 
@@ -179,8 +242,17 @@ class Strand:
         return self.pending
 
     def deliver(self) -> None:
-        """Raise the interrupt that was put off; nothing may be half done here."""
-        self.pending = False
+        """Raise the interrupt, and call the handlers, that were put off; nothing may be half done here."""
+        caught = self.handlers.caught
+        while caught:
+            number = caught.pop(0)
+            handler = self.handlers.handler(number)
+            self.pending = bool(caught) or self.due
+            if callable(handler):
+                handler(number, sys._getframe(1))
+        due, self.due, self.pending = self.due, False, False
+        if not due:
+            return
         if self.task is not None:
             self.struck = True
             raise KeyboardInterrupt
@@ -202,7 +274,7 @@ class Strand:
             if self.task is not task:
                 return
             if self.depth:
-                self.pending = True
+                self.due = self.pending = True
                 self.poke()
             else:
                 _raise_in(self.ident, KeyboardInterrupt)
@@ -215,7 +287,7 @@ class Strand:
             return
         self.struck = True
         if self.depth:
-            self.pending = True
+            self.due = self.pending = True
             self.poke()
         else:
             raise KeyboardInterrupt
@@ -223,23 +295,23 @@ class Strand:
     def begin(self, task: Any) -> None:
         """Begin to run `task` on this thread; the runtime's depth is 1."""
         if self.signalled:  # nobody else writes here
-            self.pending = self.struck = False
+            self.pending = self.due = self.struck = False
             self.task = task
             return
         with self.guard:
             self.task = task
-            self.pending = self.struck = False
+            self.pending = self.due = self.struck = False
 
     def end(self) -> None:
         """End the task: from here on no interrupt of it can arrive."""
         if self.signalled:
             self.depth = 1
             self.task = None
-            self.pending = False
+            self.pending = self.due = False
             return
         with self.guard:
             self.task = None
-            self.pending = False
+            self.pending = self.due = False
             self.depth = 1
 
     def expose(self) -> None:
@@ -247,12 +319,14 @@ class Strand:
         if self.signalled:
             self.depth = 0
             if self.pending or self.task.interrupted:
+                self.due = self.due or self.task.interrupted
                 self.deliver()
             return
         with self.guard:
             self.depth = 0
             pending = self.pending
         if pending or self.task.interrupted:
+            self.due = self.due or self.task.interrupted
             self.deliver()
 
     def cover(self) -> None:

@@ -38,6 +38,7 @@ from shmdist.errors import SerializationError
 from shmdist.memory.holds import Hold
 from shmdist.wire import arrays, names, values
 from shmdist.wire.arrays import INLINE, contiguous
+from shmdist.wire.interruptions import is_interruption
 from shmdist.wire.messages import BODY_LAST, HAS_REFS, HEADER, IN_BLOCK, Frame, Parts, Token
 from shmdist.wire.picklers import (
     FUNCTIONS,
@@ -141,7 +142,9 @@ def _dumps_plainly(obj: Any) -> Payload | None:
         return payload
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException:
+    except BaseException as error:
+        if is_interruption(error):
+            raise
         # By value, then: a function of __main__, a lambda (whose lookup by name fails), or
         # something that cannot be pickled at all, which the second pickler will find as well.
         return None
@@ -163,6 +166,8 @@ def _dumps_by_value(obj: Any, what: str) -> Payload:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
+        if is_interruption(error):
+            raise
         from shmdist.wire.culprit import explain
 
         raise explain(obj, what, error, _can_pickle) from error
@@ -348,6 +353,8 @@ def references(frame: Frame) -> tuple[Any, ...]:
 
 def unreadable(error: BaseException, what: str) -> SerializationError:
     """Return the error that says that a body cannot be read here, and what helps."""
+    if is_interruption(error):
+        raise error
     hint = ""
     if isinstance(error, ModuleNotFoundError) and error.name:
         hint = (

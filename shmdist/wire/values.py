@@ -29,6 +29,7 @@ from operator import attrgetter
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
+from shmdist.wire.interruptions import is_interruption
 from shmdist.wire.picklers import MAIN, Payload, PlainPickler, cloud_pickler
 
 _MOST = 500  # functions that are kept
@@ -234,7 +235,9 @@ def kept(function: Any) -> Value | None:
         value = Value(function)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException:  # pickling runs the code of any class; it will say what is wrong
+    except BaseException as error:  # pickling runs the code of any class; it will say what is wrong
+        if is_interruption(error):
+            raise
         value = None
     entry.value = value
     return value
