@@ -123,7 +123,7 @@ def reduce_array(array: Any, pickler: Any) -> Any:
     plain = kind.__module__ == "numpy" and kind.__name__ == "ndarray"
     if plain:
         ndarray = kind
-    if not plain and not _reduces_like_ndarray(kind):
+    if not plain and not reduces_like_ndarray(kind):
         return NotImplemented  # a subclass knows how to pickle itself, at the price of copies
     if find_shared is not None and payload is not None and array.size:
         reduced = _reduce_shared(array, None if plain else kind, payload)
@@ -170,7 +170,7 @@ def extent(array: Any) -> tuple[int, int]:
     return low, high + array.itemsize
 
 
-def _reduces_like_ndarray(kind: Any) -> bool:
+def reduces_like_ndarray(kind: Any) -> bool:
     """Tell whether a subclass of ndarray is pickled as its elements and its type, and no more."""
     ndarray = sys.modules["numpy"].ndarray
     known: bool = (
