@@ -28,8 +28,8 @@ from shmdist.errors import (
     ShmdistError,
     describe_exit,
 )
-from shmdist.managers.base import ClusterManager, WorkerConfig
-from shmdist.managers.local import out_of_memory_kills
+from shmdist.managers.base import ClusterManager, WorkerConfig, refusal
+from shmdist.memory.limits import out_of_memory_kills
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.strand import current
 from shmdist.runtime.worker import host_identity
@@ -66,6 +66,7 @@ class Cluster:
         self.changing = threading.RLock()  # guards adding and removing: one at a time
         self.arriving: dict[int, PeerInfo] = {}  # workers that have joined and are not introduced yet
         self.next_pid = 2
+        self.oom_told = 0  # how many of the system's kills for lack of memory are accounted for
         node.inquest = self.inquest
         node.lost_hooks.append(self.on_lost)
         node.controls[Kind.RELAY] = lambda frame: node.dispatcher.start(
@@ -143,7 +144,7 @@ class Cluster:
             if isinstance(error, LaunchWorkerError) or not isinstance(error, Exception):
                 raise
             raise LaunchWorkerError(
-                f"worker {pid} was launched, but could not be reached: {error}",
+                f"worker {pid} was launched, but could not be reached: {refusal(error)}",
                 host=config.host,
                 phase=phase,
             ) from error
@@ -290,7 +291,7 @@ class Cluster:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=_INQUEST)
             exitcode, signal_name = describe_exit(process.poll())
-            oom = signal_name == "SIGKILL" and out_of_memory_kills() > member.oom_before
+            oom = signal_name == "SIGKILL" and self._out_of_memory(member)
         elif hasattr(member.config.userdata, "wait"):  # its login tells, and has its last words
             exitcode, signal_name = describe_exit(member.config.userdata.wait(1.0))
         node.outputs.drain(pid)
@@ -306,6 +307,14 @@ class Cluster:
             oom=oom,
             what=SILENCE if silent else REMOVAL if member.leaving else None,
         )
+
+    def _out_of_memory(self, member: Member) -> bool:
+        """Tell whether the system has ended a process for lack of memory that was no other worker."""
+        told = max(self.oom_told, member.oom_before)
+        if out_of_memory_kills() <= told:
+            return False
+        self.oom_told = told + 1
+        return True
 
     def on_lost(self, pid: int) -> None:
         """Tell the other workers, and give back what this one had."""

@@ -170,12 +170,13 @@ class Run:
 
     def _cancel(self) -> None:
         """Cancel what is out, and let the workers forget the function."""
-        for call_id in list(self.calls):
-            reply = self.node.pending.get(call_id)
+        for reply in [self.node.pending.get(call_id) for call_id in self.calls]:
             if reply is not None:
                 self.node.cancel(reply)
         self.calls.clear()
-        self.known = None  # its blocks go back now, and not when the collector comes by
+        self.known = None  # its blocks go back now, and not when the collector comes by; so do elements:
+        self.inbox = deque(maxlen=0)  # a division may still be answered
+        del self.out  # which leads back to this run
         if not self.kept:
             self.shipped.drop()
 
@@ -292,6 +293,7 @@ class Run:
                 node.pending[call_id] = Reply(call_id, pid, self._arrived)
                 if payload.buffers:
                     payload.known = self.known
+                self.sizes.weigh(payload, len(batch.elements))
                 parts.join(codec.frame(_CALL, WANT_VALUE | BY_ID, self.lane, call_id, payload, link))
                 together.refs += payload.refs
             if len(parts) > 1 and sum(map(len, parts)) < _JOINED:
@@ -314,8 +316,7 @@ class Run:
 
     def _pickle(self, batch: Batch, ready: list[Outcome]) -> codec.Payload | None:
         """Pickle a batch; elements that cannot be sent are failed, and the others go again without them."""
-        sizes, elements = self.sizes, batch.elements
-        number = self.shipped.number
+        number, sizes, elements = self.shipped.number, self.sizes, batch.elements
         try:
             if len(elements) == 1:
                 return codec.dumps_arguments((number, (elements, False), _NO_KEYWORDS), elements[0])

@@ -1,14 +1,18 @@
 """How large the batches of a run are, and how many of them a worker has.
 
 The size follows from what elements have cost so far: large enough that messages do not
-count, small enough that the end comes for all workers at about the same time.
+count, small enough that the end comes for all workers at about the same time. And however
+little they cost, it follows from what they weigh: the input may be larger than memory.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shmdist.wire.picklers import Payload
 
 WINDOW = 2  # batches of a run that a worker has at a time, at least
 _DEEPEST = 32  # and at most, when they are short
@@ -18,6 +22,8 @@ _GROW = 16  # a batch is at most so many times as large as any that came back
 _LONG = 0.02  # seconds of work in a batch, at most
 _PROBED = 4096  # elements in the first batches, at most, when they are cheap to send
 _BRIEF = 0.002  # seconds of work that may go out in one batch at the end
+_HEAVY = 4 << 20  # bytes of a batch, at most, when it has several elements
+_LOAD = 16 << 20  # bytes that a worker has waiting, at most, when it has more than `WINDOW` batches
 _SHORT = 0.0001  # seconds of work below which a smaller batch is not worth its message
 
 
@@ -34,7 +40,7 @@ class Sizes:
         Elements may well be sent twice.
     """
 
-    __slots__ = ("cheap", "cost", "fixed", "largest", "last", "total")
+    __slots__ = ("cheap", "cost", "fixed", "largest", "last", "total", "weight")
 
     def __init__(self, total: int | None, fixed: int | None, cheap: bool) -> None:
         self.total = total
@@ -42,6 +48,7 @@ class Sizes:
         self.cheap = cheap
         self.cost: float | None = None  # seconds an element takes, of late
         self.last = 0  # the size of the batches in which the rest goes out, once that is decided
+        self.weight = 0.0  # bytes of an element, of late
         self.largest = 1  # as many elements have come back together, at most
 
     def __repr__(self) -> str:
@@ -56,10 +63,25 @@ class Sizes:
             # go out at once would each be larger than the one before, whatever becomes of that.
             self.largest = count
 
+    def weigh(self, payload: Payload, count: int) -> None:
+        """Take note of the bytes that some elements are."""
+        if payload.is_short:
+            return
+        nbytes = sum(map(len, payload.parts))
+        if payload.known is None:  # else they are copied once, however often they are sent
+            nbytes += sum(map(len, payload.buffers))
+        weight = nbytes / count
+        self.weight = max(weight, 0.5 * (self.weight + weight))
+
     def next(self, drawn: int, workers: int) -> int:
         """Return how many elements the next batch should have, when `drawn` are out or done."""
         if self.fixed is not None:
             return self.fixed
+        size = self._by_cost(drawn, workers)
+        return size if size * self.weight <= _HEAVY else max(1, int(_HEAVY / self.weight))
+
+    def _by_cost(self, drawn: int, workers: int) -> int:
+        """Return how many they should be, whatever they weigh."""
         if self.cost is None:
             # Unknown yet: some for the worker to try, for a while, if it costs little to send them again.
             few = 1 if self.total is None else min(_PROBED, -(-self.total // (WINDOW * workers)))
@@ -89,8 +111,9 @@ class Sizes:
         """Return how many batches a worker should have: some work ahead, but no more."""
         if self.cost is None:
             return WINDOW
-        one = self.cost * self.next(drawn, workers) + _MESSAGE
-        return max(WINDOW, min(_DEEPEST, int(_AHEAD / one)))
+        size = self.next(drawn, workers)
+        most = min(_DEEPEST, int(_LOAD / max(1.0, size * self.weight)))
+        return max(WINDOW, min(most, int(_AHEAD / (self.cost * size + _MESSAGE))))
 
 
 def positive_integer(name: str, number: Any) -> int:

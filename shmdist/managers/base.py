@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from shmdist.memory.limits import control_groups
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -188,6 +192,15 @@ class ClusterManager(ABC):
         return knock(config.connect_at)
 
 
+def refusal(error: BaseException) -> str:
+    """Return why the system did not let a worker be, and what to do about it."""
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        # Two for its output, one each for its standard input, its process, the link, a wake-up, its
+        # mailbox, and segments of shared memory.
+        return f"{error}; raise the limit on open files (ulimit -n): a worker on this host takes about ten"
+    return str(error)
+
+
 def usable_cpus() -> int:
     """Return the number of CPUs this process may use: affinity and cgroup quota respected."""
     if hasattr(os, "process_cpu_count"):  # Python 3.13
@@ -201,29 +214,18 @@ def usable_cpus() -> int:
 
 def _quota() -> int:
     """Return the CPUs that this process's cgroups allow, rounded up; many when they set no limit."""
-    limit = 1 << 20
-    try:
-        with open("/proc/self/cgroup") as file:
-            paths = [line.strip().split(":", 2) for line in file]
-    except OSError:
-        return limit
-    for _, controllers, path in paths:
-        try:
-            if not controllers:  # version 2: each level may set its own
-                parts = path.strip("/").split("/") if path != "/" else []
-                for depth in range(len(parts) + 1):
-                    with open(os.path.join("/sys/fs/cgroup", *parts[:depth], "cpu.max")) as file:
-                        quota, period = file.read().split()
-                    if quota != "max":
-                        limit = min(limit, -(-int(quota) // int(period)))
-            elif "cpu" in controllers.split(","):
-                folder = f"/sys/fs/cgroup/cpu{path}"
-                with open(f"{folder}/cpu.cfs_quota_us") as file:
-                    quota = file.read().strip()
-                with open(f"{folder}/cpu.cfs_period_us") as file:
-                    period = file.read().strip()
-                if int(quota) > 0:
-                    limit = min(limit, -(-int(quota) // int(period)))
-        except (OSError, ValueError):
-            continue
-    return limit
+    least = 1 << 20
+    for version, folder in control_groups("cpu"):  # each level may set its own, and the root has none
+        with contextlib.suppress(OSError, ValueError):
+            if version == 2:
+                quota, period = _words(folder, "cpu.max")
+            else:
+                [quota], [period] = _words(folder, "cpu.cfs_quota_us"), _words(folder, "cpu.cfs_period_us")
+            if quota not in ("max", "-1"):
+                least = min(least, -(-int(quota) // int(period)))
+    return least
+
+
+def _words(folder: str, name: str) -> list[str]:
+    with open(os.path.join(folder, name)) as file:
+        return file.read().split()

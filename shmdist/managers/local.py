@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from shmdist.errors import LaunchWorkerError, describe_exit
-from shmdist.managers.base import THREAD_VARIABLES, ClusterManager, WorkerConfig, usable_cpus
+from shmdist.managers.base import THREAD_VARIABLES, ClusterManager, WorkerConfig, refusal, usable_cpus
 from shmdist.memory.segment import make_page
 from shmdist.wire import versions
 
+_MARK = "SHMDIST_IS_TO_BE_WORKER"  # a variable that a worker removes: who still has it is no worker
 _LONGEST = 1 << 20  # bytes of a worker's output looked through for its line
 
 
@@ -60,12 +61,13 @@ class LocalManager(ClusterManager):
         """Start the processes, and yield each as soon as it has said where it listens."""
         launches: list[_Launch] = []
         try:
+            _check_interpreter(params)
             try:
                 for _ in range(self.n):
                     launches.append(_Launch(params))
             except OSError as error:
                 raise LaunchWorkerError(
-                    f"a worker process could not be started: {error}",
+                    f"a worker process could not be started: {refusal(error)}",
                     host="localhost",
                     phase="start",
                     command=_command_text(params),
@@ -228,6 +230,9 @@ class _Launch:
         exitcode, name = describe_exit(self.process.poll())
         if name is not None:
             message += f" (killed by {name})"
+        interpreter = self.command[: self.command.index("-P")]
+        if not any("py" in os.path.basename(word).lower() for word in interpreter):
+            message += f"; is {interpreter[0]} a Python interpreter? Tell addprocs one with exename="
         self.failure = LaunchWorkerError(
             f"a worker on this host {message}",
             host="localhost",
@@ -266,6 +271,19 @@ class _Launch:
             ospid=self.process.pid,
             userdata=self.lifeline,
             page=self.page,
+        )
+
+
+def _check_interpreter(params: dict[str, Any]) -> None:
+    """Refuse to start a program that is no Python interpreter: this one, once more."""
+    message = None
+    if params["exename"] is None and getattr(sys, "frozen", False):
+        message = f"this program is frozen, so that its sys.executable, {sys.executable}, is no interpreter"
+    elif _MARK in os.environ:
+        message = "this program was started in place of a Python interpreter that is to be a worker"
+    if message is not None:
+        raise LaunchWorkerError(
+            f"{message}: tell addprocs the Python interpreter with exename=", host="localhost", phase="start"
         )
 
 
@@ -343,19 +361,9 @@ def _environment(params: dict[str, Any]) -> dict[str, str]:
     if not params["enable_threaded_blas"]:
         for name in THREAD_VARIABLES:
             environment.setdefault(name, "1")
+    environment[_MARK] = "1"
     environment.update({str(key): str(value) for key, value in dict(params["env"]).items()})
     return environment
 
 
-def out_of_memory_kills() -> int:
-    """Return how often the system has ended a process of this cgroup for lack of memory."""
-    try:
-        with open("/proc/self/cgroup") as file:
-            path = next(line.strip().split(":", 2)[2] for line in file if line.startswith("0::"))
-        with open(f"/sys/fs/cgroup{path}/memory.events") as file:
-            return sum(int(line.split()[1]) for line in file if line.startswith("oom_kill "))
-    except (OSError, StopIteration, ValueError, IndexError):
-        return 0
-
-
-__all__ = ["LocalManager", "out_of_memory_kills", "own_flags"]
+__all__ = ["LocalManager", "own_flags"]

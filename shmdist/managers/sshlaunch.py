@@ -135,7 +135,8 @@ class Launching:
             words = [exename] if isinstance(exename, (str, os.PathLike)) else list(exename)
             return [launch_line([os.fspath(word) for word in words], flags)]
         minor = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-        names = [name for name in (sys.executable, minor, "python3") if name]
+        mine = None if getattr(sys, "frozen", False) else sys.executable
+        names = [name for name in (mine, minor, "python3") if name]
         return [launch_line([name], [*own_flags(), *flags]) for name in names]
 
     def _settings(self, machine: Machine) -> dict[str, Any]:

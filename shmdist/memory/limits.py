@@ -43,8 +43,45 @@ def total_memory() -> int:
     return min([total, *(limit for limit, _ in _group_limits())])
 
 
+def out_of_memory_kills() -> int:
+    """Return how often the system has ended a process of this cgroup for lack of memory.
+
+    Where that is not counted, as in the root of all cgroups, how often it has ended any process.
+    """
+    counters = ["/proc/vmstat"]
+    for version, folder in control_groups("memory"):
+        counters.append(os.path.join(folder, "memory.events" if version == 2 else "memory.oom_control"))
+    for path in reversed(counters):  # the innermost group that is seen here
+        with contextlib.suppress(OSError, ValueError), open(path) as file:
+            for line in file:
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return 0
+
+
 def _group_limits() -> Iterator[tuple[int, int]]:
     """Yield limit and use, in bytes, of each cgroup above this process that has a limit."""
+    for version, folder in control_groups("memory"):
+        limit_name, used_name, cached = _FILES[version]
+        with contextlib.suppress(OSError, ValueError):
+            limit = _number(folder, limit_name)
+            if limit < 1 << 60:
+                yield limit, _number(folder, used_name) - _reclaimable(folder, "memory.stat", cached)
+
+
+#: By the version of cgroups: the files of a limit and of what is used, and the line for cached files.
+_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+    2: ("memory.max", "memory.current", "inactive_file "),
+}
+
+
+def control_groups(controller: str) -> Iterator[tuple[int, str]]:
+    """Yield version and folder of each cgroup that may limit this process, the outermost first.
+
+    Not all need be in sight: a container may be told its path on the host, and see only itself,
+    as the root.
+    """
     try:
         with open("/proc/self/cgroup") as file:
             entries = [line.strip().split(":", 2) for line in file]
@@ -52,24 +89,14 @@ def _group_limits() -> Iterator[tuple[int, int]]:
         return
     for _, controllers, path in entries:
         if not controllers:
-            root, names = "/sys/fs/cgroup", ("memory.max", "memory.current", "memory.stat", "inactive_file ")
-        elif "memory" in controllers.split(","):
-            root = "/sys/fs/cgroup/memory"
-            names = (
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "memory.stat",
-                "total_inactive_file ",
-            )
+            version, root = 2, "/sys/fs/cgroup"
+        elif controller in controllers.split(","):
+            version, root = 1, f"/sys/fs/cgroup/{controller}"
         else:
             continue
         parts = [part for part in path.split("/") if part]
         for depth in range(len(parts) + 1):
-            folder = os.path.join(root, *parts[:depth])
-            with contextlib.suppress(OSError, ValueError):
-                limit = _number(folder, names[0])
-                if limit < 1 << 60:
-                    yield limit, _number(folder, names[1]) - _reclaimable(folder, names[2], names[3])
+            yield version, os.path.join(root, *parts[:depth])
 
 
 def _number(folder: str, name: str) -> int:

@@ -26,6 +26,7 @@ def host_identity() -> str:
 
 def prepare(settings: dict[str, Any], close_stdin: bool, stderr_to_stdout: bool) -> None:
     """Make this process a place where users' functions can run."""
+    os.environ.pop("SHMDIST_IS_TO_BE_WORKER", None)  # see `managers.local`
     if "path" in settings:
         sys.path[:] = _search_path(settings)
     if "pythonpath" in settings:  # ours was for finding shmdist; users' child processes get theirs
@@ -40,10 +41,21 @@ def prepare(settings: dict[str, Any], close_stdin: bool, stderr_to_stdout: bool)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]  # any text stream
+    _tell_of_crashes()
     main = ModuleType("__main__")
     main.__dict__["__builtins__"] = __builtins__
     sys.modules["__main__"] = main
     sys.argv = [""]
+
+
+def _tell_of_crashes() -> None:
+    """Have a crash in C code tell which call it was in: these are the worker's last lines."""
+    import faulthandler
+
+    if not faulthandler.is_enabled():  # as the user's -X faulthandler has it
+        # Only the thread that crashed: the last lines of stderr that process 1 keeps must have it.
+        with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # no stderr
+            faulthandler.enable(all_threads=False)
 
 
 def _search_path(settings: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from tests.integration.helpers import (
     cpu_ticks,
     is_alive,
     loop_for_ever,
+    run_script,
     sleep_long,
     tell_and_run,
     until,
@@ -342,7 +343,7 @@ for spare in range(1, 24):
     try:
         pids = sd.addprocs(2)
     except sd.LaunchWorkerError as error:
-        assert "open files" in str(error), error
+        assert "open files" in str(error) and "ulimit -n" in str(error), error
         pids = error.pids
     assert sd.remotecall_fetch(abs, pid, -1) == 1
     sd.rmprocs(*pids)
@@ -350,3 +351,33 @@ for spare in range(1, 24):
     until(lambda: state() == before, 5, f"{spare} to spare: {state()} and not {before}")
 """
     ).end(60).clean()
+
+
+def test_more_workers_than_open_files_allow():
+    """Those that have come up work on, with many arrays too; and the rest come when the limit is raised."""
+    run_script(
+        """
+import os, resource, numpy as np, shmdist as sd
+def limit(number):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+limit(len(os.listdir("/proc/self/fd")) + 70)
+try:
+    sd.addprocs(16)
+except sd.LaunchWorkerError as error:
+    assert "ulimit -n" in str(error), error
+    pids = list(error.pids)
+else:
+    raise AssertionError
+assert sd.workers() == (pids or [1]) and len(pids) < 16
+sd.rmprocs(pids[2:])  # now there is room for what calls need
+pids = pids[:2] or sd.addprocs(2)
+arrays = [np.full(6000, n) for n in range(500)]
+for pid in pids:
+    back = sd.remotecall_fetch(lambda arrays: [a + 1 for a in arrays], pid, arrays)
+    assert all(a[5] == n + 1 for n, a in enumerate(back))
+shared = [sd.shared.full(50, n) for n in range(500)]
+assert sd.pmap(lambda a: int(a[5]), shared) == list(range(500))
+limit(1000)
+assert len(sd.addprocs(2)) == 2 and sd.nworkers() == len(pids) + 2
+"""
+    ).clean()

@@ -170,3 +170,19 @@ def test_what_cannot_be_sent_is_told_before_anything_runs(cluster):
         sd.everywhere("ran_with_a_lock = 1", bound=threading.Lock())
     for pid in [1, *cluster]:
         assert sd.everywhere("'ran_with_a_lock' in globals()", pid) is False
+
+
+def test_code_runs_on_all_at_once(cluster):
+    """Each waits till the last has begun."""
+    arrived, gate = sd.RemoteChannel(lambda: sd.Channel(99)), sd.RemoteChannel(lambda: sd.Channel(99))
+
+    def open_gate():
+        for _ in [1, *cluster]:
+            arrived.take(timeout=10)
+        for _ in [1, *cluster]:
+            gate.put(None)
+
+    opener = sd.async_(open_gate)
+    sd.everywhere("arrived.put(None); gate.take(timeout=10)", arrived=arrived, gate=gate)
+    opener.fetch(timeout=5)
+    sd.everywhere("del arrived, gate")
