@@ -183,6 +183,7 @@ def _end(futures: list[Future], here: bool, f: Any, args: Any, errors: list[Base
     try:
         if here:
             try:
+                current_node().dispatcher.own.catch_up()
                 f(*args)
             except Exception as error:
                 wrapped = remote_exception(current_node().pid, capture(error))

@@ -52,6 +52,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmdist._log import Log
 from shmdist.runtime.lanes import Lanes
+from shmdist.runtime.owncalls import OwnCalls
 from shmdist.runtime.sources import Sources
 from shmdist.runtime.strand import Cell, Kicker, Strand, current
 from shmdist.runtime.threads import Threads
@@ -91,6 +92,7 @@ class Dispatcher(Sources):
         self._lanes = Lanes()
         self.threads = Threads(self._stand_by)
         self.start, self.later = self.threads.start, self.threads.later  # run a job on another thread
+        self.own = OwnCalls(self)
         self._kicker = Kicker(self.poller.kick)
         self._arm, self._disarm = self.poller.arm, self.poller.disarm
         self.closing = False

@@ -104,6 +104,7 @@ class Strand:
         "kick",
         "leading",
         "main",
+        "own",
         "pending",
         "previous",
         "signalled",
@@ -123,6 +124,7 @@ class Strand:
         self.struck = False  # the interrupt of this task has come
         self.handler = self._on_sigint
         self.previous: Any = None  # the SIGINT handler found on entering
+        self.own = 0  # the last call of this thread to its own process (``owncalls``)
         self.guard = threading.Lock()
         self.ident = threading.get_ident()
 
