@@ -13,7 +13,7 @@ from shmdist.places import Place
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.reftable import RRID
 from shmdist.runtime.replies import Reply
-from shmdist.runtime.strand import current
+from shmdist.runtime.strand import current, is_interrupt
 from shmdist.wire import codec
 from shmdist.wire.link import LinkClosed, SendInterrupted
 from shmdist.wire.messages import WANT_STORE, WANT_VALUE, Kind
@@ -108,9 +108,9 @@ def _fetch_slowly(node: Node, f: Any, where: Any, args: Any, kwargs: Any) -> Any
             own.catch_up()
         try:
             return f(*args, **kwargs) if place.pool is None else place.run_nested(f, args, kwargs)
-        except KeyboardInterrupt:
-            raise  # Ctrl-C, most likely
         except BaseException as error:
+            if is_interrupt(error):
+                raise
             raise remote_exception(node.pid, capture(error)) from error
     finally:
         place.back()
@@ -303,8 +303,10 @@ def _tell_failure(value: Any, captured: CapturedException | None) -> None:
 @overload
 def remote(f: Callable[..., _T], /) -> Callable[..., _T]: ...
 @overload
-def remote(pool: Any, f: Callable[..., _T], /) -> Callable[..., _T]: ...
-def remote(pool: Any, f: Any = None, /) -> Any:
+def remote(*, f: Callable[..., _T]) -> Callable[..., _T]: ...
+@overload
+def remote(pool: Any, f: Callable[..., _T]) -> Callable[..., _T]: ...
+def remote(pool: Any = None, f: Any = None) -> Any:
     """Return a function that runs `f` on a worker of a pool, and returns its value.
 
     Parameters

@@ -19,6 +19,7 @@ from shmdist.cluster import _pids, procs
 from shmdist.errors import CompositeException, SerializationError, capture, remote_exception
 from shmdist.futures import Future
 from shmdist.runtime.node import current_node
+from shmdist.runtime.strand import is_interrupt
 from shmdist.shipping import Shipped
 
 #: The flags of all that a `from __future__` import changes.
@@ -185,7 +186,9 @@ def _end(futures: list[Future], here: bool, f: Any, args: Any, errors: list[Base
             try:
                 current_node().dispatcher.own.catch_up()
                 f(*args)
-            except Exception as error:
+            except BaseException as error:
+                if is_interrupt(error):
+                    raise
                 wrapped = remote_exception(current_node().pid, capture(error))
                 wrapped.__cause__ = error
                 errors.append(wrapped)
@@ -210,15 +213,15 @@ def _targets(which: Any) -> list[int]:
     return targets
 
 
-def everywhere(code: Any = None, procs: Any = None, /, **bindings: Any) -> Any:
+def everywhere(code_or_def: Any = None, procs: Any = None, **bindings: Any) -> Any:
     """Run code, or define a function or class, under ``__main__`` on all processes.
 
     Parameters
     ----------
-    code : str, function or class
+    code_or_def : str, function or class
         A text is run statement by statement; its imports run first on the caller, so
         that a module is built or compiled once. A function or class, ``everywhere`` being
-        its decorator, is defined under its name.
+        its decorator, is defined under its name. Left out, the result is such a decorator.
     procs : int or sequence of int, optional
         The processes; default all. An int: that process alone.
     **bindings
@@ -254,11 +257,11 @@ def everywhere(code: Any = None, procs: Any = None, /, **bindings: Any) -> Any:
     >>> everywhere("round(scale, 2)", 1)
     6.28
     """
-    if code is None or (
-        procs is None and not isinstance(code, (str, FunctionType, type)) and not callable(code)
-    ):
-        which = code
-        return lambda thing: everywhere(thing, which, **bindings)
+    code = code_or_def
+    if code is None:
+        return lambda thing: everywhere(thing, procs, **bindings)
+    if procs is None and not isinstance(code, (str, FunctionType, type)) and not callable(code):
+        return lambda thing: everywhere(thing, code, **bindings)  # @everywhere(pids)
     targets = _targets(procs)
     single = hasattr(procs, "__index__")
     if not isinstance(code, str):

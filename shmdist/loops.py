@@ -17,7 +17,7 @@ from shmdist.runs import Run
 from shmdist.runtime.mail import Together
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.replies import Reply, pack_error, unpack_error
-from shmdist.runtime.strand import Cell, current
+from shmdist.runtime.strand import Cell, current, is_interrupt
 from shmdist.shipping import Shipped
 from shmdist.sizes import positive_integer
 from shmdist.tasks import async_
@@ -151,7 +151,8 @@ class DistributedLoop:
         Parameters
         ----------
         iterable : range, sequence or ndarray
-            Of an ndarray, the first axis.
+            Of an ndarray, the first axis. A function instead, of a loop without reducer: its body;
+            what was taken for the body is the reducer.
         pool : worker pool, optional
             Default: the default worker pool.
 
@@ -160,6 +161,9 @@ class DistributedLoop:
         object
             The reduced value; without a reducer a `Task`, whose error is the loop's.
         """
+        if self.reducer is None and callable(iterable) and not hasattr(iterable, "__iter__"):
+            # A reducer that looked like a body, such as `def add(a, b=0)`.
+            return _with_pool(DistributedLoop(iterable, self.body, self._options), pool)
         sequence = _sequence(iterable)
         if self.reducer is None:
             return async_(self._run, sequence, pool)
@@ -183,7 +187,9 @@ class DistributedLoop:
         if pids == [current_node().pid]:
             try:
                 partial = [work(chunk) for chunk in chunks]
-            except Exception as error:
+            except BaseException as error:
+                if is_interrupt(error):
+                    raise
                 raise remote_exception(pids[0], capture(error)) from error
         elif options["schedule"] == "static":
             partial = scatter(work, [(pids[i % len(pids)], (chunk,)) for i, chunk in enumerate(chunks)])
@@ -262,7 +268,6 @@ def _takes_two(f: Any) -> bool:
 def distributed(
     reducer: Any = None,
     iterable: Any = _NONE,
-    /,
     *,
     vectorized: bool = False,
     schedule: str = "static",

@@ -281,6 +281,16 @@ def _raise_in(ident: int, kind: type[BaseException]) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(kind))
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """Tell whether an error of a function that the calling thread ran is an interrupt of this thread itself.
+
+    That is Ctrl-C on process 1's main thread, or the interrupt of the remote call that the thread
+    runs; a KeyboardInterrupt on another thread, as a SystemExit on any, is the function's own.
+    """
+    strand = current()
+    return isinstance(error, KeyboardInterrupt) and (strand.main or strand.task is not None)
+
+
 class _Local(threading.local):
     """The strand of each thread."""
 
