@@ -10,17 +10,19 @@ import importlib
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
 
 from shmdist.calls import remotecall, remotecall_fetch
 from shmdist.cluster import _pids, procs
-from shmdist.errors import CompositeException, SerializationError, capture, remote_exception
+from shmdist.errors import CompositeException, RemoteException, SerializationError, capture, remote_exception
 from shmdist.futures import Future
 from shmdist.runtime.node import current_node
 from shmdist.runtime.strand import is_interrupt
 from shmdist.shipping import Shipped
+from shmdist.wire import codec
 
 #: The flags of all that a `from __future__` import changes.
 _FUTURES = functools.reduce(
@@ -270,10 +272,24 @@ def everywhere(code_or_def: Any = None, procs: Any = None, **bindings: Any) -> A
     imports = _imports(code)
     if imports:
         _run(imports, {}, "__main__")
-    if single:
-        return remotecall_fetch(_run, targets[0], code, bindings, "__main__")
-    _ask_all(targets, _run_quietly, (code, bindings, "__main__"), "everywhere")
+    with _named(bindings):
+        if single:
+            return remotecall_fetch(_run, targets[0], code, bindings, "__main__")
+        _ask_all(targets, _run_quietly, (code, bindings, "__main__"), "everywhere")
     return None
+
+
+@contextmanager
+def _named(sent: dict[str, Any]) -> Iterator[None]:
+    """Let the error of what cannot be sent say which of the things `sent` it is, and which part of that."""
+    try:
+        yield
+    except SerializationError as error:
+        if isinstance(error, RemoteException):
+            raise
+        for name, thing in sent.items():
+            codec.dumps(thing, f"{name}, which everywhere sends,", name)
+        raise
 
 
 def _run_quietly(code: str, bindings: dict[str, Any], module_name: str) -> None:
@@ -291,7 +307,8 @@ def _define_everywhere(thing: Any, targets: list[int], bindings: dict[str, Any])
         if current_node().pid != 1:
             sys.modules["__main__"].__dict__[name] = thing
     needed = {key: value for key, value in _globals_of(thing).items() if key not in bindings}
-    _ask_all(targets, _define, (name, thing, needed, bindings), f"everywhere of {name}")
+    with _named({name: thing, **needed, **bindings}):
+        _ask_all(targets, _define, (name, thing, needed, bindings), f"everywhere of {name}")
     return thing
 
 

@@ -7,11 +7,11 @@ import inspect
 import itertools
 import operator
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from shmdist.batches import BatchRunner
-from shmdist.errors import ShmdistError, capture, remote_exception
+from shmdist.errors import SerializationError, ShmdistError, capture, remote_exception
 from shmdist.pools import default_worker_pool
 from shmdist.runs import Run
 from shmdist.runtime.mail import Together
@@ -88,6 +88,10 @@ class _Chunk:
 
     def __reduce__(self) -> Any:
         return _Chunk, (self.body, self.reducer, self.vectorized)
+
+    def _named_parts(self) -> Iterator[tuple[str, Any]]:
+        yield "the function", self.body
+        yield "the reducer", self.reducer
 
     def __call__(self, chunk: Any) -> Any:
         """Run the body over a chunk; returns the chunk's partial result."""
@@ -209,6 +213,9 @@ def _dynamic(work: _Chunk, chunks: Sequence[Any], pool: Any) -> list[Any]:
     try:
         for places, values, error in run:
             if error is not None:
+                if type(error) is SerializationError:
+                    [place] = places
+                    error = _unsendable(chunks[place], sum(map(len, chunks[:place])), error)
                 raise error
             for place, value in zip(places, values, strict=True):
                 partial[place] = value
@@ -385,7 +392,7 @@ def scatter(f: Callable[..., Any], parts: Iterable[tuple[int, tuple[Any, ...]]])
                 if pid == node.pid:
                     replies.append(_Here(node, f, arguments, over.note))
                     continue
-                payload = codec.dumps((shipped.number, arguments, {}), "the chunk")
+                payload = _dump_chunk(shipped.number, arguments, parts[: len(replies)])
                 strand.enter()
                 try:
                     shipped.send_to(pid, unwoken)
@@ -410,6 +417,24 @@ def scatter(f: Callable[..., Any], parts: Iterable[tuple[int, tuple[Any, ...]]])
             if isinstance(reply, Reply):
                 node.cancel(reply)
         shipped.drop()
+
+
+def _dump_chunk(number: int, arguments: tuple[Any, ...], before: Sequence[Any]) -> codec.Payload:
+    """Pickle the call for a part."""
+    try:
+        return codec.dumps((number, arguments, {}), "the chunk")
+    except SerializationError as error:
+        raise _unsendable(arguments[0], sum(len(chunk) for _, (chunk,) in before), error) from error.__cause__
+
+
+def _unsendable(chunk: Any, first: int, error: SerializationError) -> SerializationError:
+    """Return the error that names the culprit among a chunk's elements, the first of which is `first`."""
+    for place, element in enumerate(chunk, first):
+        try:
+            codec.dumps(element, "the element", f"element {place}")
+        except SerializationError as named:
+            return named
+    return error
 
 
 class _Over(Cell):

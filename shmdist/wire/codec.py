@@ -94,7 +94,7 @@ def dumps_value(value: Any, what: str) -> Payload:
     return dumps(value, what)
 
 
-def dumps(obj: Any, what: str = "the object") -> Payload:
+def dumps(obj: Any, what: str = "the object", at: str = "") -> Payload:
     """Pickle `obj` whole.
 
     Parameters
@@ -104,6 +104,8 @@ def dumps(obj: Any, what: str = "the object") -> Payload:
         is written.
     what : str
         What it is, for the error's text.
+    at : str
+        How the path to a part of it begins.
 
     Raises
     ------
@@ -122,7 +124,7 @@ def dumps(obj: Any, what: str = "the object") -> Payload:
         # By value, then: a function of __main__, a lambda (whose lookup by name fails), or
         # something that cannot be pickled at all, which the second pickler will find as well.
         pass
-    return _dumps_by_value(obj, what)
+    return _dumps_by_value(obj, what, at)
 
 
 def pickled(what: Any) -> Payload:
@@ -132,7 +134,7 @@ def pickled(what: Any) -> Payload:
     return payload
 
 
-def _dumps_by_value(obj: Any, what: str) -> Payload:
+def _dumps_by_value(obj: Any, what: str, at: str) -> Payload:
     payload = Payload()
     try:
         pickler = cloud_pickler()(payload, 5, buffer_callback=payload.keep_out)
@@ -143,7 +145,7 @@ def _dumps_by_value(obj: Any, what: str) -> Payload:
     except BaseException as error:
         from shmdist.wire.culprit import explain
 
-        raise explain(obj, what, error, _can_pickle) from error
+        raise explain(obj, what, error, _can_pickle, at) from error
     return payload
 
 
