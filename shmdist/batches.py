@@ -59,6 +59,9 @@ class BatchRunner:
     def __reduce__(self) -> Any:
         return BatchRunner, (kept(self.f) or self.f, self.star)
 
+    def _named_parts(self) -> Iterator[tuple[str, Any]]:
+        yield from self.f._named_parts() if hasattr(self.f, "_named_parts") else [("the function", self.f)]
+
     def __call__(self, batch: Any, probe: bool = False) -> Any:
         """Run a batch that was sent here; returns its results as they are sent."""
         results = self.run(batch, probe, current().task.key, current_node().settings.get("page"))

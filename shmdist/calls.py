@@ -7,13 +7,13 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
-from shmdist.errors import RemoteException, capture, remote_exception
+from shmdist.errors import CapturedException, RemoteException, capture, remote_exception
 from shmdist.futures import Future, LocalTask
 from shmdist.places import Place
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.reftable import RRID
 from shmdist.runtime.replies import Reply
-from shmdist.runtime.strand import current
+from shmdist.runtime.strand import current, is_interrupt
 from shmdist.wire import codec
 from shmdist.wire.link import LinkClosed, SendInterrupted
 from shmdist.wire.messages import WANT_STORE, WANT_VALUE, Kind
@@ -103,11 +103,14 @@ def _fetch_slowly(node: Node, f: Any, where: Any, args: Any, kwargs: Any) -> Any
         if place.pid != node.pid:
             flags, payload = place.payload(f, args, kwargs)
             return _ask(node, f, place.pid, WANT_VALUE | flags, payload)
+        own = node.dispatcher.own
+        if own.begun != own.made:
+            own.catch_up()
         try:
-            return place.run_here(f, args, kwargs)
-        except KeyboardInterrupt:
-            raise  # Ctrl-C, most likely
+            return f(*args, **kwargs) if place.pool is None else place.run_nested(f, args, kwargs)
         except BaseException as error:
+            if is_interrupt(error):
+                raise
             raise remote_exception(node.pid, capture(error)) from error
     finally:
         place.back()
@@ -216,25 +219,12 @@ def _start_here(node: Node, f: Any, rrid: RRID, args: Any, kwargs: Any, at_end: 
 
     task = future._local = LocalTask()
 
-    def run() -> None:
-        strand = current()
-        value, captured = None, None
-        strand.begin(task)
-        task.strand = strand
-        try:
-            try:
-                strand.expose()
-                value = f(*args, **kwargs)
-            finally:
-                strand.cover()
-        except BaseException as error:
-            captured = capture(error)
-        strand.end()
+    def ended(value: Any, captured: CapturedException | None) -> None:
         node.set_value(entry, value if captured is None else captured)
         if at_end is not None:
             at_end()
 
-    node.dispatcher.start(run)
+    node.dispatcher.own.begin(f, args, kwargs, task, ended)
     return future
 
 
@@ -270,7 +260,8 @@ def remotecall_wait(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: 
 def remote_do(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) -> None:
     """Run ``f(*args, **kwargs)`` on another process and forget it.
 
-    Its value is dropped; an error is printed by the worker.
+    Returns at once, also when `where` is this process. The value is dropped; an error is
+    printed by the process that ran it.
 
     References
     ----------
@@ -278,8 +269,7 @@ def remote_do(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) -
 
     Examples
     --------
-    >>> remote_do(print, 1)
-    <BLANKLINE>
+    >>> remote_do(abs, 1, -3)
     """
     _check(f, "remote_do")
     place = Place(where, "remote_do")
@@ -288,7 +278,7 @@ def remote_do(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) -
         if place.pool is not None:
             place.lend()
         if place.pid == node.pid:
-            _do_here(place, f, args, kwargs)
+            node.dispatcher.own.begin(f, args, kwargs, LocalTask(), _tell_failure)
             return
         flags, payload = place.payload(f, args, kwargs)
         strand = current()
@@ -305,18 +295,18 @@ def remote_do(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) -
         place.back()
 
 
-def _do_here(place: Place, f: Any, args: Any, kwargs: Any) -> None:
-    try:
-        place.run_here(f, args, kwargs)
-    except Exception as error:
-        print(capture(error).traceback_text, file=sys.stderr)  # noqa: T201 - the contract: it is printed
+def _tell_failure(value: Any, captured: CapturedException | None) -> None:
+    if captured is not None:
+        print(captured.traceback_text, file=sys.stderr)  # noqa: T201 - the contract: it is printed
 
 
 @overload
 def remote(f: Callable[..., _T], /) -> Callable[..., _T]: ...
 @overload
-def remote(pool: Any, f: Callable[..., _T], /) -> Callable[..., _T]: ...
-def remote(pool: Any, f: Any = None, /) -> Any:
+def remote(*, f: Callable[..., _T]) -> Callable[..., _T]: ...
+@overload
+def remote(pool: Any, f: Callable[..., _T]) -> Callable[..., _T]: ...
+def remote(pool: Any = None, f: Any = None) -> Any:
     """Return a function that runs `f` on a worker of a pool, and returns its value.
 
     Parameters

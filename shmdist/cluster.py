@@ -58,12 +58,12 @@ def _cluster(what: str) -> Cluster:
     return cluster
 
 
-def addprocs(what: Any = None, /, **params: Any) -> WorkerList:
+def addprocs(n: Any = None, **params: Any) -> WorkerList:
     """Add worker processes.
 
     Parameters
     ----------
-    what : int, list, ClusterManager, or None
+    n : int, list, ClusterManager, or None
         How many workers on this host; ``None``: one per CPU that this process may use. Or
         machines to be reached by SSH, each ``"[user@]host[:port] [bind_addr[:port]]"`` or
         such a text and a count: ``["node1", ("me@node2", 4), ("node3", "auto")]``; see
@@ -113,15 +113,15 @@ def addprocs(what: Any = None, /, **params: Any) -> WorkerList:
     2
     """
     cluster = _cluster("add processes")
-    if what is None or (hasattr(what, "__index__") and not isinstance(what, bool)):
-        manager: ClusterManager = LocalManager(what)
-    elif isinstance(what, ClusterManager):
-        manager = what
-    elif isinstance(what, (list, tuple, str)):
-        manager = SSHManager(what)
+    if n is None or (hasattr(n, "__index__") and not isinstance(n, bool)):
+        manager: ClusterManager = LocalManager(n)
+    elif isinstance(n, ClusterManager):
+        manager = n
+    elif isinstance(n, (list, tuple, str)):
+        manager = SSHManager(n)
     else:
         raise TypeError(
-            f"addprocs() takes a number of workers, a list of machines or a ClusterManager, not {what!r:.80}"
+            f"addprocs() takes a number of workers, a list of machines or a ClusterManager, not {n!r:.80}"
         )
     known = manager.default_params()
     for name in params:

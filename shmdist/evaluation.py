@@ -10,16 +10,19 @@ import importlib
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
 
 from shmdist.calls import remotecall, remotecall_fetch
 from shmdist.cluster import _pids, procs
-from shmdist.errors import CompositeException, SerializationError, capture, remote_exception
+from shmdist.errors import CompositeException, RemoteException, SerializationError, capture, remote_exception
 from shmdist.futures import Future
 from shmdist.runtime.node import current_node
+from shmdist.runtime.strand import is_interrupt
 from shmdist.shipping import Shipped
+from shmdist.wire import codec
 
 #: The flags of all that a `from __future__` import changes.
 _FUTURES = functools.reduce(
@@ -183,8 +186,11 @@ def _end(futures: list[Future], here: bool, f: Any, args: Any, errors: list[Base
     try:
         if here:
             try:
+                current_node().dispatcher.own.catch_up()
                 f(*args)
-            except Exception as error:
+            except BaseException as error:
+                if is_interrupt(error):
+                    raise
                 wrapped = remote_exception(current_node().pid, capture(error))
                 wrapped.__cause__ = error
                 errors.append(wrapped)
@@ -209,15 +215,15 @@ def _targets(which: Any) -> list[int]:
     return targets
 
 
-def everywhere(code: Any = None, procs: Any = None, /, **bindings: Any) -> Any:
+def everywhere(code_or_def: Any = None, procs: Any = None, **bindings: Any) -> Any:
     """Run code, or define a function or class, under ``__main__`` on all processes.
 
     Parameters
     ----------
-    code : str, function or class
+    code_or_def : str, function or class
         A text is run statement by statement; its imports run first on the caller, so
         that a module is built or compiled once. A function or class, ``everywhere`` being
-        its decorator, is defined under its name.
+        its decorator, is defined under its name. Left out, the result is such a decorator.
     procs : int or sequence of int, optional
         The processes; default all. An int: that process alone.
     **bindings
@@ -253,11 +259,11 @@ def everywhere(code: Any = None, procs: Any = None, /, **bindings: Any) -> Any:
     >>> everywhere("round(scale, 2)", 1)
     6.28
     """
-    if code is None or (
-        procs is None and not isinstance(code, (str, FunctionType, type)) and not callable(code)
-    ):
-        which = code
-        return lambda thing: everywhere(thing, which, **bindings)
+    code = code_or_def
+    if code is None:
+        return lambda thing: everywhere(thing, procs, **bindings)
+    if procs is None and not isinstance(code, (str, FunctionType, type)) and not callable(code):
+        return lambda thing: everywhere(thing, code, **bindings)  # @everywhere(pids)
     targets = _targets(procs)
     single = hasattr(procs, "__index__")
     if not isinstance(code, str):
@@ -266,10 +272,24 @@ def everywhere(code: Any = None, procs: Any = None, /, **bindings: Any) -> Any:
     imports = _imports(code)
     if imports:
         _run(imports, {}, "__main__")
-    if single:
-        return remotecall_fetch(_run, targets[0], code, bindings, "__main__")
-    _ask_all(targets, _run_quietly, (code, bindings, "__main__"), "everywhere")
+    with _named(bindings):
+        if single:
+            return remotecall_fetch(_run, targets[0], code, bindings, "__main__")
+        _ask_all(targets, _run_quietly, (code, bindings, "__main__"), "everywhere")
     return None
+
+
+@contextmanager
+def _named(sent: dict[str, Any]) -> Iterator[None]:
+    """Let the error of what cannot be sent say which of the things `sent` it is, and which part of that."""
+    try:
+        yield
+    except SerializationError as error:
+        if isinstance(error, RemoteException):
+            raise
+        for name, thing in sent.items():
+            codec.dumps(thing, f"{name}, which everywhere sends,", name)
+        raise
 
 
 def _run_quietly(code: str, bindings: dict[str, Any], module_name: str) -> None:
@@ -287,7 +307,8 @@ def _define_everywhere(thing: Any, targets: list[int], bindings: dict[str, Any])
         if current_node().pid != 1:
             sys.modules["__main__"].__dict__[name] = thing
     needed = {key: value for key, value in _globals_of(thing).items() if key not in bindings}
-    _ask_all(targets, _define, (name, thing, needed, bindings), f"everywhere of {name}")
+    with _named({name: thing, **needed, **bindings}):
+        _ask_all(targets, _define, (name, thing, needed, bindings), f"everywhere of {name}")
     return thing
 
 

@@ -12,14 +12,14 @@ from typing import Any
 from shmdist.errors import RemoteException, capture, remote_exception
 from shmdist.runs import Outcome
 from shmdist.runtime.node import current_node
-from shmdist.runtime.strand import Cell, current
+from shmdist.runtime.strand import Cell, current, is_interrupt
 
 _THREADS = 32  # of a map that is not distributed
 
 Retry = Callable[[int, BaseException], "float | None"]
 
 
-def _failed(error: Exception) -> RemoteException:
+def _failed(error: BaseException) -> RemoteException:
     """Return an element's error as a map tells it."""
     wrapped = remote_exception(current_node().pid, capture(error))
     wrapped.__cause__ = error
@@ -32,7 +32,9 @@ def on_this_thread(f: Any, star: bool, elements: Iterator[Any], retry: Retry) ->
         while True:
             try:
                 value = f(*element) if star else f(element)
-            except Exception as error:
+            except BaseException as error:
+                if is_interrupt(error):
+                    raise
                 wrapped = _failed(error)
             else:
                 yield (place,), [value], None
@@ -64,8 +66,6 @@ def on_threads(f: Any, star: bool, elements: Iterator[Any], retry: Retry) -> Ite
             if error is None:
                 yield (place,), [value], None
                 continue
-            if not isinstance(error, Exception):
-                raise error
             wrapped = _failed(error)
             delay = retry(place, wrapped)
             if delay is None:

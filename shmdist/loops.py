@@ -7,17 +7,17 @@ import inspect
 import itertools
 import operator
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from shmdist.batches import BatchRunner
-from shmdist.errors import ShmdistError, capture, remote_exception
+from shmdist.errors import SerializationError, ShmdistError, capture, remote_exception
 from shmdist.pools import default_worker_pool
 from shmdist.runs import Run
 from shmdist.runtime.mail import Together
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.replies import Reply, pack_error, unpack_error
-from shmdist.runtime.strand import Cell, current
+from shmdist.runtime.strand import Cell, current, is_interrupt
 from shmdist.shipping import Shipped
 from shmdist.sizes import positive_integer
 from shmdist.tasks import async_
@@ -93,6 +93,10 @@ class _Chunk:
             body = kept(body) or body  # type: ignore[assignment]  # it pickles as one
         return _Chunk, (body, reducer, self.vectorized)
 
+    def _named_parts(self) -> Iterator[tuple[str, Any]]:
+        yield "the function", self.body
+        yield "the reducer", self.reducer
+
     def __call__(self, chunk: Any) -> Any:
         """Run the body over a chunk; returns the chunk's partial result."""
         if self.vectorized:
@@ -155,7 +159,8 @@ class DistributedLoop:
         Parameters
         ----------
         iterable : range, sequence or ndarray
-            Of an ndarray, the first axis.
+            Of an ndarray, the first axis. A function instead, of a loop without reducer: its body;
+            what was taken for the body is the reducer.
         pool : worker pool, optional
             Default: the default worker pool.
 
@@ -164,6 +169,9 @@ class DistributedLoop:
         object
             The reduced value; without a reducer a `Task`, whose error is the loop's.
         """
+        if self.reducer is None and callable(iterable) and not hasattr(iterable, "__iter__"):
+            # A reducer that looked like a body, such as `def add(a, b=0)`.
+            return _with_pool(DistributedLoop(iterable, self.body, self._options), pool)
         sequence = _sequence(iterable)
         if self.reducer is None:
             return async_(self._run, sequence, pool)
@@ -187,7 +195,9 @@ class DistributedLoop:
         if pids == [current_node().pid]:
             try:
                 partial = [work(chunk) for chunk in chunks]
-            except Exception as error:
+            except BaseException as error:
+                if is_interrupt(error):
+                    raise
                 raise remote_exception(pids[0], capture(error)) from error
         elif options["schedule"] == "static":
             partial = scatter(work, [(pids[i % len(pids)], (chunk,)) for i, chunk in enumerate(chunks)])
@@ -207,6 +217,9 @@ def _dynamic(work: _Chunk, chunks: Sequence[Any], pool: Any) -> list[Any]:
     try:
         for places, values, error in run:
             if error is not None:
+                if type(error) is SerializationError:
+                    [place] = places
+                    error = _unsendable(chunks[place], sum(map(len, chunks[:place])), error)
                 raise error
             for place, value in zip(places, values, strict=True):
                 partial[place] = value
@@ -266,7 +279,6 @@ def _takes_two(f: Any) -> bool:
 def distributed(
     reducer: Any = None,
     iterable: Any = _NONE,
-    /,
     *,
     vectorized: bool = False,
     schedule: str = "static",
@@ -384,7 +396,7 @@ def scatter(f: Callable[..., Any], parts: Iterable[tuple[int, tuple[Any, ...]]])
                 if pid == node.pid:
                     replies.append(_Here(node, f, arguments, over.note))
                     continue
-                payload = codec.dumps((shipped.number, arguments, {}), "the chunk")
+                payload = _dump_chunk(shipped.number, arguments, parts[: len(replies)])
                 strand.enter()
                 try:
                     shipped.send_to(pid, unwoken)
@@ -409,6 +421,24 @@ def scatter(f: Callable[..., Any], parts: Iterable[tuple[int, tuple[Any, ...]]])
             if isinstance(reply, Reply):
                 node.cancel(reply)
         shipped.drop()
+
+
+def _dump_chunk(number: int, arguments: tuple[Any, ...], before: Sequence[Any]) -> codec.Payload:
+    """Pickle the call for a part."""
+    try:
+        return codec.dumps((number, arguments, {}), "the chunk")
+    except SerializationError as error:
+        raise _unsendable(arguments[0], sum(len(chunk) for _, (chunk,) in before), error) from error.__cause__
+
+
+def _unsendable(chunk: Any, first: int, error: SerializationError) -> SerializationError:
+    """Return the error that names the culprit among a chunk's elements, the first of which is `first`."""
+    for place, element in enumerate(chunk, first):
+        try:
+            codec.dumps(element, "the element", f"element {place}")
+        except SerializationError as named:
+            return named
+    return error
 
 
 class _Over(Cell):

@@ -64,10 +64,9 @@ class Place:
                 strand.leave()
         return BY_ID, codec.dumps((shipped.number, args, kwargs), "the call's arguments")
 
-    def run_here(self, f: Any, args: Any, kwargs: Any) -> Any:
-        """Run a call on this process and this thread."""
-        if self.pool is None:
-            return f(*args, **kwargs)
+    @staticmethod
+    def run_nested(f: Any, args: Any, kwargs: Any) -> Any:
+        """Run a call, by a pool's leave, on this process and this thread."""
         token = nested.set(True)
         try:
             return f(*args, **kwargs)

@@ -418,13 +418,13 @@ def set_default_worker_pool(pool: AbstractWorkerPool) -> None:
     _hooked().settings["default_pool"] = pool
 
 
-def clear(what: Any, pids: Any = None, /) -> Any:
+def clear(names: Any = None, pids: Any = None, *, pool: Any = None) -> Any:
     """Empty a CachingPool's cache, or set globals of ``__main__`` to None.
 
     Parameters
     ----------
-    what : CachingPool, str or sequence of str
-        The pool; or names of globals.
+    names : str, sequence of str, or CachingPool
+        Names of globals; or the pool, which may also be given as `pool`.
     pids : int or sequence of int, optional
         With names: the processes; default all workers.
 
@@ -442,6 +442,9 @@ def clear(what: Any, pids: Any = None, /) -> Any:
     >>> clear(CachingPool([1]))
     <CachingPool [1], 0 functions>
     """
+    if (names is None) == (pool is None):
+        raise TypeError("clear(pool) or clear(names, pids): give one of them")
+    what = names if pool is None else pool
     if hasattr(what, "clear") and not isinstance(what, (str, list, set, dict)):
         what.clear()
         return what

@@ -47,14 +47,13 @@ from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.replies import Reply, unpack_error
 from shmdist.runtime.strand import Cell, current
 from shmdist.shipping import Shipped
-from shmdist.sizes import Sizes
+from shmdist.sizes import Sizes, is_cheap
 from shmdist.wire import codec
 from shmdist.wire.apart import Unreadable, pack
 from shmdist.wire.link import LinkClosed, Unwoken
 from shmdist.wire.messages import BY_ID, IS_ERROR, NOT_RUN, WANT_VALUE, Kind, Parts
 
 _JOINED = 1 << 16  # bytes of several frames that are written as one piece
-_CHEAP = frozenset({int, float, bool, complex, type(None)})  # types of elements that are cheap to send
 _AGAIN = 0.005  # seconds until work is looked for again that can be taken back
 _DEADLY = 3  # workers that may die over a batch before it is held to be the cause
 _CALL, _FUNC = int(Kind.CALL), int(Kind.FUNC)
@@ -127,7 +126,7 @@ class Run:
         if batch_size is None and total is not None and room is None:
             first = list(itertools.islice(self.elements, 1))
             self.elements = itertools.chain(first, self.elements)
-            cheap = bool(first) and _is_cheap(first[0])
+            cheap = bool(first) and is_cheap(first[0])
         self.sizes = Sizes(total, batch_size, cheap)
 
     # ------------------------------------------------------------------ the run
@@ -322,17 +321,18 @@ class Run:
                 return codec.dumps_arguments((number, (elements, False), _NO_KEYWORDS), elements[0])
             probe = sizes.cost is None and sizes.fixed is None
             return codec.dumps((number, (pack(elements), probe), _NO_KEYWORDS), "the elements")
-        except Exception as error:
-            if len(elements) == 1:
-                self._end(batch.places[0], elements[0], error, ready)
-                return None
+        except Exception as caught:
+            whole = caught
         for place, element in batch.pairs():
             try:
-                codec.dumps(element, "the element")
+                codec.dumps(element, "the element", f"element {place}")
             except Exception as error:
                 self._end(place, element, error, ready)
             else:
-                self.redo.append((place, element))
+                if len(elements) == 1:  # it was otherwise a moment ago
+                    self._end(place, element, whole, ready)
+                else:
+                    self.redo.append((place, element))
         return None
 
     def _function_for(self, pid: int, together: codec.Payload) -> Parts:
@@ -491,10 +491,3 @@ class Run:
 
 
 _NO_KEYWORDS: dict[str, Any] = {}
-
-
-def _is_cheap(element: Any) -> bool:
-    """Tell whether elements like this one may be sent twice."""
-    if type(element) is tuple:
-        return len(element) < 8 and all(type(part) is not tuple and _is_cheap(part) for part in element)
-    return type(element) in _CHEAP or (type(element) is str and len(element) < 100)

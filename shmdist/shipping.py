@@ -30,7 +30,7 @@ class Shipped:
         self.node = current_node()
         self.f = f
         self.number = next(self.node.call_ids)
-        self.payload = codec.dumps(f, what)
+        self.payload = codec.dumps(f, what, what)
         self.payload.spread = {}
         self.there: set[int] = set()
         self._lock = threading.Lock()  # guards `there`; held while one thread sends to a worker

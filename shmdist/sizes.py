@@ -21,6 +21,7 @@ _MESSAGE = 15e-6  # seconds that a message costs its receiver, roughly
 _GROW = 16  # a batch is at most so many times as large as any that came back
 _LONG = 0.02  # seconds of work in a batch, at most
 _PROBED = 4096  # elements in the first batches, at most, when they are cheap to send
+_CHEAP = frozenset({int, float, bool, complex, type(None)})  # types of elements that are cheap to send
 _BRIEF = 0.002  # seconds of work that may go out in one batch at the end
 _HEAVY = 4 << 20  # bytes of a batch, at most, when it has several elements
 _LOAD = 16 << 20  # bytes that a worker has waiting, at most, when it has more than `WINDOW` batches
@@ -123,4 +124,11 @@ def positive_integer(name: str, number: Any) -> int:
     return operator.index(number)
 
 
-__all__ = ["WINDOW", "Sizes", "positive_integer"]
+def is_cheap(element: Any) -> bool:
+    """Tell whether elements like this one may be sent twice."""
+    if type(element) is tuple:
+        return len(element) < 8 and all(type(part) is not tuple and is_cheap(part) for part in element)
+    return type(element) in _CHEAP or (type(element) is str and len(element) < 100)
+
+
+__all__ = ["WINDOW", "Sizes", "is_cheap", "positive_integer"]

@@ -36,7 +36,7 @@ class WorkerConfig:
     io : tuple of int, optional
         Descriptors of the worker's standard output and error, which process 1 reads.
     host : str, optional
-        Host name, for people and error texts.
+        Host name, for people and error texts; with `port`, where the worker is reached.
     port : int, optional
         Port the worker listens on.
     count : int, str or None
@@ -47,14 +47,18 @@ class WorkerConfig:
         Whatever the manager wants to keep.
     tunnel, forward : bool and int, optional
         Whether all traffic goes through the login's connection, and the local port for it.
+    multiplex : bool, optional
+        Whether tunnels share one login. For Julia's managers; `SSHManager` always has one
+        login for a host, and does not ask.
     bind_addr : str, optional
-        Address the worker listens on.
+        Address the worker listens on; without it, that of `host`.
     sshflags : object
         Further settings of the login.
     max_parallel : int, optional
         Logins at once.
     connect_at : tuple, optional
-        Where the worker is reached: ``("unix", path)`` or ``("tcp", (host, port))``.
+        Where the worker is reached: ``("unix", path)`` or ``("tcp", (host, port))``. By
+        default `port` at `bind_addr` or `host`.
     process : object
         Of a local process, its ``subprocess.Popen``.
     ospid : int, optional
@@ -85,6 +89,7 @@ class WorkerConfig:
     exeflags: Sequence[str] | None = None
     userdata: Any = None
     tunnel: bool | None = None
+    multiplex: bool | None = None
     forward: int | None = None
     bind_addr: str | None = None
     sshflags: Any = None
@@ -116,7 +121,7 @@ class ClusterManager(ABC):
     --------
     >>> class Here(ClusterManager):
     ...     def launch(self, params):
-    ...         yield WorkerConfig(connect_at=("tcp", ("127.0.0.1", 9009)))
+    ...         yield WorkerConfig(host="127.0.0.1", port=9009)
     """
 
     def default_params(self) -> dict[str, Any]:
@@ -176,7 +181,8 @@ class ClusterManager(ABC):
     def connect(self, id: int, config: WorkerConfig) -> Connection:
         """Return a connection to a launched worker; no handshake yet.
 
-        The default connects to ``config.connect_at``. It is asked again when two workers have
+        The default connects to ``config.connect_at``, or else to ``config.port`` at
+        ``config.bind_addr`` or ``config.host``. It is asked again when two workers have
         no way to each other: process 1 then makes one more connection to each, and joins them.
 
         On a worker that was made by ``init_worker(cookie, manager)`` this is asked for
@@ -186,9 +192,13 @@ class ClusterManager(ABC):
         from shmdist.wire.door import knock
 
         if config.connect_at is None:
-            raise ValueError(
-                f"{type(self).__name__} gave no connect_at for worker {id}, and has no connect() of its own"
-            )
+            address = config.bind_addr or (config.host or "").rpartition("@")[2]
+            if not address or config.port is None:
+                raise ValueError(
+                    f"{type(self).__name__} gave neither host and port nor connect_at for worker {id}, "
+                    f"and has no connect() of its own"
+                )
+            config.connect_at = ("tcp", (address, config.port))  # others may need it too
         return knock(config.connect_at)
 
 

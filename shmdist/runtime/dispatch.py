@@ -52,6 +52,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmdist._log import Log
 from shmdist.runtime.lanes import Lanes
+from shmdist.runtime.owncalls import OwnCalls
 from shmdist.runtime.sources import Sources
 from shmdist.runtime.strand import Cell, Kicker, Strand, current
 from shmdist.runtime.threads import Threads
@@ -91,6 +92,7 @@ class Dispatcher(Sources):
         self._lanes = Lanes()
         self.threads = Threads(self._stand_by)
         self.start, self.later = self.threads.start, self.threads.later  # run a job on another thread
+        self.own = OwnCalls(self)
         self._kicker = Kicker(self.poller.kick)
         self._arm, self._disarm = self.poller.arm, self.poller.disarm
         self.closing = False
@@ -213,8 +215,8 @@ class Dispatcher(Sources):
 
         Raises
         ------
-        KeyboardInterrupt
-            Or what a handler of the program's raises; the cell is as it was.
+        BaseException
+            What a handler of a signal raises; the cell is as it was.
         """
         strand = current()
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -458,8 +460,7 @@ class Dispatcher(Sources):
 
     def held_up(self) -> bool:
         """Take note that this thread waits to write an answer; False, for that is not to be given up."""
-        main = self._main
-        if main is not None and main.ident == threading.get_ident():
+        if self._main is current():
             self._left = _PATIENCE
         return False
 

@@ -7,7 +7,7 @@ Locks, in the order in which they may be taken (a later one while an earlier is 
 1. ``Dispatcher._baton``: the right to read; not a lock that anybody waits for.
 2. ``Node.lock``: members, links, reference table.  No user code, pickling, or sending
    while it is held: decide under it, act after it.
-3. ``Mail._lock``, ``Link.gate``, ``Link._kick``, ``Strand.guard``, ``Sharing.lock``,
+3. ``OwnCalls._lock``, ``Mail._lock``, ``Link.gate``, ``Link._kick``, ``Strand.guard``, ``Sharing.lock``,
    ``Lending._lock``, ``Spares._lock``: short and leaf-like.
 4. ``Link._write``: held while a frame is written; taken with none of the above held.
 

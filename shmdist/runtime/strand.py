@@ -28,6 +28,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shmdist.runtime.signals import Handlers
+from shmdist.wire.interruptions import is_interruption
 
 _SIGINT = int(signal.SIGINT)
 _OFTEN = 31  # of so many entries and one, one asks which handlers the program has
@@ -110,6 +111,7 @@ class Strand:
         "kick",
         "leading",
         "main",
+        "own",
         "pending",
         "previous",
         "signalled",
@@ -133,6 +135,7 @@ class Strand:
         self.previous: Any = None  # the SIGINT handler found on entering
         self.handlers = Handlers(self._on_signal)  # of other signals; of main threads alone
         self.turns = -1  # entries
+        self.own = 0  # the last call of this thread to its own process (``owncalls``)
         self.guard = threading.Lock()
         self.ident = threading.get_ident()
 
@@ -351,6 +354,18 @@ def _raise_in(ident: int, kind: type[BaseException]) -> None:
     import ctypes
 
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(kind))
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Tell whether an error of a function that the calling thread ran is an interrupt of this thread itself.
+
+    That is Ctrl-C on process 1's main thread, or the interrupt of the remote call that the thread
+    runs, or what a handler of another signal raised; a KeyboardInterrupt on another thread, as a
+    SystemExit on any, is the function's own.
+    """
+    strand = current()
+    own = isinstance(error, KeyboardInterrupt) and (strand.main or strand.task is not None)
+    return own or is_interruption(error)
 
 
 class _Local(threading.local):

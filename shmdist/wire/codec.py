@@ -112,7 +112,7 @@ def dumps_value(value: Any, what: str) -> Payload:
     return dumps(value, what)
 
 
-def dumps(obj: Any, what: str = "the object") -> Payload:
+def dumps(obj: Any, what: str = "the object", at: str = "") -> Payload:
     """Pickle `obj` whole.
 
     Parameters
@@ -122,6 +122,8 @@ def dumps(obj: Any, what: str = "the object") -> Payload:
         is written.
     what : str
         What it is, for the error's text.
+    at : str
+        How the path to a part of it begins.
 
     Raises
     ------
@@ -129,7 +131,7 @@ def dumps(obj: Any, what: str = "the object") -> Payload:
         It holds something that cannot be sent; the text names the path to it.
     """
     payload = _dumps_plainly(obj)
-    return _dumps_by_value(obj, what) if payload is None else payload
+    return _dumps_by_value(obj, what, at) if payload is None else payload
 
 
 def _dumps_plainly(obj: Any) -> Payload | None:
@@ -157,7 +159,7 @@ def pickled(what: Any) -> Payload:
     return payload
 
 
-def _dumps_by_value(obj: Any, what: str) -> Payload:
+def _dumps_by_value(obj: Any, what: str, at: str) -> Payload:
     payload = Payload()
     try:
         pickler = cloud_pickler()(payload, 5, buffer_callback=payload.keep_out)
@@ -170,7 +172,7 @@ def _dumps_by_value(obj: Any, what: str) -> Payload:
             raise
         from shmdist.wire.culprit import explain
 
-        raise explain(obj, what, error, _can_pickle) from error
+        raise explain(obj, what, error, _can_pickle, at) from error
     return payload
 
 

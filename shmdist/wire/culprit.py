@@ -16,21 +16,33 @@ _LEFT_OUT = frozenset({"__dict__", "__weakref__", "_abc_impl"})  # of a class th
 Check = Callable[[Any], BaseException | None]
 
 
-def explain(obj: Any, what: str, error: BaseException, check: Check) -> SerializationError:
+def explain(obj: Any, what: str, error: BaseException, check: Check, at: str = "") -> SerializationError:
     """Return the error that names the culprit inside `obj`.
 
     Parameters
     ----------
     obj : object
-        What could not be pickled.  A ``(f, args, kwargs)`` tuple is named as a call.
+        What could not be pickled.  A ``(f, args, kwargs)`` tuple is named as a call, and the
+        operand of an operation on a reference as a value.  Where the runtime has put something
+        around what the user gave, that has a method ``_named_parts``, as `_parts` below.
     what : str
         What it is, for the text.
     error : BaseException
         The pickler's own error.
     check : callable
         Returns the error of pickling a part, None when the part can be sent.
+    at : str
+        How the path begins.
     """
-    path, culprit, reason = _descend(obj, error, check, is_call=what.startswith("the call"))
+    if what.startswith("the call"):
+        parts = _call_parts(obj)
+    elif what == "the value":
+        parts = iter([("the value", obj[2])])
+    elif hasattr(type(obj), "_named_parts"):
+        parts, at = obj._named_parts(), ""
+    else:
+        parts = _parts(obj)
+    path, culprit, reason = _descend(obj, error, check, parts)
     kind = type(culprit)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     try:
@@ -41,19 +53,18 @@ def explain(obj: Any, what: str, error: BaseException, check: Check) -> Serializ
     return SerializationError(
         f"{what} cannot be sent, for {part} cannot be pickled ({text}); "
         f"make that on the worker, or send what it is made from",
-        path=path or None,
+        path=at + path or None,
         obj_type=name,
     )
 
 
 def _descend(
-    obj: Any, error: BaseException, check: Check, *, is_call: bool
+    obj: Any, error: BaseException, check: Check, parts: Iterator[tuple[str, Any]]
 ) -> tuple[str, Any, BaseException]:
     """Follow the first part that cannot be sent, down to one all of whose parts can."""
     path = ""
     seen: set[int] = set()
     budget = itertools.repeat(None, _MOST)
-    parts = _call_parts(obj) if is_call else _parts(obj)
     while id(obj) not in seen and len(seen) < _DEEPEST:
         seen.add(id(obj))
         try:

@@ -22,6 +22,36 @@ def test_with_a_reducer(cluster):
     assert total(iter([1, 2])) == 5
 
 
+def test_a_reducer_that_looks_like_a_body(cluster):
+    def add(a, b=0):
+        return a + b
+
+    assert sd.distributed(add)(lambda i: i)(range(30)) == 435
+    pool = sd.WorkerPool(cluster[:1])
+    assert sd.distributed(add, pool=pool, initial=5, schedule="dynamic")(lambda i: i)(range(30)) == 440
+
+    @sd.distributed(add)
+    def total(i):
+        return i
+
+    assert total(range(30), pool=pool) == 435
+
+    seen = sd.RemoteChannel(lambda: sd.Channel(float("inf")))
+
+    @sd.distributed
+    def body(i, n=10):
+        seen.put(i + n)
+
+    class Numbers(list):
+        def __call__(self):
+            raise AssertionError("it is a sequence")
+
+    body(Numbers([1, 2])).wait(timeout=10)
+    assert sorted(seen.take(timeout=5) for _ in range(2)) == [11, 12]
+    with pytest.raises(TypeError, match="loops over a range"):
+        sd.distributed(operator.add)(lambda i: i)(abs)
+
+
 def test_run_at_once(cluster):
     @sd.distributed(max, range(100))
     def largest(i):

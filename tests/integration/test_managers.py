@@ -47,11 +47,11 @@ class Noting(sd.LocalManager):
 
 def test_the_fields_are_julias():
     wanted = (
-        "io host port count exename exeflags userdata tunnel forward bind_addr sshflags max_parallel connect_at "
-        "process ospid environ ident connect_idents enable_threaded_blas"
+        "io host port count exename exeflags userdata tunnel multiplex forward bind_addr sshflags max_parallel "
+        "connect_at process ospid environ ident connect_idents enable_threaded_blas"
     )
     fields = {field.name: field.default for field in dataclasses.fields(sd.WorkerConfig)}
-    assert set(wanted.split()) <= set(fields)
+    assert list(fields)[: len(wanted.split())] == wanted.split()
     assert all(fields[name] is None for name in wanted.split())
 
 
@@ -119,6 +119,54 @@ def test_a_custom_topology_made_at_once(fresh):
 
 def links_of():
     return sorted(current_node().links)
+
+
+class AtAPort(sd.ClusterManager):
+    """A manager that says host and port of its workers, and has no `connect` of its own."""
+
+    def __init__(self, n, **fields):
+        self.n, self.fields, self.processes = n, fields, []
+
+    def launch(self, params):
+        for _ in range(self.n):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "shmdist", "worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=helpers.ROOT,
+            )
+            self.processes.append(process)
+            process.stdin.write(params["cookie"] + "\n")
+            process.stdin.close()
+            port = int(process.stdout.readline().partition(":")[2].partition("#")[0])
+            process.stdout.close()
+            yield sd.WorkerConfig(**{"port": port, "process": process, **self.fields})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"host": "127.0.0.1"},
+        {"host": "somebody@localhost", "multiplex": True},
+        {"host": "no.such.host.invalid", "bind_addr": "127.0.0.1"},
+    ],
+)
+def test_host_and_port_are_enough(fresh, fields):
+    manager = AtAPort(2, **fields)
+    first, second = fresh(manager)
+    assert sd.remotecall_fetch(sd.remotecall_fetch, first, sd.myid, second) == second
+    sd.rmprocs(first, second)
+    assert [process.wait(5) for process in manager.processes] == [0, 0]
+
+
+def test_no_place_at_all_is_told(fresh):
+    manager = AtAPort(1, host="127.0.0.1", port=None)
+    with pytest.raises(sd.LaunchWorkerError, match="neither host and port nor connect_at"):
+        fresh(manager)
+    for process in manager.processes:
+        process.kill()
+        process.wait(5)
 
 
 # ---------------------------------------------------------------------- a transport of its own, on workers too
