@@ -177,6 +177,8 @@ SOURCES = {
 @pytest.mark.parametrize("name", SOURCES)
 def test_array_of_an_array(name):
     source = SOURCES[name]()
+    if source.dtype.kind == "m" and np.__version__.startswith("1."):
+        pytest.skip("numpy 1 writes beyond a text that is too short for a timedelta")
     # Others, numpy itself fills with what lies about.
     arrays_as_elements = ["3f4", "2i4"] * source.flags.forc
     for dtype in [*TARGETS, source.dtype, *arrays_as_elements]:
