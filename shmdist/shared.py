@@ -271,7 +271,8 @@ def array(
         )
     axes = _axes(source, layout)
     result = _make([source.shape[axis] for axis in axes], kind, "C")
-    result = result.transpose(numpy.argsort(axes)) if axes else result
+    if axes != sorted(axes):
+        result = result.transpose(numpy.argsort(axes))
     numpy.copyto(result, source, casting="unsafe")
     if subclass is not numpy.ndarray:
         result = numpy.ndarray.__array_wrap__(given, result)
