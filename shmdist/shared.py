@@ -287,7 +287,7 @@ def is_shared(a: Any) -> bool:
     Parameters
     ----------
     a : ndarray
-        Anything else is not shared.
+        Anything else is not shared, nor is a subclass that is pickled in its own way.
 
     Examples
     --------
@@ -299,7 +299,12 @@ def is_shared(a: Any) -> bool:
     """
     if arrays.find_shared is None or not hasattr(a, "__array_interface__") or not hasattr(a, "strides"):
         return False
-    return arrays.find_shared(*arrays.extent(a)) is not None
+    if arrays.find_shared(*arrays.extent(a)) is None:
+        return False
+    import numpy
+
+    kind = type(a)
+    return issubclass(kind, numpy.ma.MaskedArray) or arrays.reduces_like_ndarray(kind)
 
 
 __all__ = ["array", "empty", "full", "is_shared", "ones", "zeros"]

@@ -250,3 +250,16 @@ def test_a_copy_only_where_one_is_needed():
     assert not np.shares_memory(sd.shared.array(shared), shared)
     with pytest.raises(TypeError, match="positional"):
         sd.shared.array(BLOCK, None, "C")
+
+
+class _Named(np.ndarray):
+    """A subclass that is pickled in its own way."""
+
+    def __reduce__(self):
+        return np.asarray, (self.tolist(),)
+
+
+def test_what_is_pickled_in_its_own_way_does_not_go_by_reference():
+    array = sd.shared.zeros(4)
+    assert sd.shared.is_shared(array) and sd.shared.is_shared(np.ma.masked_array(array, array > 0))
+    assert not sd.shared.is_shared(array.view(_Named))
