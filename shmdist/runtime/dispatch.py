@@ -52,6 +52,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmdist._log import Log
 from shmdist.runtime.lanes import Lanes
+from shmdist.runtime.replies import Operation
 from shmdist.runtime.sources import Sources
 from shmdist.runtime.strand import Cell, Kicker, Strand, current
 from shmdist.runtime.threads import Threads
@@ -123,7 +124,8 @@ class Dispatcher(Sources):
             frame.link.calls_read += 1
             self._inbox.append(task)
         elif kind == _OP:
-            self._node.waiting[frame.link.pid, frame.call_id] = lambda: True  # it can be withdrawn now
+            node, link, call_id = self._node, frame.link, frame.call_id
+            node.waiting[link.pid, call_id] = Operation(node, link, call_id)  # it can be withdrawn now
             self._inbox.append(frame)
         else:
             self._node.control(frame)

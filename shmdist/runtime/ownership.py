@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmdist.errors import CapturedException, ShmdistError, remote_exception
 from shmdist.memory.receipts import Receipts
-from shmdist.runtime.reftable import RRID, Entry, RefTable
+from shmdist.runtime.reftable import RRID, Entry, RefTable, State
 from shmdist.wire import codec
 from shmdist.wire.link import Link, LinkClosed
 from shmdist.wire.messages import Frame, Kind
@@ -158,6 +158,12 @@ class Ownership:
         """Enter a reference that lives here from now on."""
         with self.lock:
             return self.refs.create(rrid, kind, client)
+
+    def has_value(self, rrid: RRID) -> bool:
+        """Tell whether a reference lives here and has its value."""
+        with self.lock:
+            entry = self.refs.get(rrid)
+            return entry is not None and entry.state is State.SET
 
     def set_value(self, entry: Entry, value: Any) -> None:
         """Give an entry its value, and tell who waits for it."""

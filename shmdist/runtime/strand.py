@@ -19,10 +19,12 @@ from __future__ import annotations
 
 # The C half of `signal`, which has no stubs: the wrapper costs two microseconds an entry.
 import _signal  # type: ignore[import-not-found]  # has no stubs
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -109,6 +111,7 @@ class Strand:
         "signalled",
         "struck",
         "task",
+        "until",
     )
 
     def __init__(self) -> None:
@@ -123,6 +126,7 @@ class Strand:
         self.struck = False  # the interrupt of this task has come
         self.handler = self._on_sigint
         self.previous: Any = None  # the SIGINT handler found on entering
+        self.until = math.inf  # by the monotonic clock: what is not written by then is given up
         self.guard = threading.Lock()
         self.ident = threading.get_ident()
 
@@ -175,8 +179,15 @@ class Strand:
             cell.wake()
 
     def interrupted(self) -> bool:
-        """Tell whether an interrupt was put off."""
-        return self.pending
+        """Tell whether an interrupt was put off, or the time is up."""
+        return self.pending or time.monotonic() > self.until
+
+    def stop(self) -> None:
+        """Raise that for which this was :meth:`interrupted`; nothing may be half done here."""
+        if self.pending:
+            self.deliver()
+        else:
+            raise TimeoutError("not sent in time: the process does not read")
 
     def deliver(self) -> None:
         """Raise the interrupt that was put off; nothing may be half done here."""
