@@ -73,7 +73,8 @@ class Future(Face):
     -----
     Futures are made by ``remotecall``, ``spawn`` and ``spawnat``; one made directly gets
     its value by :meth:`put`. It may be sent to any process. The value is freed when the
-    last reference to it in the cluster is gone or has fetched it.
+    last reference to it in the cluster is gone or has fetched it. Sent on after that, it takes the value
+    along, if that can be pickled; if not, it can be fetched while its process still has the value.
 
     It is a `concurrent.futures.Future` too, for ``concurrent.futures.wait`` and
     ``as_completed``, and can be awaited in asyncio.
@@ -191,7 +192,8 @@ class Future(Face):
         ProcessExitedException
             Its process is gone.
         TimeoutError
-            The computation goes on.
+            The value is not there, and the computation goes on; a ``timeout`` of 0 is a try. A process
+            that holds the value has half a second longer to say so.
         KeyboardInterrupt
             Ctrl-C; a call that this process began for it is interrupted too.
         """
@@ -321,6 +323,9 @@ class Future(Face):
         ------
         ShmdistError
             It has one already.
+        TimeoutError
+            It has not got this one; unless its process stands still, as the text then says: it may get
+            it when that goes on.
         """
         if self._outcome is not None or self._weak is not None:
             raise AlreadySet(self._rrid)  # and its owner may have forgotten it since

@@ -128,7 +128,10 @@ def dumps(obj: Any, what: str = "the object") -> Payload:
 def is_simple(value: Any) -> bool:
     """Tell whether it goes without saying that `value` can be pickled."""
     kind = type(value)
-    return kind in _ATOMS or (kind is arrays.ndarray and not value.dtype.hasobject)
+    if kind in _ATOMS:
+        return True
+    # By name: numpy may be here, and no array pickled yet.
+    return kind.__name__ == "ndarray" and kind.__module__ == "numpy" and not value.dtype.hasobject
 
 
 def can_send(obj: Any) -> bool:
