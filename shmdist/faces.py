@@ -68,14 +68,14 @@ class Face(Reference, _Base):  # type: ignore[type-arg]  # generic only in stubs
         value = None
         try:
             value = self.fetch()
-        except Cancelled:
+        except BaseException as caught:
+            error = caught
+        if self.cancelled():
             _Base.cancel(self)
             with self._condition:
                 if self._state == "CANCELLED":
                     self.set_running_or_notify_cancel()
             return
-        except BaseException as caught:
-            error = caught
         try:
             if error is not None:
                 self.set_exception(error)
@@ -123,7 +123,8 @@ class Face(Reference, _Base):  # type: ignore[type-arg]  # generic only in stubs
         if self._outcome is None and self._reply is not None and self._reply.done:
             self._open_reply(self._reply)
         outcome = self._outcome
-        return outcome is not None and not outcome[0] and isinstance(outcome[1], Cancelled)
+        # Not an instance of it: the call may itself have raised what another one's withdrawal was.
+        return outcome is not None and not outcome[0] and type(outcome[1]) is Cancelled
 
     def add_done_callback(self, fn: Callable[[Any], object]) -> None:
         """Call ``fn(self)`` when the outcome is there, on some thread of this process."""

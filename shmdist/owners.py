@@ -92,12 +92,12 @@ class _Foreign:
         node.dispatcher.start(self._run)
 
     def _run(self) -> None:
-        method = getattr(self._channel, self._name, None)
         putting = self._name == "put"
         if putting and not self._decided.acquire(False):
             return
         try:
-            value = method(self._argument) if putting else method()  # type: ignore[misc]  # its error is sent
+            method = getattr(self._channel, self._name)
+            value = method(self._argument) if putting else method()
         except Exception as error:
             if putting or self._decided.acquire(False):
                 self._operation.fail(error)

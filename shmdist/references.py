@@ -36,6 +36,7 @@ def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float 
     """
     node = current_node()
     payload = codec.dumps((name, tuple(rrid), argument), "the value")
+    what = f"{name} of a reference on process {owner}"
     strand = current()
     reply = None
     try:
@@ -46,17 +47,13 @@ def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float 
                 node.wait(reply)
             else:
                 begun = time.monotonic()
-                strand.until = begun + max(timeout, _WRITING)
-                try:
-                    reply = node.request(owner, _OP, 0, payload)
-                finally:
-                    strand.until = math.inf
-                if not node.wait(reply, begun + timeout - time.monotonic()):
+                reply = _send_in_time(node, owner, payload, begun + max(timeout, _WRITING))
+                if reply is not None and not node.wait(reply, begun + timeout - time.monotonic()):
                     node.hurry(reply)
                     if not node.wait(reply, GRACE):
                         raise TimeoutError(
-                            f"{name} of a reference on process {owner} timed out after {timeout} s; the "
-                            f"process does not answer, so it may be done when it goes on"
+                            f"{what} timed out after {timeout} s; the process does not answer, so it may be "
+                            f"done when it goes on"
                         )
         finally:
             strand.leave()  # which may raise as well, though the answer is there
@@ -64,9 +61,23 @@ def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float 
         if reply is not None:
             _give_up(node, reply, (owner, rrid) if name in _TAKES else None)
         raise
+    if reply is None:
+        raise TimeoutError(f"{what} timed out after {timeout} s, unsent: the process does not read")
     if reply.frame is not None and reply.frame.flags & NOT_RUN:
-        raise TimeoutError(f"{name} of a reference on process {owner} timed out after {timeout} s")
-    return node.open(reply, f"{name} of a reference")
+        raise TimeoutError(f"{what} timed out after {timeout} s")
+    return node.open(reply, what)
+
+
+def _send_in_time(node: Node, owner: int, payload: codec.Payload, until: float) -> Reply | None:
+    """Send an operation; None when that could not be begun in time. The caller is inside the runtime."""
+    strand = current()
+    strand.until = until
+    try:
+        return node.request(owner, _OP, 0, payload)
+    except TimeoutError:
+        return None
+    finally:
+        strand.until = math.inf
 
 
 def _give_up(node: Node, reply: Reply, back: tuple[int, RRID] | None) -> None:

@@ -94,21 +94,21 @@ class Asking(Ownership):
         unwoken: Unwoken = None,
     ) -> None:
         """Write a frame; the references in it are counted for the receiver first."""
-        if payload is not None and payload.refs:
-            self.count(payload.refs, link.pid, +1)
         strand, sharing = current(), self.sharing
+        if payload is not None and payload.refs:
+            self._count_ahead(payload, link, parts)
         if sharing.has_dues():
             self._pay(link)
         try:
             link.send(parts, strand.interrupted, fd, unwoken)
         except SendInterrupted as stopped:
             if stopped.begun:
-                self.dispatcher.start(lambda: (link.flush(block=True), None)[1])
+                self.flush(link)
                 if strand.pending:
                     strand.deliver()
                 return  # as if it were written; when the time is up, who asked will see that
             if payload is not None and payload.refs:
-                self.count(payload.refs, link.pid, -1)
+                self.uncount(payload.refs, link.pid)
             try:
                 strand.stop()
             except BaseException:
@@ -118,11 +118,25 @@ class Asking(Ownership):
         if len(parts) > 1 and parts.wanted:
             sharing.keeper.want(parts.wanted, link.pid)
 
+    def _count_ahead(self, payload: codec.Payload, link: Link, parts: Parts) -> None:
+        """Count the references in a frame for its receiver, before it is written."""
+        strand = current()
+        while True:
+            try:
+                self.count(payload.refs, link.pid, strand.interrupted)
+                return
+            except SendInterrupted:
+                try:
+                    strand.stop()
+                except BaseException:
+                    self.sharing.take_back(parts, link.pid)
+                    raise
+
     def _pay(self, link: Link) -> None:
         """Give blocks back to the process at the end of `link`, ahead of what goes there now."""
         dues = self.sharing.dues(link)
         if dues and not link.post(dues):
-            self.dispatcher.start(lambda: (link.flush(block=True), None)[1])
+            self.flush(link)
 
     def wait_inside(self, reply: Cell, seconds: float = math.inf) -> None:
         """Wait so long at most for what a peer's runtime answers by itself; another thread reads meanwhile.
@@ -153,7 +167,7 @@ class Asking(Ownership):
         parts = codec.frame(_RESULT, flags, 0, call_id, payload, link)
         try:
             if payload is not None and payload.refs:
-                self.count(payload.refs, link.pid, +1)
+                self.count(payload.refs, link.pid)
             if self.sharing.has_dues():
                 parts[:0] = self.sharing.dues(link)  # in one piece with the answer
             link.send(parts, self.dispatcher.held_up)
@@ -168,7 +182,7 @@ class Asking(Ownership):
     ) -> None:
         """Send a frame without ever blocking; from any thread."""
         if not link.post(codec.frame(kind, flags, 0, call_id, payload)):
-            self.dispatcher.start(lambda: (link.flush(block=True), None)[1])
+            self.flush(link)
 
     def fail(self, reply: Reply, error: BaseException) -> None:
         """Complete a reply, which the caller has claimed, with an error."""

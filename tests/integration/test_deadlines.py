@@ -234,11 +234,15 @@ def test_a_large_put_to_an_owner_that_stands_still(fresh, monkeypatch, limit):
         with within(5), pytest.raises(TimeoutError):
             channel.put("small", timeout=0.05)  # behind what has begun
         with within(5), pytest.raises(TimeoutError):
+            channel.put([future, channel], timeout=0.05)  # references, which are counted first
+        with within(5), pytest.raises(TimeoutError):
             channel.take(timeout=0)
     channel.put("last", timeout=10)
     items = [channel.take(timeout=10) for _ in range(len(channel))]
     assert items[-1] == "last"
-    assert sd.remotecall_fetch(abs, pid, -1) == 1
+    rrids = [sd.remoteref_id(future), sd.remoteref_id(channel)]
+    del future, channel, operation, items
+    until(lambda: not any(sd.remotecall_fetch(_has_entry, pid, rrid) for rrid in rrids))
 
 
 def test_an_array_as_well(fresh):
@@ -259,6 +263,10 @@ def test_an_array_as_well(fresh):
         pass
     channel.put(shared, timeout=10)
     assert channel.take(timeout=10)[0] == 1
+
+
+def _has_entry(rrid):
+    return current_node().refs.get(rrid) is not None
 
 
 def _waiting():

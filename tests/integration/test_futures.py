@@ -503,6 +503,16 @@ def test_a_call_cancelled_before_it_began(cluster):
     assert done == {future} and not pending
 
 
+def test_a_call_that_raises_what_another_was_told(cluster):
+    def fail():
+        raise sd.Cancelled("of another call")
+
+    future = sd.remotecall(fail, cluster[0])
+    assert isinstance(future.exception(timeout=5), sd.RemoteException) and not future.cancelled()
+    assert concurrent.futures.wait([future], timeout=5).done == {future}
+    assert future._state == "FINISHED"
+
+
 def test_the_methods_that_references_have(cluster):
     for where in (1, cluster[0]):
         future = sd.Future(where)
