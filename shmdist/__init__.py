@@ -8,6 +8,7 @@ Top-level modules are what a user sees; folders are mechanism::
     managers/                      how workers come to be
     channels  futures  refs        Channel, Future, RemoteChannel
       completion  references         what waits for an outcome; what Future and RemoteChannel share
+      faces  travel                  a Future's face of concurrent.futures; its value in a pickle
       owners                         the owner's side of references
     calls  cluster  evaluation     remotecall...; addprocs...; everywhere
       membership  places             process 1's side of the cluster; where a call is to run

@@ -6,40 +6,40 @@ It lives with its owner, the process that computes it, until somebody fetches it
 brings a copy here and gives this process's count at the owner back. Results that cannot
 change and are small (numbers, short texts) come along with the word that they are ready.
 
-The face of ``concurrent.futures`` is inherited and set up only when somebody looks at it:
-``concurrent.futures.wait`` and ``as_completed`` reach into a future's private fields, and
-the first such reach subscribes the future to its completion.
+Where the value goes
+--------------------
+A future that has been fetched takes its value along where it is sent, if that can be pickled; else
+it goes as a reference. When this process owns the value, it enters it anew for that. When another
+one does, the reference is *weak*: it has no count, for the owner may have forgotten the value, and a
+fetch by it brings the value or a clear error.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import pickle
 import threading
 import time
-from collections.abc import Callable, Generator
 from typing import Any
 
 from shmdist.completion import LocalCell
-from shmdist.errors import CapturedException, ShmdistError, remote_exception
-from shmdist.references import Reference, ask
+from shmdist.errors import (
+    CapturedException,
+    SerializationError,
+    ShmdistError,
+    remote_exception,
+)
+from shmdist.faces import Cancelled, Face
+from shmdist.references import _index_here, ask
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.reftable import RRID, AlreadySet, State
 from shmdist.runtime.replies import Reply
 from shmdist.runtime.strand import Strand, current
+from shmdist.travel import can_go, packed, stand_in, unpacked
 from shmdist.wire import codec
 from shmdist.wire.link import LinkClosed
 from shmdist.wire.messages import IS_ERROR, IS_NEW, NOT_RUN, Kind
 
 _REFS = int(Kind.REFS)
-_FACE = frozenset({"_condition", "_state", "_waiters", "_done_callbacks", "_result", "_exception"})
-_Base = concurrent.futures.Future
-
-
-class Cancelled(ShmdistError, concurrent.futures.CancelledError):
-    """A call was withdrawn before it began."""
-
-    __module__ = "shmdist"
 
 
 _asking = threading.Lock()  # guards the `_asked` of all futures
@@ -61,7 +61,7 @@ class LocalTask:
             self.strand.strike(self)
 
 
-class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stubs
+class Future(Face):
     """A value on some process, there or still to come; written once.
 
     Parameters
@@ -73,7 +73,8 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
     -----
     Futures are made by ``remotecall``, ``spawn`` and ``spawnat``; one made directly gets
     its value by :meth:`put`. It may be sent to any process. The value is freed when the
-    last reference to it in the cluster is gone or has fetched it.
+    last reference to it in the cluster is gone or has fetched it. Sent on after that, it takes the value
+    along, if that can be pickled; if not, it can be fetched while its process still has the value.
 
     It is a `concurrent.futures.Future` too, for ``concurrent.futures.wait`` and
     ``as_completed``, and can be awaited in asyncio.
@@ -92,11 +93,11 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
     """
 
     __module__ = "shmdist"
-    _outcome: tuple[bool, Any] | None = None  # (True, value) or (False, error), once it is here
-    _reply: Reply | None = None  # of the call that computes it, when this process made it
     _asked = 0  # threads that ask the owner for the value, under `_asking`
     _local: LocalTask | None = None  # the call that computes it, when it runs here
     _what = "a remote call"
+    _weak: str | None = None  # it has no count, and why it came without its value
+    _revived = False  # entered anew at its owner, this process
 
     def __init__(self, pid: int | None = None) -> None:
         node = current_node()
@@ -130,7 +131,8 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
         if self._inert and self._outcome is None:
             state = "inert"
         elif self._outcome is None:
-            state = "ready" if self._reply is not None and self._reply.done else "pending"
+            ready = self._weak is not None or (self._reply is not None and self._reply.done)
+            state = "ready" if ready else "pending"
         else:
             state = "fetched" if self._outcome[0] else "failed"
         return f"<Future {tuple(self._rrid)} on process {self._where}, {state}>"
@@ -148,7 +150,9 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
             self._outcome = (succeeded, value)
         with _asking:
             idle = not self._asked
-        if idle:  # the last to ask gives the count back: the owner must not forget what is asked for
+        if (
+            idle and not self._revived
+        ):  # the last to ask gives the count back: the owner must not forget what is asked for
             self._release()
 
     def _open_reply(self, reply: Reply) -> None:
@@ -188,7 +192,8 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
         ProcessExitedException
             Its process is gone.
         TimeoutError
-            The computation goes on.
+            The value is not there, and the computation goes on; a ``timeout`` of 0 is a try. A process
+            that holds the value has half a second longer to say so.
         KeyboardInterrupt
             Ctrl-C; a call that this process began for it is interrupted too.
         """
@@ -212,7 +217,7 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
         with _asking:
             self._asked += 1
         try:
-            outcome = True, ask(self._where, "fetch", self._rrid, timeout=timeout)
+            outcome = True, ask(self._where, "fetch", self._rrid, self._weak, timeout)
         except ShmdistError as error:
             outcome = False, error
         finally:
@@ -259,6 +264,9 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
     def _fetch_here(self, node: Node, timeout: float | None) -> None:
         """Wait for a value that lives in this process."""
         cell = LocalCell()
+        if self._weak is not None and not node.has_value(self._rrid):
+            self._settle(False, SerializationError(self._weak))
+            return
         with node.lock:
             entry = node.refs.lookup(self._rrid)
             ready = entry.state is not State.UNSET
@@ -295,7 +303,7 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
         node = self._alive() if self._outcome is None else current_node()
         if self._outcome is None:
             self._await_end(node, timeout)
-        if self._outcome is None and self._reply is None:
+        if self._outcome is None and self._reply is None and self._weak is None:
             if self._where == node.pid:
                 with node.lock:
                     entry = node.refs.lookup(self._rrid)
@@ -315,8 +323,11 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
         ------
         ShmdistError
             It has one already.
+        TimeoutError
+            It has not got this one; unless its process stands still, as the text then says: it may get
+            it when that goes on.
         """
-        if self._outcome is not None:
+        if self._outcome is not None or self._weak is not None:
             raise AlreadySet(self._rrid)  # and its owner may have forgotten it since
         node = self._alive()
         if self._where == node.pid:
@@ -332,9 +343,24 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
             ask(self._where, "put", self._rrid, value, timeout)
         return self
 
+    def isempty(self, timeout: float | None = None) -> bool:
+        """Tell whether the value (or error) is not there."""
+        return not self.isready(timeout)
+
+    def isopen(self, timeout: float | None = None) -> bool:
+        """Tell whether it may still be written: it has no value (or error)."""
+        return not self.isready(timeout)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Raise `TypeError`: a future is closed by being written, once."""
+        raise TypeError(
+            "a Future cannot be closed: it is written once, and then no more. Use put() to write it, "
+            "or cancel() to withdraw the call that computes it"
+        )
+
     def isready(self, timeout: float | None = None) -> bool:
         """Tell whether the value (or error) is there."""
-        if self._outcome is not None:
+        if self._outcome is not None or self._weak is not None:
             return True
         if self._reply is not None:
             return self._reply.done
@@ -343,78 +369,6 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
             with node.lock:
                 return node.refs.lookup(self._rrid).state is State.SET
         return bool(ask(self._where, "isready", self._rrid, timeout=timeout))
-
-    # ------------------------------------------------------------------ concurrent.futures
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _FACE:
-            raise AttributeError(f"'Future' object has no attribute {name!r}")
-        node = current_node()
-        with node.lock:  # two threads may look at once
-            if "_condition" in self.__dict__:
-                return self.__dict__[name]
-            _Base.__init__(self)
-        if self._outcome is not None:
-            self._finish()
-        elif self._reply is not None:
-            if self._reply.done:
-                self._finish()
-        elif not self._inert:
-            node.dispatcher.start(self._finish)
-        return self.__dict__[name]
-
-    def _finish(self) -> None:
-        """Bring the outcome to the face of concurrent.futures."""
-        error: BaseException | None = None
-        value = None
-        try:
-            value = self.fetch()
-        except Cancelled:
-            _Base.cancel(self)
-            with self._condition:
-                if self._state == "CANCELLED":
-                    self.set_running_or_notify_cancel()
-            return
-        except BaseException as caught:
-            error = caught
-        try:
-            if error is not None:
-                self.set_exception(error)
-            else:
-                self.set_result(value)
-        except concurrent.futures.InvalidStateError:
-            pass  # another thread did it
-
-    def result(self, timeout: float | None = None) -> Any:
-        """Return the value; the same as :meth:`fetch`."""
-        return self.fetch(timeout)
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait for the outcome; return the error, or None."""
-        try:
-            self.fetch(timeout)
-        except TimeoutError:
-            if self._outcome is None:
-                raise
-        except Exception:
-            if self._outcome is None:
-                raise
-        assert self._outcome is not None
-        return None if self._outcome[0] else self._outcome[1]
-
-    def done(self) -> bool:
-        """Tell whether the outcome is there."""
-        return self.isready()
-
-    def running(self) -> bool:
-        """Tell whether the computation has not ended."""
-        return not self.isready()
-
-    def cancelled(self) -> bool:
-        """Tell whether the call was withdrawn before it began."""
-        if self._outcome is None and self._reply is not None and self._reply.done:
-            self._open_reply(self._reply)
-        return self._outcome is not None and isinstance(self._outcome[1], Cancelled)
 
     def cancel(self) -> bool:
         """Withdraw the call that computes this, or interrupt it when it runs.
@@ -431,20 +385,30 @@ class Future(Reference, _Base):  # type: ignore[type-arg]  # generic only in stu
         self._interrupt(current_node())
         return True
 
-    def add_done_callback(self, fn: Callable[[Any], object]) -> None:
-        """Call ``fn(self)`` when the outcome is there, on some thread of this process."""
-        _ = self._condition
-        super().add_done_callback(fn)
-
-    def __await__(self) -> Generator[Any, None, Any]:
-        import asyncio
-
-        return asyncio.wrap_future(self).__await__()
+    def __getitem__(self, index: Any) -> Any:
+        if self._outcome is not None:
+            return _index_here(self, index)  # the owner has it no more
+        return super().__getitem__(index)
 
     # ------------------------------------------------------------------ travel
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _load_inert, (tuple(self._rrid), self._where, self._outcome)
+        return _load_inert, (tuple(self._rrid), self._where, packed(self, self._outcome, protocol))
+
+    def _revive(self) -> bool:
+        """Enter a value that has been fetched at its owner anew; False when that is not this process."""
+        node = current_node()
+        outcome = self._outcome
+        if self._where != node.pid or self._weak is not None or outcome is None or not outcome[0]:
+            return False
+        with node.lock:
+            if not node.has_value(self._rrid):
+                entry = node.refs.create(self._rrid, "future", node.pid)
+                node.refs.set_value(entry, outcome[1])
+            elif not self._held:
+                node.refs.add(self._rrid, node.pid, +1)
+            self._held = self._revived = True
+        return True
 
 
 def _reduce(future: Future, pickler: Any) -> Any:
@@ -453,10 +417,30 @@ def _reduce(future: Future, pickler: Any) -> Any:
         return future.__reduce_ex__(5)
     if future._outcome is None and future._reply is not None and future._reply.done:
         future._open_reply(future._reply)
+    name = tuple(future._rrid), future._where
     if future._outcome is not None:
-        return _load_settled, (tuple(future._rrid), future._where, future._outcome)
+        succeeded, value = future._outcome
+        # The same one for the second time in one pickle: it is part of its own value.
+        met = pickler.__dict__.setdefault("met", set())
+        again = id(future) in met
+        met.add(id(future))
+        if codec.is_simple(value) or (not again and can_go(future, future._outcome)):
+            return _load_settled, (*name, future._outcome)
+        if not succeeded and not again:
+            return _load_settled, (*name, (False, stand_in(value)))
+        if not future._revive():
+            return _load_weak, (*name, _why_weak(future))
+    elif future._weak is not None:
+        return _load_weak, (*name, future._weak)
     pickler.payload.refs.append((future._rrid, future._where))
-    return _load, (tuple(future._rrid), future._where)
+    return _load, name
+
+
+def _why_weak(future: Future) -> str:
+    return (
+        f"the value of {future!r} was fetched by process {current_node().pid}, which cannot send it on, "
+        f"and process {future._where} has it no more: send the future before it is fetched"
+    )
 
 
 def _load(rrid: tuple[int, int], where: int) -> Future:
@@ -466,16 +450,22 @@ def _load(rrid: tuple[int, int], where: int) -> Future:
     return future
 
 
+def _load_weak(rrid: tuple[int, int], where: int, why: str) -> Future:
+    future = Future.__new__(Future)
+    future._rrid, future._where, future._weak = RRID(*rrid), where, why
+    return future
+
+
 def _load_settled(rrid: tuple[int, int], where: int, outcome: tuple[bool, Any]) -> Future:
     future = Future.__new__(Future)
     future._rrid, future._where, future._outcome = RRID(*rrid), where, outcome
     return future
 
 
-def _load_inert(rrid: tuple[int, int], where: int, outcome: tuple[bool, Any] | None) -> Future:
+def _load_inert(rrid: tuple[int, int], where: int, outcome: Any) -> Future:
     future = Future.__new__(Future)
-    future._rrid, future._where, future._outcome = RRID(*rrid), where, outcome
-    future._inert = True
+    future._rrid, future._where, future._inert = RRID(*rrid), where, True
+    future._outcome = unpacked(outcome)
     return future
 
 

@@ -1,7 +1,7 @@
 """The owner's side of references: the operations that other processes ask for.
 
 None of them blocks. One that has to wait leaves an ``Operation`` with the future or the
-channel, which answers it later, and a way to withdraw it in ``node.waiting``.
+channel, which answers it later, and tells the operation how it is withdrawn.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 from shmdist.channels import Channel
-from shmdist.errors import CapturedException, ShmdistError, remote_exception
+from shmdist.errors import CapturedException, SerializationError, ShmdistError, remote_exception
 from shmdist.runtime.node import Node
-from shmdist.runtime.reftable import RRID, State
+from shmdist.runtime.reftable import RRID, Entry, State
 from shmdist.runtime.replies import Operation
+
+LENIENCY = 0.05  # seconds that the method of a user's own channel has at least, whatever the timeout
 
 
 def local_channel(node: Node, rrid: RRID) -> Any:
@@ -28,25 +30,23 @@ def local_channel(node: Node, rrid: RRID) -> Any:
 
 def _serve(node: Node, operation: Operation, rrid: RRID, name: str, argument: Any) -> None:
     """Run a waiting operation: its answer may come later, and it may be withdrawn till then."""
+    if name == "fetch" and argument is not None and not node.has_value(rrid):
+        raise SerializationError(argument)  # asked for by a weak reference
+    waiter = None
     with node.lock:
         entry = node.refs.lookup(rrid)
         if entry.state is State.UNSET and name in ("fetch", "wait"):
             # A future without a value, or one of whose creation we have not heard yet.
             waiter = operation if name == "fetch" else _ReadyOnly(operation)
             entry.waiters.append(waiter)
-            node.waiting[operation.link.pid, operation.call_id] = lambda: _withdraw(node, entry, waiter)
-            return
-    value = entry.value
-    if entry.kind != "channel":
+    if waiter is not None:
+        operation.waits(lambda: _withdraw(node, entry, waiter))
+    elif entry.kind != "channel":
         _serve_future(node, operation, entry, name, argument)
-    elif isinstance(value, Channel):
-        _serve_channel(node, operation, value, name, argument)
+    elif isinstance(entry.value, Channel):
+        _serve_channel(operation, entry.value, name, argument)
     else:
-        # A channel of the user's own: its methods may block, so they get a thread. They cannot be
-        # withdrawn, but who gave up need not wait for them: the first to take the lock decides.
-        decided = threading.Lock()
-        node.waiting[operation.link.pid, operation.call_id] = lambda: decided.acquire(False)
-        node.dispatcher.start(lambda: _serve_foreign(operation, value, name, argument, decided))
+        _Foreign(node, operation, entry.value, name, argument)
 
 
 def _serve_future(node: Node, operation: Operation, entry: Any, name: str, argument: Any) -> None:
@@ -62,10 +62,7 @@ def _serve_future(node: Node, operation: Operation, entry: Any, name: str, argum
         raise TypeError(f"a Future has no {name}")
 
 
-def _serve_channel(node: Node, operation: Operation, channel: Channel, name: str, argument: Any) -> None:
-    key = (operation.link.pid, operation.call_id)
-    # Entered first: the operation may be resolved, and take it out, before the next line.
-    node.waiting[key] = lambda: channel.cancel(operation)
+def _serve_channel(operation: Operation, channel: Channel, name: str, argument: Any) -> None:
     if name == "put":
         channel.put_async(argument, operation)
     elif name == "take":
@@ -75,23 +72,50 @@ def _serve_channel(node: Node, operation: Operation, channel: Channel, name: str
         channel.fetch_async(operation)
     else:
         channel.wait_async(operation)
+    operation.waits(lambda: channel.cancel(operation))
 
 
-def _serve_foreign(
-    operation: Operation, channel: Any, name: str, argument: Any, decided: threading.Lock
-) -> None:
-    if name == "take":
-        operation.undo = channel.put
-    try:
-        value = getattr(channel, name)(argument) if name == "put" else getattr(channel, name)()
-    except Exception as error:
-        if decided.acquire(False):
-            operation.fail(error)
-        return
-    if decided.acquire(False):
-        operation.resolve(value)
-    elif name == "take":
-        channel.put(value)  # nobody waits for it any more
+class _Foreign:
+    """An operation on a channel of the user's own: its methods may block, so it gets a thread.
+
+    It cannot be withdrawn from the method, but who gave up need not wait for it: the first to
+    take the lock decides. A put is decided when it begins, for its item cannot be got back.
+    """
+
+    def __init__(self, node: Node, operation: Operation, channel: Any, name: str, argument: Any) -> None:
+        self._node, self._operation = node, operation
+        self._channel, self._name, self._argument = channel, name, argument
+        self._decided = threading.Lock()
+        if name == "take":
+            operation.undo = channel.put
+        operation.waits(self._withdraw)
+        node.dispatcher.start(self._run)
+
+    def _run(self) -> None:
+        putting = self._name == "put"
+        if putting and not self._decided.acquire(False):
+            return
+        try:
+            method = getattr(self._channel, self._name)
+            value = method(self._argument) if putting else method()
+        except Exception as error:
+            if putting or self._decided.acquire(False):
+                self._operation.fail(error)
+            return
+        if putting or self._decided.acquire(False):
+            self._operation.resolve(value)
+        elif self._name == "take":
+            self._channel.put(value)  # nobody waits for it any more
+
+    def _withdraw(self) -> bool:
+        if self._operation.given_up:
+            return self._decided.acquire(False)
+        self._node.dispatcher.later(LENIENCY, self._end)  # so that it finds what is there
+        return False
+
+    def _end(self) -> None:
+        if self._decided.acquire(False):
+            self._operation.not_done()
 
 
 class _ReadyOnly:
@@ -107,7 +131,7 @@ class _ReadyOnly:
         self._operation.fail(error)
 
 
-def _withdraw(node: Node, entry: Any, waiter: Any) -> bool:
+def _withdraw(node: Node, entry: Entry, waiter: Any) -> bool:
     with node.lock:
         if waiter in entry.waiters:
             entry.waiters.remove(waiter)

@@ -19,8 +19,8 @@ from typing import Any
 from shmdist import calls, places
 from shmdist.cluster import _pids, workers
 from shmdist.evaluation import _ask_all, _targets
-from shmdist.poolstate import PoolState, give_back, on_state
-from shmdist.references import ask, call_owner
+from shmdist.poolstate import PoolState, give_back
+from shmdist.references import ask
 from shmdist.refs import RemoteChannel, channel_from_id
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.strand import current
@@ -46,7 +46,7 @@ class AbstractWorkerPool(ABC):
     __module__ = "shmdist"
 
     @abstractmethod
-    def push(self, pid: int) -> None:
+    def push(self, pid: int, timeout: float | None = None) -> None:
         """Add a worker to the pool."""
 
     @abstractmethod
@@ -58,11 +58,11 @@ class AbstractWorkerPool(ABC):
         """Remove a free worker and return its process id; waits for one."""
 
     @abstractmethod
-    def workers(self) -> list[int]:
+    def workers(self, timeout: float | None = None) -> list[int]:
         """Return the process ids of all workers of the pool, free or not."""
 
     @abstractmethod
-    def isready(self) -> bool:
+    def isready(self, timeout: float | None = None) -> bool:
         """Tell whether a worker is free."""
 
     def wait(self, timeout: float | None = None) -> None:
@@ -127,11 +127,12 @@ class WorkerPool(AbstractWorkerPool):
         return channel_from_id(ref._rrid) if ref._where == node.pid else None
 
     def _call(self, name: str, *args: Any, timeout: float | None = None) -> Any:
-        ref = self._ref
-        ref._alive()
-        return call_owner(ref._where, on_state, tuple(ref._rrid), name, args, timeout=timeout)
+        state = self._state
+        if state is not None:
+            return getattr(state, name)(*args)
+        return ask(self._ref._where, "pool", self._ref._rrid, (name, args), timeout)
 
-    def push(self, pid: int) -> None:
+    def push(self, pid: int, timeout: float | None = None) -> None:
         """Add a worker to the pool.
 
         Raises
@@ -139,7 +140,7 @@ class WorkerPool(AbstractWorkerPool):
         ValueError, ProcessExitedException
             There is no such worker.
         """
-        self._call("push", pid)
+        self._call("push", pid, timeout=timeout)
 
     def put(self, pid: int, timeout: float | None = None) -> None:
         """Give a worker back that was taken."""
@@ -166,13 +167,13 @@ class WorkerPool(AbstractWorkerPool):
         """Wait until a worker is free."""
         self._ref.wait(timeout)
 
-    def isready(self) -> bool:
+    def isready(self, timeout: float | None = None) -> bool:
         """Tell whether a worker is free."""
-        return self._ref.isready()
+        return self._ref.isready(timeout)
 
-    def workers(self) -> list[int]:
+    def workers(self, timeout: float | None = None) -> list[int]:
         """Return the process ids of the pool's workers, free or not."""
-        pids: list[int] = self._call("workers")
+        pids: list[int] = self._call("workers", timeout=timeout)
         return pids
 
     def _lend(self) -> int:
@@ -238,7 +239,7 @@ class CachingPool(AbstractWorkerPool):
             "a CachingPool is used on the process that made it; send its workers() and make one there"
         )
 
-    def push(self, pid: int) -> None:
+    def push(self, pid: int, timeout: float | None = None) -> None:
         """Add a worker to the pool."""
         self._state.push(pid)
 
@@ -255,11 +256,11 @@ class CachingPool(AbstractWorkerPool):
         """Wait until a worker is free."""
         self._state.wait(timeout)
 
-    def isready(self) -> bool:
+    def isready(self, timeout: float | None = None) -> bool:
         """Tell whether a worker is free."""
         return self._state.isready()
 
-    def workers(self) -> list[int]:
+    def workers(self, timeout: float | None = None) -> list[int]:
         """Return the process ids of the pool's workers, free or not."""
         return self._state.workers()
 

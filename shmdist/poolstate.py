@@ -215,11 +215,6 @@ def _borrower(w: Any, home: int) -> int:
     return borrower
 
 
-def on_state(rrid: Any, name: str, args: tuple[Any, ...]) -> Any:
-    """Call a method of a pool's state, on the process where it lives."""
-    return getattr(channel_from_id(rrid), name)(*args)
-
-
 # ---------------------------------------------------------------------- loans to other processes
 
 
@@ -242,14 +237,20 @@ def _lend(node: Node, operation: Operation, rrid: RRID, nested: bool | None) -> 
     """Serve a request for a worker; `nested` is None when it is not for a call."""
     state = local_channel(node, rrid)
     loan = _Loan(operation, state)
-    node.waiting[operation.link.pid, operation.call_id] = lambda: state.cancel(loan)
     if nested is None:
         state.take_async(loan)
     else:
         state.lend_async(nested, loan)
+    operation.waits(lambda: state.cancel(loan))
 
 
-Node.operations["lend"] = _lend
+def _run(node: Node, operation: Operation, rrid: RRID, call: tuple[str, Any]) -> None:
+    """Serve one of the calls that need not wait."""
+    name, args = call
+    operation.resolve(getattr(local_channel(node, rrid), name)(*args))
+
+
+Node.operations.update({"lend": _lend, "pool": _run})
 
 
 def give_back(owner: int, rrid: RRID, pid: int) -> None:

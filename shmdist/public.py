@@ -48,7 +48,8 @@ from shmdist.errors import (
     VersionMismatch,
 )
 from shmdist.evaluation import everywhere, remotecall_eval
-from shmdist.futures import Cancelled, Future
+from shmdist.faces import Cancelled
+from shmdist.futures import Future
 from shmdist.loops import DistributedLoop, distributed, splitrange
 from shmdist.managers.base import ClusterManager, WorkerConfig
 from shmdist.managers.local import LocalManager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,49 +10,90 @@ from typing import Any
 from shmdist.errors import ShmdistError
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.reftable import RRID
+from shmdist.runtime.replies import Reply
 from shmdist.runtime.strand import current
 from shmdist.wire import codec
-from shmdist.wire.messages import WANT_VALUE, Kind
+from shmdist.wire.messages import NOT_RUN, WANT_VALUE, Kind
 
 _CALL, _OP = int(Kind.CALL), int(Kind.OP)
 _TAKES = ("take", "lend")  # operations whose value is lost to others, and goes back when nobody gets it
+GRACE = 0.5  # seconds that an owner has, when the time is up, to say whether an operation was done
+_WRITING = 0.1  # seconds in which it may be written, at least
 
 
 def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float | None = None) -> Any:
     """Run an operation on the reference `rrid` at its owner, another process.
 
+    The owner judges what was in time. When the time is up it is told to do the operation at once or
+    not at all, and has `GRACE` seconds to answer which of the two it was; what was done after all is
+    a success. So a timeout of 0 is a try.
+
     Raises
     ------
     TimeoutError
-        The operation was withdrawn; a taken item that was on its way goes back.
+        It was not done. Or the owner stands still, as the text then says: whether it is done is open,
+        but a taken item goes back to the head of the channel.
     """
     node = current_node()
     payload = codec.dumps((name, tuple(rrid), argument), "the value")
+    what = f"{name} of a reference on process {owner}"
     strand = current()
     reply = None
     try:
         strand.enter()
         try:
-            reply = node.request(owner, _OP, 0, payload)
-            if not node.wait(reply, timeout):
-                raise TimeoutError(f"{name} of a reference on process {owner} timed out after {timeout} s")
+            if timeout is None:
+                reply = node.request(owner, _OP, 0, payload)
+                node.wait(reply)
+            else:
+                begun = time.monotonic()
+                reply = _send_in_time(node, owner, payload, begun + max(timeout, _WRITING))
+                if reply is not None and not node.wait(reply, begun + timeout - time.monotonic()):
+                    node.hurry(reply)
+                    if not node.wait(reply, GRACE):
+                        raise TimeoutError(
+                            f"{what} timed out after {timeout} s; the process does not answer, so it may be "
+                            f"done when it goes on"
+                        )
         finally:
             strand.leave()  # which may raise as well, though the answer is there
     except BaseException:
         if reply is not None:
-            if name in _TAKES:
-                node.unclaimed_takes[reply.call_id] = (owner, rrid)
-            if not node.cancel(reply) and name in _TAKES:
-                while not reply.done:
-                    time.sleep(0)  # it comes at the very moment of giving up
-                if reply.frame is not None:
-                    node.unclaimed(reply.frame)
-                node.unclaimed_takes.pop(reply.call_id, None)
+            _give_up(node, reply, (owner, rrid) if name in _TAKES else None)
         raise
-    return node.open(reply, f"{name} of a reference")
+    if reply is None:
+        raise TimeoutError(f"{what} timed out after {timeout} s, unsent: the process does not read")
+    if reply.frame is not None and reply.frame.flags & NOT_RUN:
+        raise TimeoutError(f"{what} timed out after {timeout} s")
+    return node.open(reply, what)
 
 
-def call_owner(owner: int, function: Callable[..., Any], *args: Any, timeout: float | None = None) -> Any:
+def _send_in_time(node: Node, owner: int, payload: codec.Payload, until: float) -> Reply | None:
+    """Send an operation; None when that could not be begun in time. The caller is inside the runtime."""
+    strand = current()
+    strand.until = until
+    try:
+        return node.request(owner, _OP, 0, payload)
+    except TimeoutError:
+        return None
+    finally:
+        strand.until = math.inf
+
+
+def _give_up(node: Node, reply: Reply, back: tuple[int, RRID] | None) -> None:
+    """Wait for the answer no longer; what it brings goes `back`, if it is an item."""
+    if back is not None:
+        node.unclaimed_takes[reply.call_id] = back
+    if node.cancel(reply):
+        return
+    while not reply.done:
+        time.sleep(0)  # it comes at the very moment of giving up
+    if reply.frame is not None:
+        node.unclaimed(reply.frame)
+    node.unclaimed_takes.pop(reply.call_id, None)
+
+
+def call_owner(owner: int, function: Callable[..., Any], *args: Any) -> Any:
     """Run ``function(*args)`` on `owner`, which may be this process, as a call of its own."""
     node = current_node()
     if owner == node.pid:
@@ -62,8 +104,7 @@ def call_owner(owner: int, function: Callable[..., Any], *args: Any, timeout: fl
     try:
         reply = node.request(owner, _CALL, WANT_VALUE, payload)
         try:
-            if not node.wait(reply, timeout):
-                raise TimeoutError(f"process {owner} did not answer within {timeout} s")
+            node.wait(reply)
         except BaseException:
             node.cancel(reply)
             raise

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from shmdist.channels import Channel
 from shmdist.completion import LocalCell
 from shmdist.errors import ChannelClosed
+from shmdist.faces import NO_TAKE
 from shmdist.futures import Future
-from shmdist.owners import local_channel
+from shmdist.owners import LENIENCY, local_channel
 from shmdist.references import Reference, ask, call_owner
 from shmdist.runtime.node import current_node
 from shmdist.runtime.reftable import RRID
@@ -37,7 +38,13 @@ class RemoteChannel(Reference):
     -----
     ``RemoteChannel(2)`` is one on process 2 with the default channel. ``take`` and ``put``
     wait at the owner without using a thread there. An item that was on its way to a
-    ``take`` which was interrupted or timed out goes back to the head of the channel.
+    ``take`` which was interrupted goes back to the head of the channel.
+
+    The owner judges what was done in time: after a `TimeoutError` an item has neither been put
+    nor taken, and a ``timeout`` of 0 is a try. It has half a second to answer when the time is up.
+    Only if it stands still for that long is the outcome open: the put may be done when it goes on, and
+    an item that was taken goes back to the head; the text of the error says so. Methods of a channel
+    of your own cannot be broken off either: a put that has begun there may still be done.
 
     References
     ----------
@@ -93,7 +100,7 @@ class RemoteChannel(Reference):
         Raises
         ------
         ChannelClosed, TimeoutError
-            The item is not in the channel.
+            The item is not in the channel; unless its process stands still (see the class).
         """
         self._do("put", value, timeout=timeout)
 
@@ -105,7 +112,7 @@ class RemoteChannel(Reference):
         ChannelClosed
             The channel is closed and drained.
         TimeoutError
-            No item was taken.
+            No item was taken; if its process stands still, one that is taken later goes back.
         """
         return self._do("take", timeout=timeout)
 
@@ -172,7 +179,7 @@ def _within(timeout: float, channel: Any, name: str, args: tuple[Any, ...]) -> A
     strand = current()
     strand.enter()
     try:
-        in_time = current_node().dispatcher.wait(cell, timeout)  # type: ignore[arg-type]  # same face
+        in_time = current_node().dispatcher.wait(cell, max(timeout, LENIENCY))  # type: ignore[arg-type]  # same face
     except BaseException:
         if not given_up.acquire(False) and name == "take":
             channel.put(cell.value)
@@ -277,6 +284,14 @@ def _method(x: Any, name: str) -> Any:
     return method
 
 
+def _state_of(x: Any, name: str, timeout: float | None) -> Any:
+    """Ask for what is told at once where it is known, and may be far from here."""
+    method = _method(x, name)
+    if timeout is None or isinstance(x, Channel) or _is_task(x):
+        return method()
+    return method(timeout=timeout)
+
+
 def wait(x: Any, timeout: float | None = None) -> Any:
     """Wait until a reference has a value, a channel an item, a pool a free worker, a task ended.
 
@@ -330,7 +345,7 @@ def take(x: Any, timeout: float | None = None) -> Any:
     1
     """
     if isinstance(x, Future):
-        raise TypeError("a Future cannot be taken from: its value is for all who hold it. Use fetch()")
+        raise TypeError(NO_TAKE)
     return _method(x, "take")(timeout=timeout)
 
 
@@ -342,39 +357,40 @@ def isready(x: Any, timeout: float | None = None) -> bool:
     >>> isready(Future())
     False
     """
-    if isinstance(x, Reference):
-        return bool(_method(x, "isready")(timeout=timeout))
-    return bool(_method(x, "isready")())
+    return bool(_state_of(x, "isready", timeout))
 
 
 def isempty(x: Any, timeout: float | None = None) -> bool:
-    """Tell whether a channel has no item; takes none.
+    """Tell whether a channel has no item, a future no value; takes none.
 
     Examples
     --------
     >>> isempty(Channel(1))
     True
     """
-    if isinstance(x, Reference):
-        return not isready(x, timeout)
-    return bool(_method(x, "isempty")())
+    return bool(_state_of(x, "isempty", timeout))
 
 
 def isopen(x: Any, timeout: float | None = None) -> bool:
-    """Tell whether a channel is open.
+    """Tell whether a channel is open, and a future not yet written.
 
     Examples
     --------
     >>> isopen(Channel(1))
     True
     """
-    if isinstance(x, Reference):
-        return bool(_method(x, "isopen")(timeout=timeout))
-    return bool(_method(x, "isopen")())
+    return bool(_state_of(x, "isopen", timeout))
 
 
 def close(x: Any, timeout: float | None = None) -> None:
     """Close a channel: no more puts; what is in it can still be taken.
+
+    Parameters
+    ----------
+    x : RemoteChannel or Channel
+        A Future is closed by its value alone, so it is a `TypeError`.
+    timeout : float, optional
+        Seconds; then `TimeoutError`.
 
     Examples
     --------
@@ -383,10 +399,7 @@ def close(x: Any, timeout: float | None = None) -> None:
     >>> isopen(channel)
     False
     """
-    if isinstance(x, Reference):
-        _method(x, "close")(timeout=timeout)
-    else:
-        _method(x, "close")()
+    _state_of(x, "close", timeout)
 
 
 def remoteref_id(ref: Reference) -> RRID:

@@ -43,6 +43,7 @@ thread's (``node.link_ended``): it may wait for an exit code.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -53,6 +54,7 @@ from typing import TYPE_CHECKING, Any
 from shmdist._log import Log
 from shmdist.runtime.lanes import Lanes
 from shmdist.runtime.owncalls import OwnCalls
+from shmdist.runtime.replies import Operation
 from shmdist.runtime.sources import Sources
 from shmdist.runtime.strand import Cell, Kicker, Strand, current
 from shmdist.runtime.threads import Threads
@@ -125,7 +127,8 @@ class Dispatcher(Sources):
             frame.link.calls_read += 1
             self._inbox.append(task)
         elif kind == _OP:
-            self._node.waiting[frame.link.pid, frame.call_id] = lambda: True  # it can be withdrawn now
+            node, link, call_id = self._node, frame.link, frame.call_id
+            node.waiting[link.pid, call_id] = Operation(node, link, call_id)  # it can be withdrawn now
             self._inbox.append(frame)
         else:
             self._node.control(frame)
@@ -309,10 +312,8 @@ class Dispatcher(Sources):
             leads = self._take()
             if not leads:
                 lock.acquire(timeout=timeout)
-        try:
+        with contextlib.suppress(ValueError):
             self._followers.remove(cell)
-        except ValueError:
-            pass
         strand.cell = None
         cell.remove(lock)
         if not leads:
@@ -408,10 +409,8 @@ class Dispatcher(Sources):
             cell.wake()
             if self._main_cell is not cell:
                 # It has just left, and perhaps without the job.
-                try:
+                with contextlib.suppress(IndexError):
                     self.start(self._main_jobs.popleft())
-                except IndexError:
-                    pass
             return
         self.start(lambda: self._run(task, current()))
 

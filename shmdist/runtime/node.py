@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import math
 import os
 import pickle
 import sys
@@ -38,27 +37,24 @@ from shmdist._log import Log
 from shmdist.errors import CapturedException, ProcessExitedException, RemoteException, ShmdistError
 from shmdist.memory.receipts import Receipts
 from shmdist.runtime import served
+from shmdist.runtime.asking import Asking
 from shmdist.runtime.audits import Audits
 from shmdist.runtime.dispatch import Dispatcher
 from shmdist.runtime.heart import Heart
 from shmdist.runtime.output import Outputs
-from shmdist.runtime.ownership import Ownership
 from shmdist.runtime.reftable import RRID, RefTable
 from shmdist.runtime.replies import Operation, Reply, pack_error, unpack_error
 from shmdist.runtime.sharing import Sharing
-from shmdist.runtime.strand import Cell, current
 from shmdist.runtime.task import Functions, Tasks
 from shmdist.wire import codec
-from shmdist.wire.link import Link, LinkClosed, SendInterrupted, Unwoken
+from shmdist.wire.link import Link
 from shmdist.wire.messages import (
     BROKEN,
     HAS_REFS,
     IS_ERROR,
-    NO_LANE,
     NOT_RUN,
     Frame,
     Kind,
-    Parts,
     PeerInfo,
 )
 
@@ -67,7 +63,7 @@ _NEWS = 0.3  # seconds that process 1 may take to tell how another one ended
 _log = Log("node")
 
 
-class Node(Ownership):
+class Node(Asking):
     """One process of the cluster.
 
     Parameters
@@ -94,9 +90,7 @@ class Node(Ownership):
         self.call_ids = itertools.count(1)
         self.lanes = itertools.count(1)
         self.pending: dict[int, Reply] = {}  # answers waited for, by call; popping one is claiming it
-        self.waiting: dict[
-            tuple[int, int], Callable[[], Any]
-        ] = {}  # operations that wait here, by how to withdraw
+        self.waiting: dict[tuple[int, int], Operation] = {}  # others' operations not yet answered
         self.unclaimed_takes: dict[int, tuple[int, RRID]] = {}  # takes given up: whose item goes back
         self.released: deque[tuple[int, RRID]] = deque()  # references dropped, by finalizers: owner and id
         self.errands: deque[Callable[[], None]] = deque()  # what finalizers leave to be done
@@ -205,9 +199,9 @@ class Node(Ownership):
                 break  # threads that still wait end with the program, silently
             if reply.pid == pid and self.pending.pop(call_id, None) is not None:
                 self.fail(reply, self.death(pid))
-        for key, withdraw in list(self.waiting.items()):
+        for key, operation in list(self.waiting.items()):
             if key[0] == pid and self.waiting.pop(key, None) is not None:
-                withdraw()
+                operation.withdraw(given_up=True)
         self.functions.forget(pid)
         self.sharing.lost(pid)
         self.drop(freed)
@@ -217,161 +211,7 @@ class Node(Ownership):
             except Exception:
                 _log.exception("a hook for the loss of process %d failed", pid)
 
-    # ------------------------------------------------------------------ asking
-
-    def request(
-        self,
-        pid: int,
-        kind: int,
-        flags: int,
-        payload: codec.Payload | None,
-        *,
-        lane: int = NO_LANE,
-        callback: Callable[[Reply], None] | None = None,
-        call_id: int | None = None,
-        reply: Reply | None = None,
-        fd: int = -1,
-        unwoken: Unwoken = None,
-    ) -> Reply:
-        """Send a frame that will be answered; the caller is inside the runtime.
-
-        Raises
-        ------
-        ProcessExitedException
-            The process is gone.
-        KeyboardInterrupt
-            While the frame waited to be written; it is withdrawn.
-        """
-        link = self.links.get(pid) or self.link_to(pid)
-        if reply is None:
-            reply = Reply(next(self.call_ids) if call_id is None else call_id, pid, callback)
-        call_id = reply.call_id
-        parts = codec.frame(kind, flags, lane, call_id, payload, link)
-        self.pending[call_id] = reply
-        try:
-            short = payload is not None and payload.is_short and not self.sharing.has_dues()
-            if not short or not link.leave(parts, unwoken):
-                self.send(link, parts, payload, fd, unwoken)
-        except LinkClosed:
-            pass  # its death is on its way to us, and says how it went
-        except BaseException:
-            self.cancel(reply)
-            raise
-        if pid in self.graves and self.pending.pop(call_id, None) is not None:
-            self.fail(reply, self.death(pid))
-        return reply
-
-    def send(
-        self,
-        link: Link,
-        parts: Parts,
-        payload: codec.Payload | None,
-        fd: int = -1,
-        unwoken: Unwoken = None,
-    ) -> None:
-        """Write a frame; the references in it are counted for the receiver first."""
-        if payload is not None and payload.refs:
-            self.count(payload.refs, link.pid, +1)
-        strand, sharing = current(), self.sharing
-        if sharing.has_dues():
-            self._pay(link)
-        try:
-            link.send(parts, strand.interrupted, fd, unwoken)
-        except SendInterrupted as stopped:
-            if stopped.begun:
-                self.dispatcher.start(lambda: (link.flush(block=True), None)[1])
-                strand.deliver()
-                return
-            if payload is not None and payload.refs:
-                self.count(payload.refs, link.pid, -1)
-            try:
-                strand.deliver()
-            except BaseException:
-                sharing.take_back(parts, link.pid)
-                raise
-            self.send(link, parts, payload, fd)  # the program's own handler lets it go on
-        if len(parts) > 1 and parts.wanted:
-            sharing.keeper.want(parts.wanted, link.pid)
-
-    def _pay(self, link: Link) -> None:
-        """Give blocks back to the process at the end of `link`, ahead of what goes there now."""
-        dues = self.sharing.dues(link)
-        if dues and not link.post(dues):
-            self.dispatcher.start(lambda: (link.flush(block=True), None)[1])
-
-    def wait_inside(self, reply: Cell, seconds: float = math.inf) -> None:
-        """Wait so long at most for what a peer's runtime answers by itself; another thread reads meanwhile.
-
-        Raises
-        ------
-        KeyboardInterrupt
-            Nobody waits for a peer that stands still longer than he likes.
-        """
-        strand = current()
-        strand.look()
-        lock = threading.Lock()
-        lock.acquire()
-        reply.add(lock)
-        deadline = time.monotonic() + seconds
-        try:
-            while not reply.done and time.monotonic() < deadline:
-                lock.acquire(timeout=0.05)  # it may have been done before it saw the lock
-                if strand.pending and not reply.done:
-                    strand.deliver()
-        finally:
-            reply.remove(lock)
-
-    def answer(self, link: Link, call_id: int, flags: int, payload: codec.Payload | None) -> bool:
-        """Answer a request; False when the other side is gone."""
-        if payload is not None and payload.buffers:
-            # Counts of blocks are told by this link; what goes by another one they could overtake.
-            link = self.links.get(link.pid, link)
-        parts = codec.frame(_RESULT, flags, 0, call_id, payload, link)
-        try:
-            if payload is not None and payload.refs:
-                self.count(payload.refs, link.pid, +1)
-            if self.sharing.has_dues():
-                parts[:0] = self.sharing.dues(link)  # in one piece with the answer
-            link.send(parts, self.dispatcher.held_up)
-        except LinkClosed:
-            return False
-        if len(parts) > 1 and parts.wanted:
-            self.sharing.keeper.want(parts.wanted, link.pid)
-        return True
-
-    def post(
-        self, link: Link, kind: int, flags: int, call_id: int, payload: codec.Payload | None = None
-    ) -> None:
-        """Send a frame without ever blocking; from any thread."""
-        if not link.post(codec.frame(kind, flags, 0, call_id, payload)):
-            self.dispatcher.start(lambda: (link.flush(block=True), None)[1])
-
-    def fail(self, reply: Reply, error: BaseException) -> None:
-        """Complete a reply, which the caller has claimed, with an error."""
-        reply.error = error
-        self.dispatcher.complete(reply)
-        callback, reply.callback = reply.callback, None
-        if callback is not None:
-            callback(reply)
-
-    def wait(self, reply: Cell, timeout: float | None = None) -> bool:
-        """Wait for a reply; False when the time was up."""
-        return reply.done or self.dispatcher.wait(reply, timeout)
-
-    def cancel(self, reply: Reply) -> bool:
-        """Give up a request: nobody waits for its answer, and the worker is told.
-
-        Returns
-        -------
-        bool
-            False when the answer is here, or being handed over this very moment.
-        """
-        if self.pending.pop(reply.call_id, None) is None:
-            return False
-        link = self.links.get(reply.pid)
-        if link is not None:
-            self.post(link, _CANCEL, 0, reply.call_id)
-        return True
+    # ------------------------------------------------------------------ answers to what was asked
 
     def open(self, reply: Reply, what: str) -> Any:
         """Return the value of a reply that is done, or raise its error."""

@@ -5,6 +5,7 @@ Counts travel as messages of their own.  The protocol is written down in ``refta
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from shmdist.errors import CapturedException, ShmdistError, remote_exception
 from shmdist.memory.receipts import Receipts
-from shmdist.runtime.reftable import RRID, Entry, RefTable
+from shmdist.runtime.reftable import RRID, Entry, RefTable, State
 from shmdist.wire import codec
-from shmdist.wire.link import Link, LinkClosed
+from shmdist.wire.link import Link, LinkClosed, SendInterrupted
 from shmdist.wire.messages import Frame, Kind
 
 if TYPE_CHECKING:
@@ -53,16 +54,50 @@ class Ownership:
             # the order of what is told is kept.
             return self.link_to(1)
 
-    def count(self, refs: Iterable[tuple[RRID, int]], pid: int, delta: int) -> None:
-        """Tell the owners of `refs` that `pid` is about to hold one more (or does not)."""
-        by_owner: dict[int, list[Change]] = {}
-        for rrid, owner in refs:
-            teller = 0 if owner == self.pid else self.pid
-            by_owner.setdefault(owner, []).append((rrid.whence, rrid.id, pid, delta, teller))
-        for owner, changes in by_owner.items():
-            self.tell_counts(owner, changes)
+    def count(
+        self, refs: Iterable[tuple[RRID, int]], pid: int, interrupted: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Tell the owners of `refs` that `pid` is about to hold one more.
 
-    def tell_counts(self, owner: int, changes: list[Change]) -> None:
+        Raises
+        ------
+        SendInterrupted
+            Given up, and taken back where it was told.
+        """
+        told: list[tuple[RRID, int]] = []
+        by_owner: dict[int, list[tuple[RRID, int]]] = {}
+        for ref in refs:
+            by_owner.setdefault(ref[1], []).append(ref)
+        for owner, its in by_owner.items():
+            try:
+                self.tell_counts(owner, self._changes(its, pid, +1), interrupted)
+            except SendInterrupted as stopped:
+                self.uncount(told + its if stopped.begun else told, pid)
+                raise
+            told += its
+
+    def uncount(self, refs: Iterable[tuple[RRID, int]], pid: int) -> None:
+        """Take back what :meth:`count` has told. Never blocks, for the owner may stand still."""
+        for rrid, owner in refs:
+            changes = self._changes([(rrid, owner)], pid, -1)
+            if owner == self.pid:
+                self.drop(self.change_counts(changes))
+            elif owner not in self.graves:
+                with contextlib.suppress(LinkClosed, ShmdistError):
+                    link = self.way_to(owner)
+                    if not link.post(codec.frame(_REFS, 0, 0, owner, codec.pickled(changes))):
+                        self.flush(link)
+
+    def _changes(self, refs: Iterable[tuple[RRID, int]], pid: int, delta: int) -> list[Change]:
+        return [(*rrid, pid, delta, 0 if owner == self.pid else self.pid) for rrid, owner in refs]
+
+    def flush(self, link: Link) -> None:
+        """Have what was posted written by a thread that may wait."""
+        self.dispatcher.start(lambda: (link.flush(block=True), None)[1])
+
+    def tell_counts(
+        self, owner: int, changes: list[Change], interrupted: Callable[[], bool] = lambda: False
+    ) -> None:
         """Send changes of counts to an owner, or make them when that is this process."""
         if owner == self.pid:
             self.drop(self.change_counts(changes))
@@ -71,7 +106,13 @@ class Ownership:
             return
         payload = codec.pickled(changes)
         try:
-            self.way_to(owner).send(codec.frame(_REFS, 0, 0, owner, payload))
+            link = self.way_to(owner)
+            try:
+                link.send(codec.frame(_REFS, 0, 0, owner, payload), interrupted)
+            except SendInterrupted as stopped:
+                if stopped.begun:
+                    self.flush(link)
+                raise
         except (LinkClosed, ShmdistError):
             pass  # the owner is gone, and the counts with it
 
@@ -158,6 +199,12 @@ class Ownership:
         """Enter a reference that lives here from now on."""
         with self.lock:
             return self.refs.create(rrid, kind, client)
+
+    def has_value(self, rrid: RRID) -> bool:
+        """Tell whether a reference lives here and has its value."""
+        with self.lock:
+            entry = self.refs.get(rrid)
+            return entry is not None and entry.state is State.SET
 
     def set_value(self, entry: Entry, value: Any) -> None:
         """Give an entry its value, and tell who waits for it."""

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from shmdist.errors import CapturedException, RemoteException, capture, remote_exception
 from shmdist.runtime.strand import Cell
 from shmdist.wire import codec
-from shmdist.wire.messages import IS_ERROR, Frame
+from shmdist.wire.messages import IS_ERROR, NOT_RUN, Frame, Kind
 
 if TYPE_CHECKING:
     from shmdist.runtime.node import Node
     from shmdist.wire.link import Link
+
+_RESULT = int(Kind.RESULT)
 
 
 class Reply(Cell):
@@ -45,20 +47,36 @@ class Operation:
     """A remote process's request on a reference that lives here: what answers it.
 
     It is a ``Completion``: a channel resolves or fails it, now or later, from any thread.
+    Until it is answered it stands in ``node.waiting``, and may be withdrawn; then too it is
+    answered, by the word that it was not done. *Exactly one answer goes out.* A withdrawal that comes
+    before it is known how it waits is made up for when that is known (:meth:`waits`): of the two
+    threads one sets `hurried` and then looks at `_way`, the other one does it the other way round.
+
+    Attributes
+    ----------
+    given_up : bool
+        Nobody waits for it any more: it need not even be tried.
+    hurried : bool
+        It must not wait.
+    undo : callable or None
+        Given a value that cannot be sent, or that nobody took.
     """
 
-    __slots__ = ("_node", "call_id", "link", "undo")
+    __slots__ = ("_ended", "_node", "_way", "call_id", "given_up", "hurried", "link", "undo")
 
     def __init__(self, node: Node, link: Link, call_id: int) -> None:
         self._node = node
         self.link = link
         self.call_id = call_id
-        self.undo: Callable[[Any], None] | None = None  # given a value that can't be sent or that nobody took
+        self.undo: Callable[[Any], None] | None = None
+        self.given_up = self.hurried = False
+        self._ended = False
+        self._way: Callable[[], bool] | None = None  # withdraws it; false when it is decided already
 
     def resolve(self, value: object) -> None:
         """Answer with a value."""
+        self._end()
         node = self._node
-        node.waiting.pop((self.link.pid, self.call_id), None)
         try:
             payload = codec.dumps(value, "the value of the reference")
         except Exception as error:
@@ -78,8 +96,35 @@ class Operation:
 
     def fail(self, error: BaseException) -> None:
         """Answer with an error."""
-        self._node.waiting.pop((self.link.pid, self.call_id), None)
+        self._end()
         self._node.answer(self.link, self.call_id, IS_ERROR, self._node.dump_error(capture(error)))
+
+    def not_done(self) -> None:
+        """Answer that it was withdrawn; who has withdrawn it calls this."""
+        self._end()
+        self._node.post(self.link, _RESULT, NOT_RUN, self.call_id)
+
+    def waits(self, way: Callable[[], bool]) -> None:
+        """Note how it is withdrawn. It may have been answered meanwhile: then `way` returns false."""
+        self._way = way
+        if self._ended:
+            self._way = None  # it holds the operation itself, most likely
+        elif self.hurried and way():
+            self.not_done()
+
+    def withdraw(self, *, given_up: bool) -> None:
+        """Let it wait no longer; on the reading thread."""
+        if given_up:
+            self.given_up = True
+        self.hurried = True
+        way = self._way
+        if way is not None and way():
+            self.not_done()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._way = None
+        self._node.waiting.pop((self.link.pid, self.call_id), None)
 
 
 def pack_error(captured: CapturedException) -> tuple[str, str, str, bytes]:

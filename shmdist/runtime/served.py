@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 from shmdist._log import Log
 from shmdist.runtime.reftable import RRID
-from shmdist.runtime.replies import Operation
 from shmdist.wire import codec
-from shmdist.wire.messages import BROKEN, IS_ERROR, IS_NEW, NOT_RUN, Frame, Kind
+from shmdist.wire.messages import AT_ONCE, BROKEN, IS_ERROR, IS_NEW, NOT_RUN, Frame, Kind
 
 if TYPE_CHECKING:
     from shmdist.runtime.node import Node
 
-_RESULT, _CANCEL, _REFS, _OP = int(Kind.RESULT), int(Kind.CANCEL), int(Kind.REFS), int(Kind.OP)
+_CANCEL, _REFS, _OP = int(Kind.CANCEL), int(Kind.REFS), int(Kind.OP)
 _LEASES, _SEGMENT, _AUDIT = int(Kind.LEASES), int(Kind.SEGMENT), int(Kind.AUDIT)
 _COUNTS = (_REFS, _LEASES, _AUDIT)
 _log = Log("node")
@@ -22,10 +21,12 @@ _log = Log("node")
 
 def operate(node: Node, frame: Frame) -> None:
     """Run an operation on a reference that lives here."""
-    if node.waiting.pop((frame.link.pid, frame.call_id), None) is None:
-        node.give_back(list(codec.references(frame)))  # withdrawn meanwhile
+    operation = node.waiting.get((frame.link.pid, frame.call_id))
+    if operation is None or operation.given_up:  # its process is gone, or does not want it any more
+        node.give_back(list(codec.references(frame)))
+        if operation is not None:
+            operation.not_done()
         return
-    operation = Operation(node, frame.link, frame.call_id)
     try:
         name, rrid, argument = codec.loads(frame, node.give_back)
         node.operations[name](node, operation, RRID(*rrid), argument)
@@ -59,12 +60,11 @@ def control(node: Node, frame: Frame) -> None:
         if frame.flags & NOT_RUN:
             node.tasks.withdraw(key)
             return
-        withdraw = node.waiting.pop(key, None)
-        if withdraw is None:
+        operation = node.waiting.get(key)
+        if operation is not None:
+            operation.withdraw(given_up=not frame.flags & AT_ONCE)
+        elif not frame.flags & AT_ONCE:  # else it is answered already
             node.tasks.cancel(key)
-        elif withdraw():
-            node.post(frame.link, _RESULT, NOT_RUN, frame.call_id)
-        # else it is being answered this very moment
     elif kind == Kind.FUNC:
         node.functions.put(frame)
     elif kind == Kind.DROP:

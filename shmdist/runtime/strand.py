@@ -20,10 +20,12 @@ from __future__ import annotations
 
 # The C half of `signal`, which has no stubs: the wrapper costs two microseconds an entry.
 import _signal  # type: ignore[import-not-found]  # has no stubs
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -118,6 +120,7 @@ class Strand:
         "struck",
         "task",
         "turns",
+        "until",
     )
 
     def __init__(self) -> None:
@@ -136,6 +139,7 @@ class Strand:
         self.handlers = Handlers(self._on_signal)  # of other signals; of main threads alone
         self.turns = -1  # entries
         self.own = 0  # the last call of this thread to its own process (``owncalls``)
+        self.until = math.inf  # by the monotonic clock: what is not written by then is given up
         self.guard = threading.Lock()
         self.ident = threading.get_ident()
 
@@ -241,8 +245,15 @@ class Strand:
             cell.wake()
 
     def interrupted(self) -> bool:
-        """Tell whether an interrupt was put off."""
-        return self.pending
+        """Tell whether an interrupt was put off, or the time is up."""
+        return self.pending or time.monotonic() > self.until
+
+    def stop(self) -> None:
+        """Raise that for which this was :meth:`interrupted`; nothing may be half done here."""
+        if self.pending:
+            self.deliver()
+        else:
+            raise TimeoutError("not sent in time: the process does not read")
 
     def deliver(self) -> None:
         """Raise the interrupt, and call the handlers, that were put off; nothing may be half done here."""
@@ -252,7 +263,7 @@ class Strand:
             handler = self.handlers.handler(number)
             self.pending = bool(caught) or self.due
             if callable(handler):
-                handler(number, sys._getframe(1))
+                self._call(handler, number)
         due, self.due, self.pending = self.due, False, False
         if not due:
             return
@@ -262,9 +273,17 @@ class Strand:
         if self.main:
             previous = self.previous
             if callable(previous):
-                previous(_SIGINT, sys._getframe(1))
+                self._call(previous, _SIGINT)
             elif previous == signal.SIG_DFL:
                 raise KeyboardInterrupt
+
+    def _call(self, handler: Callable[[int, Any], Any], number: int) -> None:
+        """Call a handler of the program's, for which the time limit of what it ends does not hold."""
+        until, self.until = self.until, math.inf
+        try:
+            handler(number, sys._getframe(2))
+        finally:
+            self.until = until
 
     # -------------------------------------------------- interrupting a remote call
 

@@ -152,6 +152,34 @@ def _dumps_plainly(obj: Any) -> Payload | None:
         return None
 
 
+def is_simple(value: Any) -> bool:
+    """Tell whether it goes without saying that `value` can be pickled."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return True
+    # By name: numpy may be here, and no array pickled yet.
+    return kind.__name__ == "ndarray" and kind.__module__ == "numpy" and not value.dtype.hasobject
+
+
+def can_send(obj: Any) -> bool:
+    """Tell whether `obj` can be pickled, by doing it; what is written is kept by nobody."""
+    payload = Payload()
+    payload.write = _forget
+    try:
+        pickler = PlainPickler(payload, 5, buffer_callback=payload.keep_out)
+        pickler.payload = payload
+        pickler.dump(obj)
+        return True
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException:
+        return _can_pickle(obj) is None
+
+
+def _forget(piece: Any) -> None:
+    """Stand in for writing."""
+
+
 def pickled(what: Any) -> Payload:
     """Pickle what the runtime itself sends: plain tuples and numbers."""
     payload = Payload()
@@ -369,11 +397,13 @@ def unreadable(error: BaseException, what: str) -> SerializationError:
 __all__ = [
     "INLINE",
     "Payload",
+    "can_send",
     "dumps",
     "dumps_arguments",
     "dumps_call",
     "dumps_value",
     "frame",
+    "is_simple",
     "loads",
     "note_made",
     "pickle_whole",

@@ -9,6 +9,9 @@ import threading
 import pytest
 
 import shmdist as sd
+from shmdist.runtime.node import current_node
+from shmdist.wire import codec
+from shmdist.wire.messages import NOT_RUN
 from tests.integration.helpers import meet_and_wait, reference_count, until, within
 
 
@@ -197,6 +200,148 @@ def test_inert_outside_a_cluster(cluster):
     assert "inert" in repr(pickle.loads(pickle.dumps(sd.Future())))
 
 
+# ------------------------------------------------------------------ values that cannot be pickled
+
+
+LOCK = threading.Lock()
+
+
+class BecomesALock:
+    """Can be sent once: what arrives cannot be sent on."""
+
+    def __reduce__(self):
+        return threading.Lock, ()
+
+
+def _try_fetch(future):
+    try:
+        return type(future.fetch(timeout=5)).__name__
+    except sd.SerializationError as error:
+        return f"SerializationError: {error}"
+
+
+def test_inert_whatever_the_value(cluster):
+    for future in (sd.Future().put(threading.Lock()), sd.remotecall(BecomesALock, cluster[0])):
+        future.fetch()
+        inert = pickle.loads(pickle.dumps({"future": future}))["future"]
+        assert "inert" in repr(inert) and inert == future
+        with pytest.raises(sd.ShmdistError, match="pickled outside"):
+            inert.fetch()
+    for value in ([1, 2], "text", {"deep": (None, 1.5)}):
+        future = sd.Future().put(value)
+        future.fetch()
+        assert pickle.loads(pickle.dumps(future)).fetch() == value
+    future = sd.Future().put(lambda: 5)
+    future.fetch()
+    assert pickle.loads(pickle.dumps(future)).fetch()() == 5  # by value, where by name there is no way
+
+
+def test_inert_with_an_error_that_cannot_be_pickled():
+    class Odd(Exception):
+        def __init__(self):
+            super().__init__("odd")
+            self.lock = threading.Lock()
+
+    def fail():
+        raise Odd
+
+    future = sd.remotecall(fail, 1)
+    with pytest.raises(Odd):
+        future.fetch()
+    with pytest.raises(sd.RemoteException, match="odd"):
+        pickle.loads(pickle.dumps(future)).fetch()
+
+
+def test_sent_on_by_its_owner_it_can_be_fetched_there(cluster):
+    a, b = cluster[:2]
+    for future in (sd.Future().put(LOCK), sd.remotecall(lambda: LOCK, 1)):
+        assert type(future.fetch()).__name__ == "lock"
+        assert "Future" in sd.remotecall_fetch(repr, a, future)
+        assert "SerializationError: the value" in sd.remotecall_fetch(_try_fetch, a, future)
+        back = sd.remotecall_fetch(lambda f: f, b, [future])[0]
+        assert back == future and back.fetch() is future.fetch()
+        assert sd.remotecall_fetch(lambda f: f.isready(), a, future)
+
+
+def test_sent_on_by_another_process_it_is_fetched_or_says_why(cluster):
+    a, b = cluster[:2]
+    future = sd.remotecall(BecomesALock, a)
+    sd.remotecall_fetch(_keep, b, future.wait())
+    assert type(future.fetch()).__name__ == "lock"
+    channel = sd.RemoteChannel(lambda: sd.Channel(1))
+    channel.put(future)
+    for pid in (a, b):  # b's reference keeps the value
+        assert sd.remotecall_fetch(_try_fetch, pid, future) in ("BecomesALock", "lock")
+    sd.remotecall_fetch(_keep, b, None)
+    until(lambda: not sd.remotecall_fetch(_has, a, sd.remoteref_id(future)))
+    for pid in (a, b):
+        text = sd.remotecall_fetch(_try_fetch, pid, future)
+        assert text.startswith("SerializationError") and "has it no more" in text
+    assert sd.remotecall_fetch(lambda f: f.isready() and f.wait() is f, b, future)
+    with pytest.raises(sd.ShmdistError, match="already has a value"):
+        sd.remotecall_fetch(lambda f: f.put(1), b, future)
+    again = sd.remotecall_fetch(lambda f: f, b, future)  # a reference without a count, sent on
+    with pytest.raises(sd.SerializationError):
+        again.fetch(timeout=5)
+
+
+def _keep(ref):
+    _kept[:] = [ref]
+
+
+_kept = []
+
+
+def _has(rrid):
+    return current_node().has_value(rrid)
+
+
+def test_part_of_its_own_value(cluster):
+    future, other = sd.Future(), sd.Future()
+    future.put(["mine", other, future])
+    other.put(["other", future])
+    other.fetch()
+    got = sd.remotecall_fetch(lambda f: [f.fetch()[0], f.fetch()[1].fetch()[0], f], cluster[0], future)
+    assert got[:2] == ["mine", "other"] and got[2] == future
+    future.fetch()
+    got = sd.remotecall_fetch(lambda f: [f.fetch()[0], f.fetch()[2].fetch()[0]], cluster[0], future)
+    assert got == ["mine", "mine"]
+    assert pickle.loads(pickle.dumps(future)).fetch()[0] == "mine"
+    del future.fetch()[:], other.fetch()[:]  # else they hold each other for ever
+    sd.remotecall_fetch(lambda: None, cluster[0])
+
+
+def test_inside_of_others_that_cannot_be_sent(cluster):
+    inner = sd.Future().put({"lock": LOCK})
+    inner.fetch()
+    outer = sd.Future().put([inner, "rest"])
+    outer.fetch()
+    assert sd.remotecall_fetch(lambda f: f.fetch()[1], cluster[0], outer) == "rest"
+    with pytest.raises(sd.SerializationError, match="lock"):
+        sd.remotecall_fetch(len, cluster[0], [outer, LOCK])
+
+
+def test_a_fetched_one_is_indexed_here(cluster):
+    future = sd.remotecall(lambda: {"a": 1, "lock": BecomesALock()}, cluster[0])
+    future.fetch()
+    assert future["a"] == 1
+    with pytest.raises(KeyError):
+        future["b"]
+
+
+def test_values_known_to_be_sendable_are_not_tried(cluster, monkeypatch):
+    np = pytest.importorskip("numpy")
+
+    def trial(obj):
+        raise AssertionError("tried")
+
+    monkeypatch.setattr(codec, "can_send", trial)
+    for value in (1, "text", b"x" * 100_000, None, np.ones(100_000), np.ones((300, 300))[:, ::2]):
+        future = sd.Future().put(value)
+        future.fetch()
+        assert sd.remotecall_fetch(lambda f: f._outcome is not None, cluster[0], future)
+
+
 def test_repr_shows_the_state(cluster, gate):
     future = waiting_call(cluster[0], gate)
     assert "pending" in repr(future)
@@ -329,6 +474,59 @@ def test_cancel_of_a_running_call_interrupts_it(cluster, gate):
     assert future.done() and not future.cancel()
     gate.put("kept")
     assert gate.take(timeout=5) == "kept"
+
+
+def test_a_cancelled_call_has_no_exception():
+    """As in concurrent.futures: it raises CancelledError there."""
+    future = sd.Future()
+    future._settle(False, sd.Cancelled("withdrawn"))
+    assert future.cancelled() and future.done()
+    for method in (future.exception, future.result, future.fetch):
+        with pytest.raises(concurrent.futures.CancelledError) as caught:
+            method(timeout=5)
+        assert isinstance(caught.value, sd.ShmdistError)
+    value = sd.Future().put(sd.Cancelled("a value like any other"))
+    assert isinstance(value.fetch(), sd.Cancelled) and not value.cancelled() and value.exception() is None
+
+
+def test_a_call_cancelled_before_it_began(cluster):
+    """Its lane is held by another one, as in a map."""
+    future = sd.remotecall(abs, cluster[0], -1).wait()
+    reply = future._reply
+    frame = reply.frame
+    frame.flags, frame.body = NOT_RUN, b""
+    future._outcome = None
+    assert future.cancelled()
+    with pytest.raises(concurrent.futures.CancelledError):
+        future.exception()
+    done, pending = concurrent.futures.wait([future], timeout=5)
+    assert done == {future} and not pending
+
+
+def test_a_call_that_raises_what_another_was_told(cluster):
+    def fail():
+        raise sd.Cancelled("of another call")
+
+    future = sd.remotecall(fail, cluster[0])
+    assert isinstance(future.exception(timeout=5), sd.RemoteException) and not future.cancelled()
+    assert concurrent.futures.wait([future], timeout=5).done == {future}
+    assert future._state == "FINISHED"
+
+
+def test_the_methods_that_references_have(cluster):
+    for where in (1, cluster[0]):
+        future = sd.Future(where)
+        assert future.isempty() and sd.isempty(future) and future.isopen() and sd.isopen(future, timeout=5)
+        future.put(1)
+        assert not future.isempty(timeout=5) and not sd.isempty(future, timeout=5)
+        assert not future.isopen() and not sd.isopen(future)
+        for close in (future.close, lambda future=future: sd.close(future)):
+            with pytest.raises(TypeError, match="written once"):
+                close()
+        with pytest.raises(TypeError, match="fetch"):
+            sd.take(future)
+        with pytest.raises(AttributeError, match="fetch"):
+            future.take()
 
 
 def test_cancel_of_an_ended_call_is_false(cluster):

@@ -134,7 +134,7 @@ class _Link:
         self.pid = pid
         self.sent = []
 
-    def send(self, parts):
+    def send(self, parts, interrupted=None):
         self.sent.append(pickle.loads(b"".join(parts)[codec.HEADER.size :]))
 
 
