@@ -18,10 +18,13 @@ from __future__ import annotations
 
 import pickle
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 from shmdist.errors import SerializationError, capture
+from shmdist.runtime import children
 from shmdist.runtime.reftable import RRID
+from shmdist.runtime.strand import current
 from shmdist.wire import codec, names, values
 from shmdist.wire.messages import (
     BROKEN,
@@ -126,8 +129,10 @@ class Tasks:
         function = args = kwargs = None
         if not frame.flags & WANT_STORE:
             value = None
-        if self.running.pop(key, None) is None:
-            return  # somebody answered for it
+        if self.running.pop(key, None) is None:  # somebody answered for it, or will in the parent
+            if children.is_child():
+                children.end(error)
+            return
         try:
             self._finish(task, value, error, payload)
         except Exception as failure:
@@ -198,6 +203,15 @@ class Tasks:
         if link.gate_waiters:
             with link.gate:
                 link.gate.notify_all()
+
+    def abandon(self) -> None:
+        """Leave all calls to the parent, in a forked child; one that forked ends the child when it ends."""
+        strand = current()
+        if strand.task is not None:
+            strand.task.frame.flags &= ~(WANT_VALUE | WANT_STORE)
+            strand.guard = threading.Lock()  # its holder may be a thread of the parent
+            children.note()
+        self.running.clear()
 
     # ------------------------------------------------------------------ answers
 
@@ -322,8 +336,6 @@ class Functions:
 
     def put(self, frame: Frame) -> None:
         """Keep a FUNC frame; on the reading thread, so it is not read yet."""
-        import threading
-
         self._table[frame.link.pid, frame.call_id] = [[frame], threading.Lock(), None]
 
     def drop(self, pid: int, number: int) -> None:
