@@ -21,7 +21,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from shmdist.errors import SerializationError, capture
+from shmdist.errors import CapturedException, SerializationError, capture
 from shmdist.runtime import children
 from shmdist.runtime.reftable import RRID
 from shmdist.runtime.strand import current
@@ -159,8 +159,11 @@ class Tasks:
 
     def _last_resort(self, task: Task, failure: BaseException) -> None:
         """Answer in the plainest way: the answer itself could not be made."""
-        text = f"{type(failure).__name__} while the outcome of the call was being sent: {failure!s:.500}"
-        payload = codec.pickled((self._node.pid, "RuntimeError", text, text, b""))
+        kind = MemoryError if isinstance(failure, MemoryError) else RuntimeError
+        text = f"the outcome of the call could not be sent: {type(failure).__name__}: {failure!s:.500}"
+        captured = CapturedException(kind(text), kind.__name__, text, f"{kind.__name__}: {text}")
+        blob = pickle.dumps(captured, 5)
+        payload = codec.pickled((self._node.pid, captured.type_name, text, captured.traceback_text, blob))
         flags = IS_ERROR | (STORED if task.frame.flags & WANT_STORE else 0)
         self._node.answer(task.link, task.frame.call_id, flags, payload)
 
