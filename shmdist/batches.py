@@ -15,15 +15,18 @@ sent it compares the two: elements without a value have not begun here, and neve
 
 from __future__ import annotations
 
+import os
 import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from shmdist.errors import SerializationError, capture
 from shmdist.memory.segment import SLOTS
+from shmdist.runtime import children
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.replies import pack_error
 from shmdist.runtime.strand import current
@@ -152,9 +155,13 @@ def _work(
                 pass  # between two steps signals come through, and other threads
             return True
         except Exception as error:
+            if children.is_child():
+                children.end(error)
             errors[len(values)] = pack_error(capture(error))
             values.append(None)
         except BaseException as error:
+            if children.is_child():
+                children.end(error)
             # It may have come after the value was there; then the value is given up, lest
             # the next element, which has not begun, be taken to have ended.
             done = numbers[slot]
@@ -211,7 +218,14 @@ def _under_way(node: Node) -> dict[tuple[int, int], tuple[list[Any], Any]]:
     table: dict[tuple[int, int], tuple[list[Any], Any]] | None = node.settings.get("batches")
     if table is None:
         table = node.settings.setdefault("batches", {})
+        os.register_at_fork(after_in_child=partial(_stop, table))
     return table
+
+
+def _stop(table: dict[tuple[int, int], tuple[list[Any], Any]]) -> None:
+    """Begin no further elements, in a forked child."""
+    for batch, _ in table.values():
+        batch.clear()
 
 
 def divide(key: tuple[int, int]) -> int | None:

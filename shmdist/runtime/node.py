@@ -315,8 +315,8 @@ def _after_fork() -> None:
     node, _current = _current, None
     if node is not None:
         node.closed = True
-        node.dispatcher.abandon()
-        node.outputs.abandon()
+        for part in (node.dispatcher, node.outputs, node.tasks):
+            part.abandon()
         for file in node.inherited:
             with contextlib.suppress(OSError):
                 file.close()

@@ -91,7 +91,15 @@ class Operation:
             self._answer(value, payload)
 
     def _answer(self, value: object, payload: codec.Payload) -> None:
-        if not self._node.answer(self.link, self.call_id, 0, payload) and self.undo is not None:
+        try:
+            if self._node.answer(self.link, self.call_id, 0, payload):
+                return
+        except Exception as error:  # no memory for what is to be sent
+            if self.undo is not None:
+                self.undo(value)
+            self.fail(error)
+            return
+        if self.undo is not None:
             self.undo(value)
 
     def fail(self, error: BaseException) -> None:

@@ -18,10 +18,13 @@ from __future__ import annotations
 
 import pickle
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
-from shmdist.errors import SerializationError, capture
+from shmdist.errors import CapturedException, SerializationError, capture
+from shmdist.runtime import children
 from shmdist.runtime.reftable import RRID
+from shmdist.runtime.strand import current
 from shmdist.wire import codec, names, values
 from shmdist.wire.messages import (
     BROKEN,
@@ -126,8 +129,10 @@ class Tasks:
         function = args = kwargs = None
         if not frame.flags & WANT_STORE:
             value = None
-        if self.running.pop(key, None) is None:
-            return  # somebody answered for it
+        if self.running.pop(key, None) is None:  # somebody answered for it, or will in the parent
+            if children.is_child():
+                children.end(error)
+            return
         try:
             self._finish(task, value, error, payload)
         except Exception as failure:
@@ -154,8 +159,11 @@ class Tasks:
 
     def _last_resort(self, task: Task, failure: BaseException) -> None:
         """Answer in the plainest way: the answer itself could not be made."""
-        text = f"{type(failure).__name__} while the outcome of the call was being sent: {failure!s:.500}"
-        payload = codec.pickled((self._node.pid, "RuntimeError", text, text, b""))
+        kind = MemoryError if isinstance(failure, MemoryError) else RuntimeError
+        text = f"the outcome of the call could not be sent: {type(failure).__name__}: {failure!s:.500}"
+        captured = CapturedException(kind(text), kind.__name__, text, f"{kind.__name__}: {text}")
+        blob = pickle.dumps(captured, 5)
+        payload = codec.pickled((self._node.pid, captured.type_name, text, captured.traceback_text, blob))
         flags = IS_ERROR | (STORED if task.frame.flags & WANT_STORE else 0)
         self._node.answer(task.link, task.frame.call_id, flags, payload)
 
@@ -198,6 +206,15 @@ class Tasks:
         if link.gate_waiters:
             with link.gate:
                 link.gate.notify_all()
+
+    def abandon(self) -> None:
+        """Leave all calls to the parent, in a forked child; one that forked ends the child when it ends."""
+        strand = current()
+        if strand.task is not None:
+            strand.task.frame.flags &= ~(WANT_VALUE | WANT_STORE)
+            strand.guard = threading.Lock()  # its holder may be a thread of the parent
+            children.note()
+        self.running.clear()
 
     # ------------------------------------------------------------------ answers
 
@@ -322,8 +339,6 @@ class Functions:
 
     def put(self, frame: Frame) -> None:
         """Keep a FUNC frame; on the reading thread, so it is not read yet."""
-        import threading
-
         self._table[frame.link.pid, frame.call_id] = [[frame], threading.Lock(), None]
 
     def drop(self, pid: int, number: int) -> None:

@@ -8,6 +8,7 @@ from types import CodeType, FunctionType, GetSetDescriptorType, MemberDescriptor
 from typing import Any
 
 from shmdist.errors import SerializationError
+from shmdist.wire.decorated import implementations
 
 _MOST = 2000  # objects looked at; a huge structure gets a shorter path instead of a long wait
 _DEEPEST = 30
@@ -106,6 +107,8 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(obj, MethodType):
         yield ".__self__", obj.__self__
     elif isinstance(obj, FunctionType):
+        for kind, function in implementations(obj).items():  # `singledispatch`
+            yield f".dispatch({kind.__qualname__})", function
         for name, cell in zip(obj.__code__.co_freevars, obj.__closure__ or (), strict=False):
             try:
                 yield f" captures {name}", cell.cell_contents

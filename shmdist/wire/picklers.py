@@ -17,6 +17,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from shmdist.errors import reduce_exception
+from shmdist.wire import decorated
 from shmdist.wire.arrays import INLINE, reduce_array, reduce_masked
 from shmdist.wire.generators import GENERATORS, reduce_generator
 from shmdist.wire.messages import BY_NAME, BY_VALUE
@@ -25,7 +26,7 @@ from shmdist.wire.messages import BY_NAME, BY_VALUE
 #: ``refs`` enters its types here.
 reducers: dict[type, Callable[[Any, Any], Any]] = {}
 
-MAIN = frozenset({"__main__", "__mp_main__"})
+MAIN = decorated.MAIN
 FUNCTIONS = frozenset({FunctionType, type(len)})
 
 
@@ -138,6 +139,8 @@ def _environ() -> Any:
 reducers[type(os.environ)] = lambda environ, _pickler: (
     (_environ, ()) if environ is os.environ else environ.__reduce_ex__(5)
 )
+reducers[decorated.CACHED] = decorated.reduce_cached
+reducers[decorated.cached_property] = decorated.reduce_property
 
 
 #: Types seen about which we have nothing to say; kept short, for it keeps them alive.
@@ -155,6 +158,8 @@ def _reduce_rare(obj: Any, kind: type, pickler: Any) -> Any:
         return reduce_exception(obj)
     if kind.__name__ in GENERATORS:
         return reduce_generator(obj)
+    if issubclass(kind, decorated.cached_property):
+        return decorated.reduce_property(obj)
     numpy = sys.modules.get("numpy")
     ndarray = getattr(numpy, "ndarray", None)
     if ndarray is not None and issubclass(kind, ndarray):
@@ -195,7 +200,8 @@ def cloud_pickler() -> Any:
                     if kind is CodeType:
                         return _reduce_code(obj)
                     if kind is FunctionType:
-                        return _with_receivers_globals(obj, super().reducer_override(obj))
+                        reduced = decorated.reduce_dispatcher(obj, super().reducer_override(obj))
+                        return _with_receivers_globals(obj, reduced)
                     if isinstance(obj, type):
                         return super().reducer_override(obj)
                     value = _reduce_rare(obj, kind, self)

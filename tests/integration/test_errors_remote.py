@@ -3,6 +3,7 @@
 import sys
 import threading
 
+import numpy as np
 import pytest
 
 import shmdist as sd
@@ -373,3 +374,55 @@ def test_only_process_1_changes_the_cluster(pid):
     for function in (lambda: sd.addprocs(1), lambda: sd.rmprocs(2)):
         with pytest.raises(sd.ShmdistError, match="only process 1"):
             sd.remotecall_fetch(function, pid)
+
+
+def huge():
+    return np.broadcast_to(1.0, (10**12,))
+
+
+ROADS = {
+    "fetch": lambda pid: sd.remotecall_fetch(huge, pid),
+    "future": lambda pid: sd.remotecall(huge, pid).fetch(timeout=10),
+    "map": lambda pid: sd.pmap(lambda _: huge(), [1], pool=sd.WorkerPool([pid])),
+    "among others": lambda pid: sd.remotecall_fetch(lambda: ["a", np.zeros(10**6), huge()], pid),
+    "argument": lambda pid: sd.remotecall_fetch(len, pid, huge()),
+}
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_a_result_that_is_too_large_to_be_sent(pid, road):
+    with pytest.raises(MemoryError, match="Unable to allocate") as caught:
+        ROADS[road](pid)
+    if road != "argument":  # that is found here
+        assert isinstance(caught.value, sd.RemoteException)
+        assert isinstance(caught.value.captured.ex, MemoryError)
+        assert caught.value.pid == pid
+    assert "could not be unpickled" not in str(caught.value)
+
+
+def test_an_item_that_is_too_large_to_be_sent_stays_in_its_channel(pid):
+    channel = sd.RemoteChannel(lambda: sd.Channel(1), pid)
+    sd.remotecall_fetch(lambda: channel.put(huge()), pid)
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            channel.take(timeout=10)
+    assert sd.remotecall_fetch(lambda: channel.take(timeout=10).shape, pid) == (10**12,)
+
+
+def test_an_answer_that_cannot_be_made(pid):
+    def break_answers():
+        """Have the next answer fail, as in a process that can have no further thread."""
+        from shmdist.runtime.node import current_node
+
+        node = current_node()
+
+        def fail(*args):
+            del node.answer
+            raise RuntimeError("can't start new thread")
+
+        node.answer = fail
+
+    with pytest.raises(sd.RemoteException, match="could not be sent: RuntimeError: can't start") as caught:
+        sd.remotecall_fetch(break_answers, pid)
+    assert isinstance(caught.value, RuntimeError)
+    assert "could not be unpickled" not in str(caught.value)
