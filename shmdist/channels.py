@@ -336,7 +336,7 @@ class Channel:
                     if left is None or left > 0:
                         self._block(cell, left)
                     elif self.cancel(cell):
-                        raise TimeoutError(f"{verb} timed out after {timeout} s: {self!r}")
+                        raise TimeoutError(f"{verb} timed out after {timeout:.3g} s: {self!r}")
                     # else it was decided this very moment, under the lock: the cell is done.
             finally:
                 self._leave()

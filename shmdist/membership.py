@@ -407,16 +407,22 @@ class Cluster:
         if node.closed or os.getpid() != node.ospid:
             return
         node.exiting = True
+        strand = current()
+        strand.enter()
         try:
-            self._end(list(self.members), _ATEXIT)
-        except BaseException:
-            for member in list(self.members.values()):
-                with contextlib.suppress(Exception):
-                    member.manager.kill(0, member.config)
-        if node.has_output:
-            node.print_output()
-        node.closed = True
-        node.dispatcher.close()
+            try:
+                self._end(list(self.members), _ATEXIT)
+            except BaseException:
+                for member in list(self.members.values()):
+                    with contextlib.suppress(Exception):
+                        member.manager.kill(0, member.config)
+            if node.has_output:
+                node.print_output()
+            node.closed = True
+            node.dispatcher.close()
+        finally:
+            strand.due = False  # what Ctrl-C was for, has been done
+            strand.leave()
 
 
 def _choose_links(new: dict[int, PeerInfo], configs: dict[int, WorkerConfig], topology: str) -> None:

@@ -52,8 +52,8 @@ def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float 
                     node.hurry(reply)
                     if not node.wait(reply, GRACE):
                         raise TimeoutError(
-                            f"{what} timed out after {timeout} s; the process does not answer, so it may be "
-                            f"done when it goes on"
+                            f"{what} timed out after {timeout:.3g} s; the process does not answer, so it "
+                            f"may be done when it goes on"
                         )
         finally:
             strand.leave()  # which may raise as well, though the answer is there
@@ -62,9 +62,9 @@ def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float 
             _give_up(node, reply, (owner, rrid) if name in _TAKES else None)
         raise
     if reply is None:
-        raise TimeoutError(f"{what} timed out after {timeout} s, unsent: the process does not read")
+        raise TimeoutError(f"{what} timed out after {timeout:.3g} s, unsent: the process does not read")
     if reply.frame is not None and reply.frame.flags & NOT_RUN:
-        raise TimeoutError(f"{what} timed out after {timeout} s")
+        raise TimeoutError(f"{what} timed out after {timeout:.3g} s")
     return node.open(reply, what)
 
 

@@ -251,3 +251,22 @@ for _ in range(5):
 works()
 """
     ).end(60).clean()
+
+
+def test_many_interrupts_while_the_program_ends():
+    for _ in range(4):
+        ended = Script(
+            BEGIN
+            + """
+import subprocess
+sd.addprocs(2)
+calls = [sd.remotecall(lambda: [None for _ in iter(int, 1)], pid) for pid in sd.workers()]
+presses = f"import os, time\\nfor _ in range(150): os.kill({os.getpid()}, 2); time.sleep(0.002)"
+subprocess.Popen([sys.executable, "-S", "-c", presses], stderr=subprocess.DEVNULL)
+try:
+    time.sleep(20)
+except KeyboardInterrupt:
+    pass
+"""
+        ).end(20)
+        assert "at_exit" not in ended.err and "shmdist" not in ended.err, ended
