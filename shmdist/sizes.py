@@ -11,6 +11,8 @@ import math
 import operator
 from typing import TYPE_CHECKING, Any
 
+from shmdist.wire.arrays import SharedView
+
 if TYPE_CHECKING:
     from shmdist.wire.picklers import Payload
 
@@ -70,7 +72,8 @@ class Sizes:
             return
         nbytes = sum(map(len, payload.parts))
         if payload.known is None:  # else they are copied once, however often they are sent
-            nbytes += sum(map(len, payload.buffers))
+            # Views of shared arrays go by reference, to workers of this host at least.
+            nbytes += sum(len(buffer) for buffer in payload.buffers if type(buffer) is not SharedView)
         weight = nbytes / count
         self.weight = max(weight, 0.5 * (self.weight + weight))
 

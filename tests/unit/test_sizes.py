@@ -2,6 +2,7 @@
 
 import pickle
 
+import shmdist as sd
 from shmdist.sizes import WINDOW, Sizes
 from shmdist.wire.codec import dumps, dumps_value
 
@@ -56,3 +57,11 @@ def test_a_fixed_size_stays():
     sizes = of_no_cost(fixed=100)
     weigh(sizes, 8 * MIB)
     assert sizes.next(0, 2) == 100
+
+
+def test_views_of_shared_arrays_weigh_nothing():
+    sizes, array = of_no_cost(), sd.shared.zeros((4, MIB))
+    sizes.weigh(dumps(list(array)), 4)
+    assert sizes.next(0, 2) > 1000
+    sizes.weigh(dumps(list(array + 1)), 4)
+    assert sizes.next(0, 2) == 1
