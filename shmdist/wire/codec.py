@@ -31,7 +31,7 @@ import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from shmdist.errors import SerializationError
@@ -302,6 +302,8 @@ def note_made(key: Any) -> None:
 
 _numpy_ready = False
 _NUMPY = re.compile(rb"numpy\._?core|shmdist\.wire\.arrays")
+_PIECE = 1 << 16  # bytes that are looked through at a time
+_NAME = 32  # bytes of the names looked for, at most
 
 
 def prepare(body: bytes | bytearray | memoryview) -> None:
@@ -313,12 +315,21 @@ def prepare(body: bytes | bytearray | memoryview) -> None:
     global _numpy_ready
     if _numpy_ready or (type(body) is bytes and b"numpy" not in body and b"shmdist" not in body):
         return
-    if _NUMPY.search(body):
+    if any(map(_NUMPY.search, _pieces_that_may(body))):
         try:
             import numpy  # noqa: F401 - for its being there
         except ImportError:
             return  # the body's own error will say so
         _numpy_ready = True
+
+
+def _pieces_that_may(body: bytes | bytearray | memoryview) -> Iterator[bytes]:
+    """Yield the pieces of a body that may name numpy: to look for either name takes a tenth of the time."""
+    view = memoryview(body)
+    for start in range(0, len(view), _PIECE):
+        piece = bytes(view[start : start + _PIECE + _NAME])
+        if b"numpy" in piece or b"shmdist" in piece:
+            yield piece
 
 
 def _open_buffers(frame: Frame) -> tuple[Any, list[Any], Hold | None]:

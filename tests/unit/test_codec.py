@@ -523,3 +523,15 @@ def test_unreadable() -> None:
     assert "the result could not be unpickled: ModuleNotFoundError" in str(error)
     assert sys.executable in str(error)
     assert "install" not in str(codec.unreadable(LookupError("x"), "the result"))
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, lambda body: memoryview(bytearray(body))])
+@pytest.mark.parametrize("name", [b"numpy.core", b"numpy._core", b"shmdist.wire.arrays"])
+def test_a_body_that_names_numpy_is_found_wherever_it_does(name, kind, monkeypatch):
+    for start in (0, 65_500, 65_530, 65_536, 65_560, 200_000):
+        monkeypatch.setattr(codec, "_numpy_ready", False)
+        codec.prepare(kind(b"n" * start + name))
+        assert codec._numpy_ready, start
+    monkeypatch.setattr(codec, "_numpy_ready", False)
+    codec.prepare(kind(b"numpy and shmdist.wire" * 10_000))
+    assert not codec._numpy_ready
