@@ -32,7 +32,7 @@ from typing import Any
 from shmdist.runtime.signals import Handlers
 from shmdist.wire.interruptions import is_interruption
 
-_SIGINT = int(signal.SIGINT)
+_SIGINT, _DEFAULT = int(signal.SIGINT), int(signal.SIG_DFL)
 _OFTEN = 31  # of so many entries and one, one asks which handlers the program has
 
 
@@ -177,7 +177,7 @@ class Strand:
             self.handlers.take_over()
         except BaseException:
             if self.main:
-                self._put_back()
+                _signal.signal(_SIGINT, _DEFAULT if self.previous is None else self.previous)
             raise
 
     def look(self) -> None:
@@ -191,14 +191,6 @@ class Strand:
         if self.main or self.signalled:
             self.handlers.look()
             self.handlers.take_over()
-
-    def _put_back(self) -> None:
-        """Put the program's SIGINT handler back, unless it has set another one meanwhile."""
-        # None: a handler that was not installed from Python; it cannot be put back.
-        previous = self.previous
-        found = _signal.signal(_SIGINT, signal.SIG_DFL if previous is None else previous)
-        if found is not self.handler:
-            _signal.signal(_SIGINT, found)
 
     def leave(self) -> None:
         """Leave the runtime, and raise what was put off.
@@ -223,7 +215,11 @@ class Strand:
                 if self.handlers.taken:
                     self.handlers.give_back()
             finally:
-                self._put_back()
+                # None: a handler that was not installed from Python; it cannot be put back.
+                previous = self.previous
+                found = _signal.signal(_SIGINT, _DEFAULT if previous is None else previous)
+                if found is not self.handler:  # the program has set another one meanwhile
+                    _signal.signal(_SIGINT, found)
             if self.pending:
                 self.deliver()
 
