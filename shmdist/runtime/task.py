@@ -19,6 +19,7 @@ from __future__ import annotations
 import pickle
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from shmdist.errors import CapturedException, SerializationError, capture
@@ -49,6 +50,7 @@ _RESULT = int(Kind.RESULT)
 #: A result of these types cannot change, so a copy of it can go ahead of any fetch.
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _SMALL = 1 << 12  # bytes of a str, bytes or int that still go ahead
+_AGAIN = 0.02  # seconds until it is looked whether a signal has come
 _GRACE = 0.1  # seconds a call gets to end by itself when it is interrupted
 
 
@@ -278,8 +280,19 @@ class Tasks:
         if strand is None:
             return  # it looks at `interrupted` before it begins
         strand.strike(task)
-        if not strand.signalled:
-            self._node.dispatcher.later(_GRACE, lambda: self._answer_for(task))
+        later = self._node.dispatcher.later
+        if strand.signalled:
+            later(_AGAIN, lambda: self._make_sure(task, strand))
+        else:
+            later(_GRACE, lambda: self._answer_for(task))
+
+    def _make_sure(self, task: Task, strand: Strand) -> None:
+        """Repeat a signal: one that comes just before a system call begins does not end that."""
+        pause = _AGAIN
+        while self.running.get(task.key) is task and strand.task is task and not strand.struck:
+            strand.strike(task)
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
 
     def interrupt_all(self) -> None:
         """Interrupt every call that runs here."""

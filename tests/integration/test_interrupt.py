@@ -5,6 +5,7 @@ import time
 import pytest
 
 import shmdist as sd
+from shmdist.runtime.node import current_node
 from tests.integration.helpers import loop_for_ever, meet_and_wait, sleep_long, tell_and_run, until, within
 
 
@@ -158,3 +159,27 @@ def test_cancelled_calls_free_what_they_held(cluster, started):
         assert future.cancel()
         with pytest.raises((sd.RemoteException, sd.Cancelled)):
             future.fetch(timeout=5)
+
+
+def _lose_the_first(lost):
+    """Let this process's next signal to a call come to nothing."""
+    strand = current_node().dispatcher._main
+    strike = type(strand).strike
+
+    def lossy(self, task):
+        if lost:
+            strike(self, task)
+        else:
+            lost.append(task)
+
+    type(strand).strike = lossy
+
+
+def test_a_signal_that_comes_just_before_a_system_call_is_repeated(fresh, started):
+    [pid] = fresh()
+    sd.remotecall_wait(_lose_the_first, pid, [])
+    future = sd.remotecall(tell_and_run, pid, started, sleep_long)
+    started.take(timeout=5)
+    sd.interrupt(pid)
+    assert_interrupted(future)
+    assert sd.remotecall_fetch(abs, pid, -1) == 1
