@@ -25,7 +25,7 @@ demo:
 
 test:
 	@tools/venv $(VENV) test
-	@$(BIN)/python -m pytest -q --doctest-modules --ignore=tests/stress shmdist tests $(ARGS)
+	@$(BIN)/python tools/run_tests.py $(ARGS)
 
 # Peers may fork a process that has threads; newer Pythons warn of that, and it is not ours to mend.
 bench:

@@ -1,0 +1,37 @@
+"""Runs all tests but the stress tests, in two processes side by side: many only wait for other hosts.
+
+Arguments are pytest's, for both: ``python tools/run_tests.py -k future -x``.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+#: Files of tests/integration that start servers, cut lines, or make environments.
+WAITING = ("bad_lines", "check_manager", "copies", "firewall", "heartbeat", "python_pairs", "ssh*", "watcher")
+NOTHING_TO_DO = 5  # pytest's exit code when no test was selected
+
+
+def main(arguments: list[str]) -> int:
+    """Run both; the first one's output comes as it is made, the other's at the end."""
+    folder = Path("tests/integration")
+    waiting = sorted(str(path) for name in WAITING for path in folder.glob(f"test_{name}.py"))
+    pytest = [sys.executable, "-m", "pytest", "-q"]
+    rest = ["--doctest-modules", "--ignore=tests/stress", *(f"--ignore={path}" for path in waiting)]
+    with tempfile.TemporaryFile() as output:
+        second = subprocess.Popen([*pytest, *waiting, *arguments], stdout=output, stderr=subprocess.STDOUT)
+        try:
+            first = subprocess.call([*pytest, *rest, "shmdist", "tests", *arguments])
+        finally:
+            other = second.wait()
+            output.seek(0)
+            sys.stdout.buffer.write(output.read())
+            sys.stdout.flush()
+    if NOTHING_TO_DO in (first, other):
+        return min(first, other)  # one had nothing to do, or both had
+    return max(first, other)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
