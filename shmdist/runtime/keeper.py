@@ -73,6 +73,7 @@ class Keeper:
         self._trouble = ""  # why values take the stream; told once
         self._told: set[str] = set()  # kinds of trouble that were
         self._kept: deque[tuple[float, Segment]] = deque()  # and until when
+        self._making: list[Segment] = []  # not entered yet
         self._running = False
         self.closing = False
 
@@ -89,8 +90,8 @@ class Keeper:
 
     @property
     def descriptors(self) -> int:
-        """How many descriptors the keeper has open."""
-        return 0 if self._kick is None else 1
+        """How many descriptors the keeper has open: its own, and those of segments that are being made."""
+        return (self._kick is not None) + 2 * len(self._making)
 
     # ------------------------------------------------------------------ asked by others
 
@@ -218,6 +219,8 @@ class Keeper:
         sharing = self._sharing
         while self._wants and not self.closing:
             nbytes, pid = self._wants.popleft()
+            if pid in sharing.node.graves:
+                continue
             try:
                 self._provide(nbytes, pid)
             except MemoryError as error:
@@ -268,9 +271,11 @@ class Keeper:
             segment = self.make_segment(size)
         except MemoryError:
             segment = self.make_segment(nbytes)
+        self._making.append(segment)
         _touch(segment, 0, segment.size)
         with sharing.lock:
             sharing.add_segment(segment)
+            self._making.remove(segment)
         if pid is not None:
             sharing.offers.offer(pid, segment)
 

@@ -10,7 +10,7 @@ import pytest
 
 import shmdist as sd
 from shmdist.runtime.node import current_node
-from tests.integration.helpers import anonymous_bytes, settled_state, shared_bytes, until
+from tests.integration.helpers import Script, anonymous_bytes, settled_state, shared_bytes, until
 from tests.integration.test_shared_aliasing import forget, keep
 from tests.integration.test_shared_memory import warm
 
@@ -349,3 +349,39 @@ def test_what_is_given_back_late_goes_back_to_the_system(fresh, monkeypatch, how
     else:
         os.kill(current_node().peers[pid].ospid, signal.SIGKILL)
     until(lambda: sharing.arena.total == sharing.arena.cold, 8, "memory is given back")
+
+
+def test_a_segment_in_the_making_is_known_and_none_is_made_for_the_dead():
+    Script(
+        """
+import threading, time
+import numpy as np
+import shmdist as sd
+from shmdist.runtime import keeper
+from shmdist.runtime.node import current_node
+from tests.integration.helpers import settled_state, until
+
+pids = sd.addprocs(2)
+sd.remotecall_fetch(len, pids[0], np.ones(1 << 17))
+until(lambda: len(current_node().sharing.holds.segments), 5)
+touch, begun, go_on = keeper._touch, threading.Event(), threading.Event()
+def slowly(*where):
+    begun.set()
+    assert go_on.wait(10)
+    touch(*where)
+keeper._touch = slowly
+before = settled_state()["descriptors"]
+segments = len(current_node().sharing.holds.segments)
+want = current_node().sharing.keeper.want
+want([64 << 20], pids[0])
+assert begun.wait(5)
+assert settled_state()["descriptors"] == before
+want([512 << 20], pids[1])
+sd.rmprocs(pids[1])
+go_on.set()
+until(lambda: len(current_node().sharing.holds.segments) == segments + 1, 5)
+time.sleep(0.3)
+assert settled_state()["descriptors"] <= before
+assert len(current_node().sharing.holds.segments) == segments + 1
+"""
+    ).end(30).clean()
