@@ -178,9 +178,9 @@ class Node(Asking):
             return
         self.lost(link.pid, self.inquest(link.pid))
 
-    def hearsay(self, pid: int) -> BaseException:
+    def hearsay(self, pid: int, patience: float = _NEWS) -> BaseException:
         """Find out how a process ended from process 1, which will tell in a moment."""
-        deadline = time.monotonic() + _NEWS
+        deadline = time.monotonic() + patience
         while pid not in self.news and time.monotonic() < deadline:
             time.sleep(0.002)
         return self.news.get(pid) or ProcessExitedException(pid)

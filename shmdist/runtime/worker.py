@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 
 _log = Log("worker")
 _PATIENCE = 0.2  # seconds a busy main thread gets to come back when the worker is told to end
+_LEAVING = (
+    3.0  # seconds that a worker which cannot be reached any more may take to end, and process 1 to tell
+)
 
 
 def start_worker(
@@ -341,7 +344,7 @@ class _Worker:
             if not isinstance(relayed, str):
                 return relayed
             errors.append(relayed)
-        node.hearsay(pid)  # it may be gone, and the news of it on its way
+        node.hearsay(pid, _LEAVING)  # it may be gone, and the news of it on its way
         if pid in node.graves or pid in node.news:
             raise copy.copy(node.graves.get(pid) or node.news[pid])
         raise ConnectionError(f"process {node.pid} cannot connect to process {pid}: {'; '.join(errors)}")
