@@ -49,9 +49,7 @@ if TYPE_CHECKING:
 
 _log = Log("worker")
 _PATIENCE = 0.2  # seconds a busy main thread gets to come back when the worker is told to end
-_LEAVING = (
-    3.0  # seconds that a worker which cannot be reached any more may take to end, and process 1 to tell
-)
+_LEAVING = 3.0  # seconds that a worker whose door is shut may take to end, and process 1 to tell
 
 
 def start_worker(
