@@ -34,14 +34,14 @@ class Face(Reference, _Base):  # type: ignore[type-arg]  # generic only in stubs
 
     def fetch(self, timeout: float | None = None) -> Any:
         """Wait for the outcome; a Future knows how."""
-        raise NotImplementedError
+        raise NotImplementedError  # a Future has it
 
     def isready(self, timeout: float | None = None) -> bool:
         """Tell whether the outcome is there; a Future knows how."""
-        raise NotImplementedError
+        raise NotImplementedError  # a Future has it
 
     def _open_reply(self, reply: Reply) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # a Future has it
 
     def __getattr__(self, name: str) -> Any:
         if name == "take":  # no method: what has take and put is a pool

@@ -150,9 +150,8 @@ class Future(Face):
             self._outcome = (succeeded, value)
         with _asking:
             idle = not self._asked
-        if (
-            idle and not self._revived
-        ):  # the last to ask gives the count back: the owner must not forget what is asked for
+        # The last to ask gives the count back: the owner must not forget what is asked for.
+        if idle and not self._revived:
             self._release()
 
     def _open_reply(self, reply: Reply) -> None:

@@ -272,9 +272,11 @@ class Keeper:
         except MemoryError:
             segment = self.make_segment(nbytes)
         self._making.append(segment)
-        _touch(segment, 0, segment.size)
-        with sharing.lock:
-            sharing.add_segment(segment)
+        try:
+            _touch(segment, 0, segment.size)
+            with sharing.lock:
+                sharing.add_segment(segment)
+        finally:
             self._making.remove(segment)
         if pid is not None:
             sharing.offers.offer(pid, segment)

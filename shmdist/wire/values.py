@@ -130,9 +130,9 @@ class Value:
     __slots__ = ("__weakref__", "_first", "_modules", "_named", "_others", "head")
 
     def __init__(self, function: Any) -> None:
-        import dis  # noqa: F401 - and so does this
+        import dis  # noqa: F401 - what is needed comes before the modules are counted
 
-        import cloudpickle  # noqa: F401 - it comes before the modules are counted
+        import cloudpickle  # noqa: F401 - as above
 
         self._modules = len(sys.modules)  # a part of a package that comes later, is to be imported there too
         alive = weakref.ref(self)
