@@ -25,11 +25,14 @@ _DISPATCHER = _make(len).__code__  # of all that it makes
 _INSIDES = ("register", "dispatch", "registry", "_clear_cache")
 
 
-def _is_importable(thing: Any) -> bool:
-    """Tell whether a thing is found under its name, in a module that other processes can import."""
-    module = getattr(thing, "__module__", None) or ""
+def is_importable(thing: Any, otherwise: str = "") -> bool:
+    """Tell whether a thing is found under its name, in a module that other processes can import.
+
+    The module is `otherwise` for things that do not say in which they are.
+    """
+    module = getattr(thing, "__module__", None) or otherwise
     found = None if module in MAIN else sys.modules.get(module)
-    for step in getattr(thing, "__qualname__", "").split("."):
+    for step in (getattr(thing, "__qualname__", None) or thing.__name__).split("."):
         found = getattr(found, step, None)
     return found is thing
 
@@ -38,7 +41,7 @@ def reduce_cached(cached: Any, _pickler: Any) -> Any:
     """Reduce what ``lru_cache`` or ``cache`` has made."""
     state = dict(cached.__dict__)
     function = state.get("__wrapped__")
-    if function is None or _is_importable(cached):
+    if function is None or is_importable(cached):
         return NotImplemented
     state.pop("cache_parameters", None)  # a function, which is made with it
     parameters = cached.cache_parameters()
@@ -135,6 +138,7 @@ __all__ = [
     "MAIN",
     "cached_property",
     "implementations",
+    "is_importable",
     "reduce_cached",
     "reduce_dispatcher",
     "reduce_property",

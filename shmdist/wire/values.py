@@ -29,6 +29,7 @@ from operator import attrgetter
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
+from shmdist.wire.decorated import is_importable
 from shmdist.wire.interruptions import is_interruption
 from shmdist.wire.picklers import MAIN, Payload, PlainPickler, cloud_pickler
 
@@ -261,11 +262,7 @@ def goes_by_name(thing: Any) -> bool:
         return sys.modules.get(thing.__name__) is thing
     if kind not in _BY_NAME and kind.__name__ not in _NUMPYS and not issubclass(kind, type):
         return False
-    module = getattr(thing, "__module__", None) or "numpy"  # universal functions do not say it
-    found = None if module in MAIN else sys.modules.get(module)
-    for name in getattr(thing, "__qualname__", thing.__name__).split("."):
-        found = getattr(found, name, None)
-    return found is thing
+    return is_importable(thing, otherwise="numpy")  # universal functions do not say it
 
 
 _BY_NAME = frozenset({FunctionType, BuiltinFunctionType})
