@@ -103,21 +103,18 @@ class Future(Face):
         node = current_node()
         owner = node.pid if pid is None else pid
         rrid = RRID(node.pid, next(node.call_ids))
-        if owner == node.pid:
-            node.create(rrid, "future", node.pid)
-        else:
-            node.link_to(owner)
-            # Not an operation, which would be run later than words on counts that follow it.
-            payload = codec.dumps(tuple(rrid))
-            strand = current()
-            strand.enter()
-            try:
-                node.send(node.links[owner], codec.frame(_REFS, IS_NEW, 0, owner, payload), None)
-            except (LinkClosed, KeyError):
-                raise node.death(owner) from None
-            finally:
-                strand.leave()
-        self._set_up(rrid, owner)
+        with current():
+            if owner == node.pid:
+                node.create(rrid, "future", node.pid)
+            else:
+                node.link_to(owner)
+                # Not an operation, which would be run later than words on counts that follow it.
+                payload = codec.dumps(tuple(rrid))
+                try:
+                    node.send(node.links[owner], codec.frame(_REFS, IS_NEW, 0, owner, payload), None)
+                except (LinkClosed, KeyError):
+                    raise node.death(owner) from None
+            self._set_up(rrid, owner)
 
     @classmethod
     def _of_call(cls, rrid: RRID, where: int, what: str) -> Future:

@@ -417,10 +417,11 @@ def scatter(f: Callable[..., Any], parts: Iterable[tuple[int, tuple[Any, ...]]])
                 values.append(node.open(reply, getattr(f, "__qualname__", "the loop")))
         return values
     finally:
-        for reply in replies:
-            if isinstance(reply, Reply):
-                node.cancel(reply)
-        shipped.drop()
+        with strand:
+            for reply in replies:
+                if isinstance(reply, Reply):
+                    node.cancel(reply)
+            shipped.drop()
 
 
 def _dump_chunk(number: int, arguments: tuple[Any, ...], before: Sequence[Any]) -> codec.Payload:

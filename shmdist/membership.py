@@ -241,7 +241,7 @@ class Cluster:
         Process 1 counts them among its peers when all have been told, no earlier: a call that
         follows from that, on whichever process, finds that who is called is known there.
         """
-        node = self.node
+        node, strand = self.node, current()
         new = {pid: self.arriving.pop(pid) for pid in pids if pid in self.arriving}
         _choose_links(new, {pid: self.members[pid].config for pid in pids if pid in self.members}, topology)
         with node.lock:
@@ -251,8 +251,8 @@ class Cluster:
         for pid in list(self.members):
             link = node.links.get(pid)
             if link is not None:
-                with contextlib.suppress(LinkClosed):
-                    link.send(codec.frame(int(Kind.PEERS), 0, 0, 0, payload))
+                with contextlib.suppress(LinkClosed), strand:
+                    link.send(codec.frame(int(Kind.PEERS), 0, 0, 0, payload), strand.interrupted)
         with node.lock:
             node.peers.update((pid, info) for pid, info in new.items() if pid not in node.graves)
         for pid in pids:

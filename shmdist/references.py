@@ -135,9 +135,10 @@ class Reference:
 
     def _release(self) -> None:
         """Give the count at the owner back, once."""
-        if self._held:
-            self._held = False
-            current_node().release(self._where, self._rrid)
+        with current():
+            if self._held:
+                self._held = False
+                current_node().release(self._where, self._rrid)
 
     def __del__(self) -> None:
         if self._held:

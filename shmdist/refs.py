@@ -229,8 +229,9 @@ def _make_channel(rrid: tuple[int, int], factory: Callable[[], Any] | None) -> N
             f"{type(channel).__name__} has no {missing[0]}()"
         )
     node = current_node()
-    entry = node.create(RRID(*rrid), "channel", rrid[0])
-    node.set_value(entry, channel)
+    with current():
+        entry = node.create(RRID(*rrid), "channel", rrid[0])
+        node.set_value(entry, channel)
 
 
 # A thread that waits at a local channel reads the links meanwhile, and Ctrl-C is put off

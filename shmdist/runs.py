@@ -169,6 +169,10 @@ class Run:
 
     def _cancel(self) -> None:
         """Cancel what is out, and let the workers forget the function."""
+        with current():
+            self._clear_up()
+
+    def _clear_up(self) -> None:
         for reply in [self.node.pending.get(call_id) for call_id in self.calls]:
             if reply is not None:
                 self.node.cancel(reply)

@@ -61,6 +61,10 @@ class Shipped:
 
     def drop(self) -> None:
         """Let all workers forget the function: a small one when they wake for something else."""
+        with current():
+            self._drop()
+
+    def _drop(self) -> None:
         node, payload = self.node, self.payload
         payload.spread = {}  # its blocks
         there, self.there = self.there, set()
@@ -74,6 +78,10 @@ class Shipped:
 
     def drop_in_turn(self) -> None:
         """Let all workers forget the function when the calls sent before this have begun."""
+        with current():
+            self._drop_in_turn()
+
+    def _drop_in_turn(self) -> None:
         node = self.node
         self.payload.spread = {}
         there, self.there = self.there, set()

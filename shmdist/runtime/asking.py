@@ -182,8 +182,9 @@ class Asking(Ownership):
         self, link: Link, kind: int, flags: int, call_id: int, payload: codec.Payload | None = None
     ) -> None:
         """Send a frame without ever blocking; from any thread."""
-        if not link.post(codec.frame(kind, flags, 0, call_id, payload)):
-            self.flush(link)
+        with current():
+            if not link.post(codec.frame(kind, flags, 0, call_id, payload)):
+                self.flush(link)
 
     def fail(self, reply: Reply, error: BaseException) -> None:
         """Complete a reply, which the caller has claimed, with an error."""
@@ -205,11 +206,12 @@ class Asking(Ownership):
         bool
             False when the answer is here, or being handed over this very moment.
         """
-        if self.pending.pop(reply.call_id, None) is None:
-            return False
-        link = self.links.get(reply.pid)
-        if link is not None:
-            self.post(link, _CANCEL, 0, reply.call_id)
+        with current():
+            if self.pending.pop(reply.call_id, None) is None:
+                return False
+            link = self.links.get(reply.pid)
+            if link is not None:
+                self.post(link, _CANCEL, 0, reply.call_id)
         return True
 
     def hurry(self, reply: Reply) -> None:

@@ -120,12 +120,17 @@ class Keeper:
     def wake(self) -> None:
         """Wake the keeper, or have it started; safe in finalizers."""
         holds, kick = self._sharing.holds, self._kick
-        if holds.idle:
+        if not holds.idle:
+            return
+        try:
             holds.idle = False
             if kick is not None:
                 kick.set()
             else:  # this process has only ever received
                 self._sharing.node.errand(self.used)
+        except BaseException:  # an interrupt, which nothing puts off in a finalizer
+            holds.idle = True  # the next one wakes it
+            raise
 
     def trouble(self, kind: str, why: str) -> None:
         """Note why values take the stream; the program is warned once of each kind."""

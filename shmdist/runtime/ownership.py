@@ -168,9 +168,14 @@ class Ownership:
         self._ask_for_housekeeping()
 
     def _ask_for_housekeeping(self) -> None:
-        if not self._flush_asked:
+        if self._flush_asked:
+            return
+        try:
             self._flush_asked = True
             self.dispatcher.poller.wake()
+        except BaseException:  # an interrupt, which nothing puts off in a finalizer
+            self._flush_asked = False  # the next one asks
+            raise
 
     def flush_released(self) -> None:
         """Tell the owners which references were dropped here."""

@@ -6,9 +6,13 @@ wait for a thread that it keeps from reading. So where the thread enters the run
 handler takes their places, which only notes the signal and wakes the thread; they are called where
 nothing is half done (``Strand.deliver``), and get their places back where the thread leaves.
 
-To ask for all handlers takes longer than half a call. So that is done on every 32nd entry, and
-before the thread sleeps; from then on those that were found are taken over on each entry, as they
-are at that time. A handler that the program sets inside the runtime, from another one, stays.
+To ask for all handlers takes a tenth of a call. So that is done on every 32nd entry, and before the
+thread sleeps; of the timers, which soon go off once they have a handler, one asks on each entry. Those
+that were found are taken over from then on on each entry, as they are at that time. A handler that
+the program sets inside the runtime, from another one, stays.
+
+SIGINT's place is taken last and given back first: what is done in its place (``Strand``) takes two
+steps, and no handler may raise between them.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+_getsignal = _signal.getsignal
+
 #: Not SIGINT, which ``Strand`` sees to, nor those that no handler can be set for or that tell of a crash.
 SIGNALS = tuple(
     int(number)
@@ -26,6 +32,8 @@ SIGNALS = tuple(
     if number < 32 and number not in {2, 9, 19, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 )
 assert (signal.SIGINT, signal.SIGKILL) == (2, 9)
+_ALRM, _VTALRM, _PROF = int(signal.SIGALRM), int(signal.SIGVTALRM), int(signal.SIGPROF)
+_OFTEN = 31  # of so many entries and one, one asks for all handlers
 
 
 class Handlers:
@@ -46,17 +54,41 @@ class Handlers:
         Signals that have come.
     """
 
-    __slots__ = ("caught", "note", "taken", "watched")
+    __slots__ = ("_alrm", "_entries", "_prof", "_vtalrm", "caught", "note", "taken", "watched")
 
     def __init__(self, note: Callable[[int, Any], None]) -> None:
         self.note = note
         self.watched: list[int] = []
         self.taken: dict[int, Any] = {}
         self.caught: list[int] = []
+        self._entries = -1
+        self._alrm: Any = None  # the timers' handlers when they were last asked for
+        self._vtalrm: Any = None
+        self._prof: Any = None
+
+    def enter(self) -> None:
+        """Take the handlers' places, on entering the runtime.
+
+        Raises
+        ------
+        BaseException
+            What one of them raised before that; then the runtime is not entered.
+        """
+        self._entries = entries = self._entries + 1
+        if (
+            not entries & _OFTEN
+            or _getsignal(_ALRM) is not self._alrm
+            or _getsignal(_VTALRM) is not self._vtalrm
+            or _getsignal(_PROF) is not self._prof
+        ):
+            self.look()
+        if self.watched:
+            self.take_over()
 
     def look(self) -> None:
         """Ask for all handlers, and take over those that are new."""
-        found = [number for number in SIGNALS if callable(_signal.getsignal(number))]
+        self._alrm, self._vtalrm, self._prof = self.handler(_ALRM), self.handler(_VTALRM), self.handler(_PROF)
+        found = [number for number in SIGNALS if callable(_getsignal(number))]
         if found != self.watched:
             self.watched = found
             self.take_over()
@@ -74,7 +106,7 @@ class Handlers:
             for number in self.watched:
                 if number in taken:
                     continue
-                handler = _signal.getsignal(number)
+                handler = _getsignal(number)
                 if callable(handler):
                     taken[number] = handler  # noted first: the signal may come right after
                     _signal.signal(number, note)
@@ -93,14 +125,15 @@ class Handlers:
         taken, note = self.taken, self.note
         try:
             while taken:
-                number, handler = taken.popitem()
-                if _signal.getsignal(number) is note:
-                    _signal.signal(number, handler)
+                number = next(iter(taken))
+                if _getsignal(number) is note:
+                    _signal.signal(number, taken[number])
+                del taken[number]  # last: one that is back already may raise at any point
         finally:
             if taken:
                 self.give_back()
 
     def handler(self, number: int) -> Any:
         """Return the program's handler of a signal."""
-        now = _signal.getsignal(number)
+        now = _getsignal(number)
         return self.taken.get(number) if now is self.note else now

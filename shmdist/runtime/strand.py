@@ -7,7 +7,8 @@ half-read frame or of a lock, so there it is put off:
 - ``depth`` > 0 means that the thread is inside the runtime.  An interrupt then only sets
   ``pending`` and wakes the thread if it waits; the runtime raises it with
   :meth:`Strand.deliver` where nothing is half done.
-- ``depth`` == 0 means that user code runs, and an interrupt is raised right there.
+- ``depth`` == 0 means that user code runs, and an interrupt is raised right there. What changes
+  tables, or holds a lock that others need, is never done there: ``with current():``.
 
 On process 1 the main thread enters the runtime by putting its own SIGINT handler in
 place and leaves by putting the former one back: whatever program shmdist is used in
@@ -33,7 +34,6 @@ from shmdist.runtime.signals import Handlers
 from shmdist.wire.interruptions import is_interruption
 
 _SIGINT, _DEFAULT = int(signal.SIGINT), int(signal.SIG_DFL)
-_OFTEN = 31  # of so many entries and one, one asks which handlers the program has
 
 
 _adding = threading.Lock()  # guards the locks of all cells; nothing else is done while it is held
@@ -119,7 +119,6 @@ class Strand:
         "signalled",
         "struck",
         "task",
-        "turns",
         "until",
     )
 
@@ -137,7 +136,6 @@ class Strand:
         self.handler = self._on_sigint
         self.previous: Any = None  # the SIGINT handler found on entering
         self.handlers = Handlers(self._on_signal)  # of other signals; of main threads alone
-        self.turns = -1  # entries
         self.own = 0  # the last call of this thread to its own process (``owncalls``)
         self.until = math.inf  # by the monotonic clock: what is not written by then is given up
         self.guard = threading.Lock()
@@ -149,36 +147,29 @@ class Strand:
     def enter(self) -> None:
         """Enter the runtime: from here on interrupts are put off."""
         if self.main and not self.depth:
-            self.previous = _signal.signal(_SIGINT, self.handler)
-            self.turns = turns = self.turns + 1
-            if not turns & _OFTEN or self.handlers.watched:
-                self._take_over(look=not turns & _OFTEN)
+            try:
+                self.handlers.enter()
+                self.previous = _signal.signal(_SIGINT, self.handler)
+            except BaseException:
+                self._give_back()
+                raise
         elif self.task is not None:
-            if self.signalled and not self.depth:
-                self.turns += 1
-                if not self.turns & _OFTEN or self.handlers.watched:
-                    self._take_over(look=not self.turns & _OFTEN)
-            with self.guard:
-                self.depth += 1
+            try:
+                if self.signalled and not self.depth:
+                    self.handlers.enter()
+                with self.guard:
+                    self.depth += 1
+            except BaseException:
+                self._give_back()
+                raise
             return
         self.depth += 1
 
-    def _take_over(self, *, look: bool) -> None:
-        """Take the place of the program's handlers, on entering.
+    def __enter__(self) -> None:
+        self.enter()
 
-        Raises
-        ------
-        BaseException
-            What one of them raised before that; then the runtime is not entered.
-        """
-        try:
-            if look:
-                self.handlers.look()
-            self.handlers.take_over()
-        except BaseException:
-            if self.main:
-                _signal.signal(_SIGINT, _DEFAULT if self.previous is None else self.previous)
-            raise
+    def __exit__(self, *failure: object) -> None:
+        self.leave()
 
     def look(self) -> None:
         """Take the place of handlers that are new, before a long wait; inside the runtime.
@@ -201,25 +192,30 @@ class Strand:
             Or whatever the program's own SIGINT handler raises.
         """
         if self.task is not None:
-            with self.guard:
-                self.depth -= 1
-                pending = self.pending and not self.depth
-            if self.handlers.taken and not self.depth:
-                self.handlers.give_back()
-            if pending:
-                self.deliver()
+            try:
+                with self.guard:
+                    self.depth -= 1
+            finally:
+                if not self.depth and (self.handlers.taken or self.pending):
+                    self._give_back()
             return
         self.depth -= 1
         if self.main and not self.depth:
             try:
-                if self.handlers.taken:
-                    self.handlers.give_back()
-            finally:
                 # None: a handler that was not installed from Python; it cannot be put back.
                 previous = self.previous
                 found = _signal.signal(_SIGINT, _DEFAULT if previous is None else previous)
                 if found is not self.handler:  # the program has set another one meanwhile
                     _signal.signal(_SIGINT, found)
+            finally:
+                if self.handlers.taken or self.pending:
+                    self._give_back()
+
+    def _give_back(self) -> None:
+        """Give the handlers their places back, and deliver what came meanwhile; outside the runtime."""
+        try:
+            self.handlers.give_back()
+        finally:
             if self.pending:
                 self.deliver()
 

@@ -350,14 +350,15 @@ class _Worker:
     def introduce(self, connection: Connection, pid: int) -> Link:
         """Say who we are by a connection that we have made, and that is proven; it is a link now."""
         node = self.node
-        link = Link(connection, pid)
-        hello = Hello(node.pid, node.peers[node.pid].host)
-        try:
-            link.send(codec.frame(int(Kind.HELLO), 0, 0, 0, codec.dumps(hello)))
-        except LinkClosed:
-            link.close()
-            raise
-        return node.add_link(link)
+        hello = codec.dumps(Hello(node.pid, node.peers[node.pid].host))
+        with current():
+            link = Link(connection, pid)
+            try:
+                link.send(codec.frame(int(Kind.HELLO), 0, 0, 0, hello))
+            except LinkClosed:
+                link.close()
+                raise
+            return node.add_link(link)
 
     # ------------------------------------------------------------------ serving and ending
 

@@ -108,9 +108,10 @@ def reference_count():
 def children(ospid=None):
     """Return the process ids of the children of a process."""
     found = set()
-    for path in Path(f"/proc/{ospid or os.getpid()}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found |= {int(word) for word in path.read_text().split()}
+    with contextlib.suppress(FileNotFoundError):  # it has just ended
+        for path in Path(f"/proc/{ospid or os.getpid()}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found |= {int(word) for word in path.read_text().split()}
     return found
 
 
