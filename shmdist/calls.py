@@ -10,7 +10,7 @@ from typing import Any, TypeVar, overload
 from shmdist.errors import CapturedException, RemoteException, capture, remote_exception
 from shmdist.futures import Future, LocalTask
 from shmdist.places import Place
-from shmdist.runtime.node import Node, current_node
+from shmdist.runtime.node import Node, current_node, name_of
 from shmdist.runtime.reftable import RRID
 from shmdist.runtime.replies import Reply
 from shmdist.runtime.strand import current, is_interrupt
@@ -25,10 +25,6 @@ _T = TypeVar("_T")
 def _check(f: Any, name: str) -> None:
     if not callable(f):
         raise TypeError(f"{name}(f, where, *args): f must be callable, not {f!r:.80}")
-
-
-def _what(f: Any) -> str:
-    return getattr(f, "__qualname__", None) or f"{f!r:.80}"
 
 
 def remotecall_fetch(f: Callable[..., _T], where: Any, /, *args: Any, **kwargs: Any) -> _T:
@@ -90,7 +86,7 @@ def _ask(node: Node, f: Any, pid: int, flags: int, payload: codec.Payload) -> An
             raise
     finally:
         strand.leave()
-    return node.open(reply, _what(f))
+    return node.open(reply, f)
 
 
 def _fetch_slowly(node: Node, f: Any, where: Any, args: Any, kwargs: Any) -> Any:
@@ -157,7 +153,7 @@ def _start(f: Any, place: Place, args: Any, kwargs: Any) -> Future:
     node = current_node()
     at_end = place.back if place.pool is not None else None
     rrid = RRID(node.pid, next(node.call_ids))
-    what = _what(f)
+    what = name_of(f)
     try:
         if at_end is not None:
             place.lend()
@@ -215,7 +211,7 @@ def _start_there(
 def _start_here(node: Node, f: Any, rrid: RRID, args: Any, kwargs: Any, at_end: Any) -> Future:
     """Begin a call on a thread of this process; the caller is inside the runtime."""
     entry = node.create(rrid, "future", node.pid)
-    future = Future._of_call(rrid, node.pid, _what(f))
+    future = Future._of_call(rrid, node.pid, name_of(f))
 
     task = future._local = LocalTask()
 

@@ -21,12 +21,13 @@ from shmdist.runtime.replies import Reply
 from shmdist.runtime.strand import Cell, current
 from shmdist.wire import codec
 from shmdist.wire.link import Link, LinkClosed, SendInterrupted, Unwoken
-from shmdist.wire.messages import AT_ONCE, NO_LANE, Kind, Parts
+from shmdist.wire.messages import AT_ONCE, HEADER, NO_LANE, Kind, Parts
 
 if TYPE_CHECKING:
     from shmdist.runtime.sharing import Sharing
 
 _RESULT, _CANCEL = int(Kind.RESULT), int(Kind.CANCEL)
+_header = HEADER.pack
 
 
 class Asking(Ownership):
@@ -70,11 +71,19 @@ class Asking(Ownership):
         if reply is None:
             reply = Reply(next(self.call_ids) if call_id is None else call_id, pid, callback)
         call_id = reply.call_id
-        parts = codec.frame(kind, flags, lane, call_id, payload, link)
-        self.pending[call_id] = reply
+        sharing = self.sharing
         try:
-            short = payload is not None and payload.is_short and not self.sharing.has_dues()
-            if not short or not link.leave(parts, unwoken):
+            # Most are short, and this is all there is to do for them.
+            if payload is None or not payload.is_short or sharing.holds.ended or sharing.owed:
+                left = False
+            else:
+                body = payload.parts[0]
+                head = _header(kind, flags | payload.flags, 0, lane, 0, call_id, len(body))
+                self.pending[call_id] = reply
+                left = link.leave_whole(head + body, unwoken)
+            if not left:
+                parts = codec.frame(kind, flags, lane, call_id, payload, link)
+                self.pending[call_id] = reply
                 self.send(link, parts, payload, fd, unwoken)
         except LinkClosed:
             pass  # its death is on its way to us, and says how it went
@@ -162,6 +171,12 @@ class Asking(Ownership):
 
     def answer(self, link: Link, call_id: int, flags: int, payload: codec.Payload | None) -> bool:
         """Answer a request; False when the other side is gone."""
+        sharing = self.sharing
+        if payload is not None and payload.is_short and not sharing.holds.ended and not sharing.owed:
+            body = payload.parts[0]
+            head = _header(_RESULT, flags | payload.flags, 0, 0, 0, call_id, len(body))
+            if link.leave_whole(head + body):
+                return True
         if payload is not None and payload.buffers:
             # Counts of blocks are told by this link; what goes by another one they could overtake.
             link = self.links.get(link.pid, link)

@@ -50,7 +50,6 @@ from shmdist.wire import codec
 from shmdist.wire.link import Link
 from shmdist.wire.messages import (
     BROKEN,
-    HAS_REFS,
     IS_ERROR,
     NOT_RUN,
     Frame,
@@ -213,9 +212,9 @@ class Node(Asking):
 
     # ------------------------------------------------------------------ answers to what was asked
 
-    def open(self, reply: Reply, what: str) -> Any:
+    def open(self, reply: Reply, what: Any) -> Any:
         """Return the value of a reply that is done, or raise its error."""
-        if self.has_output:
+        if self.outputs.lines:
             self.print_output()
         if reply.error is not None:
             # A copy, for the callers' frames hold the reply: they would hold each other, and all in them.
@@ -224,8 +223,17 @@ class Node(Asking):
         assert frame is not None
         return self.read_result(frame, reply.pid, what)
 
-    def read_result(self, frame: Frame, pid: int, what: str) -> Any:
-        """Read a RESULT frame: its value, or raise what it tells."""
+    def read_result(self, frame: Frame, pid: int, what: Any) -> Any:
+        """Read a RESULT frame: its value, or raise what it tells; `what` is a function, or a text."""
+        if not frame.flags and not frame.buffers:
+            try:
+                return pickle.loads(frame.body)
+            except Exception as error:
+                raise codec.unreadable(error, f"the result of {name_of(what)} from process {pid}") from error
+        return self._read_rarer(frame, pid, name_of(what))
+
+    def _read_rarer(self, frame: Frame, pid: int, what: str) -> Any:
+        """Read the result that an error, a large value, or a value with references is."""
         if frame.flags & BROKEN:
             raise MemoryError(f"this process had no memory to receive the result of {what}")
         if frame.flags & NOT_RUN:
@@ -233,8 +241,6 @@ class Node(Asking):
         if frame.flags & IS_ERROR:
             raise self.load_error(frame)
         try:
-            if not frame.flags & HAS_REFS and not frame.buffers:
-                return pickle.loads(frame.body)
             return codec.loads(frame, self.give_back)
         except Exception as error:
             raise codec.unreadable(error, f"the result of {what} from process {pid}") from error
@@ -280,6 +286,11 @@ class Node(Asking):
                 sys.stderr.flush()
             except (AttributeError, OSError, ValueError):
                 pass  # a function has replaced or closed them
+
+
+def name_of(what: Any) -> str:
+    """Return what an error calls a function; or a text as it is."""
+    return what if isinstance(what, str) else getattr(what, "__qualname__", None) or f"{what!r:.80}"
 
 
 _current: Node | None = None

@@ -7,9 +7,9 @@ handler takes their places, which only notes the signal and wakes the thread; th
 nothing is half done (``Strand.deliver``), and get their places back where the thread leaves.
 
 To ask for all handlers takes a tenth of a call. So that is done on every 32nd entry, and before the
-thread sleeps; of the timers, which soon go off once they have a handler, one asks on each entry. Those
-that were found are taken over from then on on each entry, as they are at that time. A handler that
-the program sets inside the runtime, from another one, stays.
+thread sleeps; of SIGALRM, which soon comes once it has a handler, one asks on each entry. Those that
+were found are taken over from then on on each entry, as they are at that time. A handler that the
+program sets inside the runtime, from another one, stays.
 
 SIGINT's place is taken last and given back first: what is done in its place (``Strand``) takes two
 steps, and no handler may raise between them.
@@ -32,7 +32,7 @@ SIGNALS = tuple(
     if number < 32 and number not in {2, 9, 19, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 )
 assert (signal.SIGINT, signal.SIGKILL) == (2, 9)
-_ALRM, _VTALRM, _PROF = int(signal.SIGALRM), int(signal.SIGVTALRM), int(signal.SIGPROF)
+_ALRM = int(signal.SIGALRM)
 _OFTEN = 31  # of so many entries and one, one asks for all handlers
 
 
@@ -54,7 +54,7 @@ class Handlers:
         Signals that have come.
     """
 
-    __slots__ = ("_alrm", "_entries", "_prof", "_vtalrm", "caught", "note", "taken", "watched")
+    __slots__ = ("_alarm", "_entries", "caught", "note", "taken", "watched")
 
     def __init__(self, note: Callable[[int, Any], None]) -> None:
         self.note = note
@@ -62,9 +62,7 @@ class Handlers:
         self.taken: dict[int, Any] = {}
         self.caught: list[int] = []
         self._entries = -1
-        self._alrm: Any = None  # the timers' handlers when they were last asked for
-        self._vtalrm: Any = None
-        self._prof: Any = None
+        self._alarm: Any = None  # the handler of SIGALRM when it was last asked for
 
     def enter(self) -> None:
         """Take the handlers' places, on entering the runtime.
@@ -75,19 +73,14 @@ class Handlers:
             What one of them raised before that; then the runtime is not entered.
         """
         self._entries = entries = self._entries + 1
-        if (
-            not entries & _OFTEN
-            or _getsignal(_ALRM) is not self._alrm
-            or _getsignal(_VTALRM) is not self._vtalrm
-            or _getsignal(_PROF) is not self._prof
-        ):
+        if not entries & _OFTEN or _getsignal(_ALRM) is not self._alarm:
             self.look()
         if self.watched:
             self.take_over()
 
     def look(self) -> None:
         """Ask for all handlers, and take over those that are new."""
-        self._alrm, self._vtalrm, self._prof = self.handler(_ALRM), self.handler(_VTALRM), self.handler(_PROF)
+        self._alarm = self.handler(_ALRM)
         found = [number for number in SIGNALS if callable(_getsignal(number))]
         if found != self.watched:
             self.watched = found

@@ -20,6 +20,7 @@ import pickle
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from shmdist.errors import CapturedException, SerializationError, capture
@@ -178,10 +179,7 @@ class Tasks:
             if frame.flags & HAS_REFS or frame.buffers:
                 call = codec.loads(frame, node.give_back)
             else:
-                codec.prepare(frame.body)
-                by = frame.flags & (BY_NAME | BY_VALUE)
-                load = pickle.loads if not by else names.load if by == BY_NAME else values.load
-                call = load(frame.body)
+                call = _LOADS[frame.flags & (BY_NAME | BY_VALUE)](frame.body)
         except Exception as error:
             hint = codec.unreadable(error, "the call's function or arguments").args[0]
             error.add_note(f"{hint} (on process {node.pid}, {sys.executable})")
@@ -308,6 +306,20 @@ class Tasks:
             self._store(task, None, error)
         else:
             self._answer_error(task, error)
+
+
+def _load(body: Any) -> Any:
+    codec.prepare(body)
+    return pickle.loads(body)
+
+
+def _load_by_value(body: Any) -> Any:
+    codec.prepare(body)
+    return values.load(body)
+
+
+#: What reads a call, by its flags.
+_LOADS: dict[int, Callable[[Any], Any]] = {0: _load, BY_NAME: names.load, BY_VALUE: _load_by_value}
 
 
 def _let_go_of_frames(error: BaseException) -> None:

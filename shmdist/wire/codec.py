@@ -60,6 +60,7 @@ _LARGE = 1 << 18  # bytes of a body from which on a block is worth asking for
 
 #: Types that no rule of ours concerns: the fastest pickler will do for them.
 _ATOMS = frozenset({int, float, str, type(None), bool, bytes, complex})
+_NUMBERS = _ATOMS - {str, bytes}
 _SMALL = 1 << 12  # characters or bytes of an atom that go this way
 _NOTHING = pickle.dumps(None, 5)
 
@@ -67,23 +68,28 @@ _NOTHING = pickle.dumps(None, 5)
 def dumps_call(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
     """Pickle a call; errors as those of :func:`dumps`."""
     if not kwargs and len(args) < 8 and f.__class__ in FUNCTIONS:
-        short = args
-        for index, value in enumerate(args):
+        short: tuple[Any, ...] = (args, kwargs)
+        for index, value in enumerate(() if _NUMBERS.issuperset(map(type, args)) else args):
             kind = type(value)
             if kind not in _ATOMS:
                 # One array at most: two may be the same, and are one where they arrive as well.
-                if kind is not arrays.ndarray or short is not args or not arrays.is_plain(value):
+                if kind is not arrays.ndarray or len(short) == 3:
                     break
-                short = (*args[:index], arrays.Plain(value), *args[index + 1 :])
+                letters = arrays.plain_kind(value)
+                if letters is None:
+                    break
+                # Its bytes are in its place; `arrays.put_together` is told what they were.
+                bare = (*args[:index], pickle.PickleBuffer(value), *args[index + 1 :])
+                short = bare, kwargs, (index, value.shape, letters)
             elif kind in _SIZED and len(value) > _SMALL:
                 break
         else:
             name = names.head(f)
             if name is not None:
-                return Named(name + pickle.dumps((short, kwargs), 5))
+                return Named(name + pickle.dumps(short, 5))
             value = values.kept(f)
             if value is not None:
-                return Valued(value.head + pickle.dumps((short, kwargs), 5))
+                return Valued(value.head + pickle.dumps(short, 5))
             return dumps((f, args, kwargs), "the call")
     value = values.kept(f)
     # What goes by value in the arguments may be the function, or be used by it: then all goes as one.
@@ -107,7 +113,7 @@ def dumps_value(value: Any, what: str) -> Payload:
     kind = type(value)
     if kind in _ATOMS and (kind not in _SIZED or len(value) < _SMALL):
         return Short(_NOTHING if value is None else pickle.dumps(value, 5))
-    if kind is arrays.ndarray and arrays.is_plain(value):
+    if kind is arrays.ndarray and arrays.plain_kind(value) is not None:
         return Short(pickle.dumps(arrays.Plain(value), 5))
     return dumps(value, what)
 
@@ -313,9 +319,14 @@ def prepare(body: bytes | bytearray | memoryview) -> None:
     it half imported. Importing the whole first makes one wait for the other.
     """
     global _numpy_ready
-    if _numpy_ready or (type(body) is bytes and b"numpy" not in body and b"shmdist" not in body):
+    if _numpy_ready:
         return
-    if any(map(_NUMPY.search, _pieces_that_may(body))):
+    there = sys.modules.get("numpy")
+    if there is not None and not getattr(there.__spec__, "_initializing", True):
+        _numpy_ready = True  # somebody has imported it, to its end
+    elif type(body) is bytes and b"numpy" not in body and b"shmdist" not in body:
+        pass
+    elif any(map(_NUMPY.search, _pieces_that_may(body))):
         try:
             import numpy  # noqa: F401 - for its being there
         except ImportError:

@@ -197,16 +197,16 @@ class Link(Reader):
         A receiver that sleeps is woken, or its link appended to `unwoken`: then the caller sees to it,
         soon.
         """
-        mail = self.mail_out
-        if mail is None:
+        if self.mail_out is None:
             return False
         if len(parts) == 1:
-            whole = parts[0]
-        elif sum(map(len, parts)) > MOST:
-            return False
-        else:
-            whole = b"".join(parts)
-        if not self._write.acquire(False):
+            return self.leave_whole(parts[0], unwoken)
+        return sum(map(len, parts)) <= MOST and self.leave_whole(b"".join(parts), unwoken)
+
+    def leave_whole(self, whole: Part, unwoken: Unwoken = None) -> bool:
+        """Leave whole frames that are one piece, as :meth:`leave`."""
+        mail = self.mail_out
+        if mail is None or not self._write.acquire(False):
             return False
         try:
             if self._outbox or self.closed:
@@ -322,7 +322,7 @@ class Link(Reader):
             thread that may block.
         """
         whole = b"".join(parts)
-        if not self.leave([whole]):
+        if not self.leave_whole(whole):
             self._outbox.append(whole)
         if self.flush(block=False) or self._asked:
             return True

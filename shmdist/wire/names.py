@@ -5,7 +5,7 @@ both sides, and that takes longer than all the rest of a short call. So function
 importable are noted here with their names, and names with where they were found.
 
 The body is the length of the name in two bytes, module and name with a zero byte between
-them, then the pickle of (args, kwargs).
+them, then the pickle of (args, kwargs), or of (args, kwargs, what) for ``arrays.put_together``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pickle
 import sys
 from typing import Any
 
+from shmdist.wire.arrays import put_together
 from shmdist.wire.picklers import MAIN
 
 _MOST = 1000  # functions and names that are noted
@@ -64,12 +65,14 @@ def load(body: bytes | bytearray) -> tuple[Any, Any, Any]:
         function = getattr(place[0], place[2])
     except AttributeError:
         raise AttributeError(f"Can't get attribute {place[2]!r} on {place[0]!r}") from None
-    args, kwargs = pickle.loads(body[end:])
-    return function, args, kwargs
+    args, kwargs, *apart = pickle.loads(body[end:])
+    return function, put_together(args, apart[0]) if apart else args, kwargs
 
 
 def _find(name: bytes) -> tuple[Any, str, str]:
     module, _, attribute = name.decode().partition("\0")
+    if module.startswith("numpy."):
+        importlib.import_module("numpy")  # the whole first, as in `codec.prepare`
     importlib.import_module(module)
     if len(_found) >= _MOST:
         _found.clear()

@@ -29,6 +29,7 @@ from operator import attrgetter
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
+from shmdist.wire.arrays import put_together
 from shmdist.wire.decorated import is_importable
 from shmdist.wire.interruptions import is_interruption
 from shmdist.wire.picklers import MAIN, Payload, PlainPickler, cloud_pickler
@@ -191,8 +192,8 @@ def load(body: bytes | bytearray) -> tuple[Any, Any, Any]:
     """
     end = 4 + int.from_bytes(body[:4], "little")
     function = pickle.loads(body[4:end])
-    args, kwargs = pickle.loads(body[end:])
-    return function, args, kwargs
+    args, kwargs, *apart = pickle.loads(body[end:])
+    return function, put_together(args, apart[0]) if apart else args, kwargs
 
 
 class _Entry:

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import enum
 import functools
+import operator
 import os
 import pickle
 import sys
@@ -16,14 +17,16 @@ import threading
 import traceback
 import types
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shmdist.errors import SerializationError
-from shmdist.wire import codec, names, values
+from shmdist.wire import codec, names, picklers, values
 from shmdist.wire.codec import INLINE, Payload
 from shmdist.wire.messages import BROKEN, BY_NAME, BY_VALUE, HAS_REFS, HEADER, Frame
 
@@ -528,6 +531,7 @@ def test_unreadable() -> None:
 @pytest.mark.parametrize("kind", [bytes, bytearray, lambda body: memoryview(bytearray(body))])
 @pytest.mark.parametrize("name", [b"numpy.core", b"numpy._core", b"shmdist.wire.arrays"])
 def test_a_body_that_names_numpy_is_found_wherever_it_does(name, kind, monkeypatch):
+    monkeypatch.setattr(codec, "sys", SimpleNamespace(modules={}))
     for start in (0, 65_500, 65_530, 65_536, 65_560, 200_000):
         monkeypatch.setattr(codec, "_numpy_ready", False)
         codec.prepare(kind(b"n" * start + name))
@@ -535,3 +539,48 @@ def test_a_body_that_names_numpy_is_found_wherever_it_does(name, kind, monkeypat
     monkeypatch.setattr(codec, "_numpy_ready", False)
     codec.prepare(kind(b"numpy and shmdist.wire" * 10_000))
     assert not codec._numpy_ready
+
+
+def test_no_body_is_searched_where_numpy_is_imported(monkeypatch):
+    monkeypatch.setattr(codec, "_numpy_ready", False)
+    spec = SimpleNamespace(_initializing=True)
+    monkeypatch.setattr(codec, "sys", SimpleNamespace(modules={"numpy": SimpleNamespace(__spec__=spec)}))
+    codec.prepare(b"something")
+    assert not codec._numpy_ready, "half imported"
+    spec._initializing = False
+    codec.prepare(b"something")
+    assert codec._numpy_ready
+
+
+def test_an_array_among_the_arguments_of_a_call_by_name() -> None:
+    for array in (np.ones(3), np.zeros((0, 2), ">i4"), np.ones((2, 1, 3), "c16"), np.array(7, "?")):
+        codec.dumps(array)  # numpy is known from here on
+        payload = codec.dumps_call(operator.mul, (2, array), {})
+        assert type(payload) is picklers.Named
+        assert len(payload.parts[0]) < 100 + array.nbytes
+        f, (two, arrived), kwargs = names.load(payload.parts[0])
+        assert (f, two, kwargs) == (operator.mul, 2, {})
+        assert (arrived.dtype, arrived.shape) == (array.dtype, array.shape)
+        assert (arrived == array).all()
+        assert arrived.flags.writeable and arrived is not array
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.ones(1 << 14),
+        np.ones((3, 3)).T[1:],
+        np.array([None]),
+        np.array(["text"]),
+        np.ones(3, "M8[s]"),
+        np.ones(3, [("a", "i4")]),
+        np.ones(3, "f4").view(np.matrix),
+    ],
+)
+def test_other_arrays_are_not_taken_apart(array) -> None:
+    codec.dumps(np.ones(3))
+    assert type(codec.dumps_call(operator.mul, (2, array), {})) is not picklers.Named
+    read_only = np.ones(3)
+    read_only.flags.writeable = False
+    assert type(codec.dumps_call(operator.mul, (2, read_only), {})) is not picklers.Named
+    assert type(codec.dumps_call(operator.mul, (np.ones(3), np.ones(3)), {})) is not picklers.Named

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 import signal
@@ -18,6 +19,15 @@ from tests.unit.test_channels import Threads
 from tests.unit.test_strand import ctrl_c, threads
 
 __all__ = ["threads"]  # a fixture
+
+
+@pytest.fixture(autouse=True)
+def no_finalizers() -> Iterator[None]:
+    """What other tests left is not collected here: Python swallows what is raised in a finalizer."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 class Task:
