@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import os
+import random
 import re
 import shutil
 import signal
@@ -36,9 +37,12 @@ needs_sshd = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
 def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """Return a port that is free, and that the system gives to no connection of its own accord."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def make_key(path, kind="ed25519", passphrase="", comment="test"):
@@ -102,6 +106,7 @@ ClientAliveCountMax 2
 
     def start(self):
         os.makedirs("/run/sshd", mode=0o755, exist_ok=True)
+        self._said = len(self.log.read_text()) if self.log.exists() else 0
         self.process = subprocess.Popen(
             [*self._prefix, SSHD, "-D", "-f", str(self.config), "-E", str(self.log)],
             stdin=subprocess.DEVNULL,
@@ -116,6 +121,9 @@ ClientAliveCountMax 2
 
     def _answers(self):
         assert self.process.poll() is None, self.log.read_text()
+        # Not another server, nor this socket itself, which Linux connects to itself by chance.
+        if not self.log.exists() or "Server listening on" not in self.log.read_text()[self._said :]:
+            return False
         with contextlib.suppress(OSError), socket.create_connection((self.address, self.port), 1):
             return True
         return False
