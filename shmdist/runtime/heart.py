@@ -39,7 +39,8 @@ came.  There, and only there, a process 1 that is stopped or holds its interpret
 the timeout is taken for dead by its workers.
 
 A worker that cannot hear process 1 any more ends itself.  One thread does all this, in processes
-that have such links; it sleeps between looks.
+that have such links; it sleeps between looks.  The timeout of a link is the one that was set when
+the link was made, as it is for the kernel's questions.
 
 That thread needs the interpreter, which a function of a worker may hold for hours.  So beside each
 worker that was launched by SSH there is a small process, its watcher, which hears what the worker's
@@ -64,8 +65,19 @@ if TYPE_CHECKING:
     from shmdist.runtime.node import Node
     from shmdist.wire.link import Link
 
-_BEATS = 6  # looks between two beats
+_BEATS = 6  # pauses between two beats
 _log = Log("heart")
+
+
+class _Watched:
+    """What is known of one link: its timeout is the one that was set when it was made."""
+
+    __slots__ = ("beaten", "silence", "timeout")
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.silence = pulse.Silence(timeout / pulse.LOOKS, timeout * pulse.LIMIT)
+        self.beaten = time.monotonic()
 
 
 class Heart:
@@ -73,10 +85,11 @@ class Heart:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self._links: dict[Link, pulse.Silence | None] = {}
+        self._links: dict[Link, _Watched] = {}
         self._lock = threading.Lock()  # guards `_links` and `_running`
         self._running = False
-        self._closed = threading.Event()
+        self._closed = False
+        self._woken = threading.Event()  # there is a new link, or no more to be done
         #: Process ids of members whose hosts have fallen silent.
         self.silent: set[int] = set()
         #: Whether only bytes of process 1 tell that it lives: its road has an SSH server in it.
@@ -87,50 +100,47 @@ class Heart:
 
     def watch(self, link: Link) -> None:
         """Look after a link to another host from now on."""
-        if not pulse.timeout():
+        timeout = pulse.timeout()
+        if not timeout:
             return
         with self._lock:
-            self._links[link] = None
-            if self._running or self._closed.is_set():
+            self._links[link] = _Watched(timeout)
+            self._woken.set()
+            if self._running or self._closed:
                 return
             self._running = True
         self._node.dispatcher.start(self._run)
 
     def close(self) -> None:
         """Let the thread end."""
-        self._closed.set()
+        self._closed = True
+        self._woken.set()
 
     # ------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
-        timeout = pulse.timeout()
-        pause = timeout / pulse.LOOKS
-        turn = 0
-        while not self._closed.wait(pause):
-            turn += 1
+        while True:
             with self._lock:
                 for link in [link for link in self._links if link.closed]:
                     del self._links[link]
-                links = list(self._links)
-                if not links:
+                links = list(self._links.items())
+                if not links or self._closed:
                     self._running = False
                     return
+                self._woken.clear()
             now = time.monotonic()
-            for link in links:
-                if self._look(link, now, pause, timeout):
-                    self._give_up(link, timeout)
-                elif turn % _BEATS == 0:
+            for link, watched in links:
+                if self._look(link, watched, now):
+                    self._give_up(link, watched.timeout)
+                elif now - watched.beaten >= watched.silence.pause * _BEATS:
+                    watched.beaten = now
                     self._beat(link)
+            self._woken.wait(min(watched.silence.pause for _, watched in links))
 
-    def _look(self, link: Link, now: float, pause: float, timeout: float) -> bool:
+    def _look(self, link: Link, watched: _Watched, now: float) -> bool:
         """Tell whether nothing has come on a link for too long."""
         heard = self._heard(link)
-        if heard is None:
-            return False
-        silence = self._links.get(link)
-        if silence is None:
-            silence = self._links[link] = pulse.Silence(pause, timeout * pulse.LIMIT)
-        return silence.look(now, heard)
+        return heard is not None and watched.silence.look(now, heard)
 
     def _heard(self, link: Link) -> Any:
         """Return what changes with each sign of life; None where there is nothing to hear."""

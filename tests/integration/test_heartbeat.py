@@ -78,6 +78,23 @@ def test_no_call_under_way(host, server, tunnel):
 
 
 @pytest.mark.parametrize("tunnel", [False, True], ids=["direct", "tunnel"])
+def test_each_link_has_the_timeout_of_when_it_was_made(host, server, start, monkeypatch, tunnel):
+    monkeypatch.setenv("SHMDIST_HEARTBEAT_TIMEOUT", "60")
+    patient, _ = add(start("patient"), tunnel=tunnel)
+    monkeypatch.setenv("SHMDIST_HEARTBEAT_TIMEOUT", f"{TIMEOUT:g}")
+    pid, ospid = add(server, tunnel=tunnel)
+    call = waits_for(lambda: sd.remotecall_fetch(time.sleep, pid, 60))
+    until(lambda: current_node().pending, 2)
+    host.lose_all()
+    with within(TIMEOUT + 0.3):
+        error, _ = call()
+    assert "SHMDIST_HEARTBEAT_TIMEOUT" in str(error) and error.pid == pid
+    until(gone(ospid), TIMEOUT + 1)
+    assert sd.remotecall_fetch(abs, patient, -1) == 1
+    sd.rmprocs(patient)
+
+
+@pytest.mark.parametrize("tunnel", [False, True], ids=["direct", "tunnel"])
 def test_a_write_that_is_blocked(host, server, tunnel):
     pid, ospid = add(server, tunnel=tunnel)
     assert sd.remotecall_fetch(abs, pid, -1) == 1
