@@ -53,6 +53,8 @@ on a socket (macOS), live on until the function comes back.
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -160,11 +162,21 @@ class Heart:
     def _give_up(self, link: Link, timeout: float) -> None:
         _log.warning("nothing has come from the host of process %d for %g s", link.pid, timeout)
         self.silent.add(link.pid)
+        if self._node.is_worker and link.pid == 1:
+            limit = f"{timeout:g} s (SHMDIST_HEARTBEAT_TIMEOUT)"
+            _tell(f"nothing has come from process 1 for {limit}: this worker ends")
         forsake = getattr(link.connection, "forsake", None)
         if forsake is not None:  # what carries the link must not hold up those who end it
             with contextlib.suppress(Exception):
                 forsake()
         link.shut()
+
+
+def _tell(text: str) -> None:
+    """Print why this worker ends, if that can be done without waiting; process 1 may hear it yet."""
+    with contextlib.suppress(OSError, ValueError):
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, f"{text}\n".encode())
 
 
 __all__ = ["Heart"]
