@@ -71,19 +71,10 @@ class Asking(Ownership):
         if reply is None:
             reply = Reply(next(self.call_ids) if call_id is None else call_id, pid, callback)
         call_id = reply.call_id
-        sharing = self.sharing
+        self.pending[call_id] = reply
         try:
-            # Most are short, and this is all there is to do for them.
-            if payload is None or not payload.is_short or sharing.holds.ended or sharing.owed:
-                left = False
-            else:
-                body = payload.parts[0]
-                head = _header(kind, flags | payload.flags, 0, lane, 0, call_id, len(body))
-                self.pending[call_id] = reply
-                left = link.leave_whole(head + body, unwoken)
-            if not left:
+            if not self._leave(link, kind, flags, lane, call_id, payload, unwoken):
                 parts = codec.frame(kind, flags, lane, call_id, payload, link)
-                self.pending[call_id] = reply
                 self.send(link, parts, payload, fd, unwoken)
         except LinkClosed:
             pass  # its death is on its way to us, and says how it went
@@ -93,6 +84,26 @@ class Asking(Ownership):
         if pid in self.graves and self.pending.pop(call_id, None) is not None:
             self.fail(reply, self.death(pid))
         return reply
+
+    def _leave(
+        self,
+        link: Link,
+        kind: int,
+        flags: int,
+        lane: int,
+        call_id: int,
+        payload: codec.Payload | None,
+        unwoken: Unwoken = None,
+    ) -> bool:
+        """Leave a frame in the receiver's mailbox; False when it must be sent.
+
+        Most are short, and this is all there is to do for them.
+        """
+        if payload is None or not payload.is_short or link.mail_out is None or self.sharing.has_dues():
+            return False
+        body = payload.parts[0]
+        head = _header(kind, flags | payload.flags, 0, lane, 0, call_id, len(body))
+        return link.leave_whole(head + body, unwoken)
 
     def send(
         self,
@@ -171,12 +182,8 @@ class Asking(Ownership):
 
     def answer(self, link: Link, call_id: int, flags: int, payload: codec.Payload | None) -> bool:
         """Answer a request; False when the other side is gone."""
-        sharing = self.sharing
-        if payload is not None and payload.is_short and not sharing.holds.ended and not sharing.owed:
-            body = payload.parts[0]
-            head = _header(_RESULT, flags | payload.flags, 0, 0, 0, call_id, len(body))
-            if link.leave_whole(head + body):
-                return True
+        if self._leave(link, _RESULT, flags, 0, call_id, payload):
+            return True
         if payload is not None and payload.buffers:
             # Counts of blocks are told by this link; what goes by another one they could overtake.
             link = self.links.get(link.pid, link)

@@ -179,7 +179,10 @@ class Tasks:
             if frame.flags & HAS_REFS or frame.buffers:
                 call = codec.loads(frame, node.give_back)
             else:
-                call = _LOADS[frame.flags & (BY_NAME | BY_VALUE)](frame.body)
+                by = frame.flags & (BY_NAME | BY_VALUE)
+                if by != BY_NAME:
+                    codec.prepare(frame.body)
+                call = _LOADS[by](frame.body)
         except Exception as error:
             hint = codec.unreadable(error, "the call's function or arguments").args[0]
             error.add_note(f"{hint} (on process {node.pid}, {sys.executable})")
@@ -308,18 +311,8 @@ class Tasks:
             self._answer_error(task, error)
 
 
-def _load(body: Any) -> Any:
-    codec.prepare(body)
-    return pickle.loads(body)
-
-
-def _load_by_value(body: Any) -> Any:
-    codec.prepare(body)
-    return values.load(body)
-
-
 #: What reads a call, by its flags.
-_LOADS: dict[int, Callable[[Any], Any]] = {0: _load, BY_NAME: names.load, BY_VALUE: _load_by_value}
+_LOADS: dict[int, Callable[[Any], Any]] = {0: pickle.loads, BY_NAME: names.load, BY_VALUE: values.load}
 
 
 def _let_go_of_frames(error: BaseException) -> None:

@@ -67,10 +67,7 @@ def plain_kind(value: Any) -> str | None:
         if dtype.kind not in "biufc":
             return None
         kind = _kinds[dtype] = dtype.str
-    if value.nbytes >= INLINE or (find_shared is not None and registry.shared):
-        return None
-    flags = value.flags
-    return kind if flags.c_contiguous and flags.writeable else None
+    return kind if is_small(value) and value.flags.c_contiguous else None
 
 
 def put_together(args: tuple[Any, ...], what: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -60,7 +60,6 @@ _LARGE = 1 << 18  # bytes of a body from which on a block is worth asking for
 
 #: Types that no rule of ours concerns: the fastest pickler will do for them.
 _ATOMS = frozenset({int, float, str, type(None), bool, bytes, complex})
-_NUMBERS = _ATOMS - {str, bytes}
 _SMALL = 1 << 12  # characters or bytes of an atom that go this way
 _NOTHING = pickle.dumps(None, 5)
 
@@ -69,7 +68,7 @@ def dumps_call(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload
     """Pickle a call; errors as those of :func:`dumps`."""
     if not kwargs and len(args) < 8 and f.__class__ in FUNCTIONS:
         short: tuple[Any, ...] = (args, kwargs)
-        for index, value in enumerate(() if _NUMBERS.issuperset(map(type, args)) else args):
+        for index, value in enumerate(args):
             kind = type(value)
             if kind not in _ATOMS:
                 # One array at most: two may be the same, and are one where they arrive as well.
