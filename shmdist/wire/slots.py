@@ -7,7 +7,7 @@ The protocol stands in ``wire.mailbox``.
 
 from __future__ import annotations
 
-import platform
+import os
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,7 +30,7 @@ RING = 1 << 16  # bytes of a slot
 MOST = RING // 4  # bytes of a message
 _MASK = RING - 1
 _AWAKE, _HEADS, _TAILS, _SEEN = 0, 8, 8 + SLOTS, 8 + 2 * SLOTS  # indices of words
-_WEAK = platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686")
+_WEAK = os.uname().machine.lower() not in ("x86_64", "amd64", "i386", "i686")
 
 _TIMES = (None,) * 6  # looks of `watch`
 

@@ -108,7 +108,7 @@ def reference_count():
 def children(ospid=None):
     """Return the process ids of the children of a process."""
     found = set()
-    with contextlib.suppress(FileNotFoundError):  # it has just ended
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
         for path in Path(f"/proc/{ospid or os.getpid()}/task").glob("*/children"):
             with contextlib.suppress(OSError):
                 found |= {int(word) for word in path.read_text().split()}
