@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import marshal
 import os
 import pickle
 import sys
@@ -47,6 +48,7 @@ from shmdist.runtime.replies import Operation, Reply, pack_error, unpack_error
 from shmdist.runtime.sharing import Sharing
 from shmdist.runtime.task import Functions, Tasks
 from shmdist.wire import codec
+from shmdist.wire.atoms import PICKLE
 from shmdist.wire.link import Link
 from shmdist.wire.messages import (
     BROKEN,
@@ -226,8 +228,9 @@ class Node(Asking):
     def read_result(self, frame: Frame, pid: int, what: Any) -> Any:
         """Read a RESULT frame: its value, or raise what it tells; `what` is a function, or a text."""
         if not frame.flags and not frame.buffers:
+            body = frame.body
             try:
-                return pickle.loads(frame.body)
+                return marshal.loads(body) if body[0] != PICKLE else pickle.loads(body)
             except Exception as error:
                 raise codec.unreadable(error, f"the result of {name_of(what)} from process {pid}") from error
         return self._read_rarer(frame, pid, name_of(what))

@@ -15,7 +15,7 @@ from shmdist._log import Log
 from shmdist.runtime.mail import LIVELY, Mail
 from shmdist.runtime.threads import Threads
 from shmdist.wire.messages import Frame
-from shmdist.wire.poller import make_poller
+from shmdist.wire.poller import FEW, make_poller
 
 if TYPE_CHECKING:
     from shmdist.runtime.node import Node
@@ -71,14 +71,14 @@ class Sources:
         frames = self._frames
         box = self.mail.box
         if box is None:
-            events = self._wait(timeout)
+            events = self._wait(timeout, FEW)
         elif box.stirred() or (timeout and box.sleep()):
             box.wake()
             self.mail.read(frames)
             self._mail_turns += 1
-            events = () if self._mail_turns & 15 else self._wait(0)  # neither road may wait for ever
+            events = () if self._mail_turns & 15 else self._wait(0, FEW)  # neither road may wait for ever
         else:
-            events = self._wait(timeout)
+            events = self._wait(timeout, FEW)
             if timeout:
                 box.wake()
         if not events and not frames:
@@ -99,7 +99,8 @@ class Sources:
         if self.poller.has_outputs:
             # A call's output was written before its result, so after the result has been
             # read the output is there to be read, and must be taken first.
-            for fd, _ in self._outputs(0):
+            outputs = self._outputs(0, FEW)
+            for fd, _ in self._outputs(0) if len(outputs) == FEW else outputs:
                 self._node.read_output(fd)
         if frames:
             self._frames = []

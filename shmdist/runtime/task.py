@@ -27,7 +27,7 @@ from shmdist.errors import CapturedException, SerializationError, capture
 from shmdist.runtime import children
 from shmdist.runtime.reftable import RRID
 from shmdist.runtime.strand import current
-from shmdist.wire import codec, names, values
+from shmdist.wire import atoms, codec, names, values
 from shmdist.wire.messages import (
     BROKEN,
     BY_ID,
@@ -48,9 +48,7 @@ if TYPE_CHECKING:
     from shmdist.runtime.strand import Strand
 
 _RESULT = int(Kind.RESULT)
-#: A result of these types cannot change, so a copy of it can go ahead of any fetch.
-_ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
-_SMALL = 1 << 12  # bytes of a str, bytes or int that still go ahead
+_SMALL = 1 << 12  # bytes of an atom, which cannot change, of which a copy goes ahead of any fetch
 _AGAIN = 0.02  # seconds until it is looked whether a signal has come
 _GRACE = 0.1  # seconds a call gets to end by itself when it is interrupted
 
@@ -232,7 +230,7 @@ class Tasks:
         node.store(task.key, value, captured)
         if captured is not None:
             node.answer(task.link, frame.call_id, STORED | IS_ERROR, node.dump_error(captured))
-        elif type(value) in _ATOMS and sys.getsizeof(value) < _SMALL:
+        elif type(value) in atoms.ATOMS and sys.getsizeof(value) < _SMALL:
             node.answer(task.link, frame.call_id, STORED, codec.dumps(value))
         else:
             node.answer(task.link, frame.call_id, STORED, None)
@@ -337,7 +335,7 @@ def _dump_value(value: Any, function: Any) -> codec.Payload:
     method ``without_unsendable`` then returns what can.
     """
     try:
-        return codec.dumps_value(value, getattr(function, "__qualname__", "the function"))
+        return codec.dumps_value(value, function)
     except SerializationError:
         salvage = getattr(function, "without_unsendable", None)
         if salvage is None:

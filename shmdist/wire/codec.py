@@ -26,6 +26,7 @@ is a copy, and flags that depend on size or road would be a trap.
 
 from __future__ import annotations
 
+import marshal
 import pickle
 import re
 import sys
@@ -36,8 +37,9 @@ from typing import TYPE_CHECKING, Any
 
 from shmdist.errors import SerializationError
 from shmdist.memory.holds import Hold
-from shmdist.wire import arrays, names, values
+from shmdist.wire import arrays, atoms, names, values
 from shmdist.wire.arrays import INLINE, contiguous
+from shmdist.wire.atoms import ATOMS, FORMAT
 from shmdist.wire.interruptions import is_interruption
 from shmdist.wire.messages import BODY_LAST, HAS_REFS, HEADER, IN_BLOCK, Frame, Parts, Token
 from shmdist.wire.picklers import (
@@ -58,21 +60,18 @@ if TYPE_CHECKING:
 _JOIN = 1 << 14
 _LARGE = 1 << 18  # bytes of a body from which on a block is worth asking for
 
-#: Types that no rule of ours concerns: the fastest pickler will do for them.
-_ATOMS = frozenset({int, float, str, type(None), bool, bytes, complex})
 _SMALL = 1 << 12  # characters or bytes of an atom that go this way
-_NOTHING = pickle.dumps(None, 5)
 
 
 def dumps_call(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
     """Pickle a call; errors as those of :func:`dumps`."""
     if not kwargs and len(args) < 8 and f.__class__ in FUNCTIONS:
-        short: tuple[Any, ...] = (args, kwargs)
+        short: tuple[Any, ...] | None = None  # only atoms so far
         for index, value in enumerate(args):
             kind = type(value)
-            if kind not in _ATOMS:
+            if kind not in ATOMS:
                 # One array at most: two may be the same, and are one where they arrive as well.
-                if kind is not arrays.ndarray or len(short) == 3:
+                if kind is not arrays.ndarray or short is not None:
                     break
                 letters = arrays.plain_kind(value)
                 if letters is None:
@@ -83,12 +82,13 @@ def dumps_call(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload
             elif kind in _SIZED and len(value) > _SMALL:
                 break
         else:
+            body = marshal.dumps(args, FORMAT) if short is None else pickle.dumps(short, 5)
             name = names.head(f)
             if name is not None:
-                return Named(name + pickle.dumps(short, 5))
+                return Named(name + body)
             value = values.kept(f)
             if value is not None:
-                return Valued(value.head + pickle.dumps(short, 5))
+                return Valued(value.head + body)
             return dumps((f, args, kwargs), "the call")
     value = values.kept(f)
     # What goes by value in the arguments may be the function, or be used by it: then all goes as one.
@@ -102,19 +102,19 @@ _SIZED = frozenset({str, bytes})
 def dumps_arguments(arguments: Any, value: Any) -> Payload:
     """Pickle `arguments`, in which only `value` may be no plain number or short text."""
     kind = type(value)
-    if kind in _ATOMS and (kind not in _SIZED or len(value) < _SMALL):
+    if kind in ATOMS and (kind not in _SIZED or len(value) < _SMALL):
         return Short(pickle.dumps(arguments, 5))
     return dumps(arguments, "the element")
 
 
-def dumps_value(value: Any, what: str) -> Payload:
-    """Pickle a result; errors as those of :func:`dumps`."""
+def dumps_value(value: Any, function: Any) -> Payload:
+    """Pickle the result of a function; errors as those of :func:`dumps`."""
     kind = type(value)
-    if kind in _ATOMS and (kind not in _SIZED or len(value) < _SMALL):
-        return Short(_NOTHING if value is None else pickle.dumps(value, 5))
+    if kind in ATOMS and (kind not in _SIZED or len(value) < _SMALL):
+        return Short(marshal.dumps(value, FORMAT))
     if kind is arrays.ndarray and arrays.plain_kind(value) is not None:
         return Short(pickle.dumps(arrays.Plain(value), 5))
-    return dumps(value, what)
+    return dumps(value, getattr(function, "__qualname__", "the function"))
 
 
 def dumps(obj: Any, what: str = "the object", at: str = "") -> Payload:
@@ -160,7 +160,7 @@ def _dumps_plainly(obj: Any) -> Payload | None:
 def is_simple(value: Any) -> bool:
     """Tell whether it goes without saying that `value` can be pickled."""
     kind = type(value)
-    if kind in _ATOMS:
+    if kind in ATOMS:
         return True
     # By name: numpy may be here, and no array pickled yet.
     return kind.__name__ == "ndarray" and kind.__module__ == "numpy" and not value.dtype.hasobject
@@ -375,7 +375,7 @@ def loads(frame: Frame, give_back: Callable[[list[Any]], None]) -> Any:
             body, buffers, _hold = _open_buffers(frame)
             return pickle.loads(body, buffers=buffers)
         prepare(frame.body)
-        return pickle.loads(frame.body)
+        return atoms.loads(frame.body)
     refs = references(frame)
     outer, _loading.made = _loading.made, Counter()
     try:

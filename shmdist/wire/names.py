@@ -5,24 +5,27 @@ both sides, and that takes longer than all the rest of a short call. So function
 importable are noted here with their names, and names with where they were found.
 
 The body is the length of the name in two bytes, module and name with a zero byte between
-them, then the pickle of (args, kwargs), or of (args, kwargs, what) for ``arrays.put_together``.
+them, then args alone, if they are atoms (``wire.atoms``), or the pickle of (args, kwargs), or of
+(args, kwargs, what) for ``arrays.put_together``.
 """
 
 from __future__ import annotations
 
 import importlib
+import marshal
 import pickle
 import sys
 from typing import Any
 
 from shmdist.wire.arrays import put_together
+from shmdist.wire.atoms import PICKLE
 from shmdist.wire.picklers import MAIN
 
 _MOST = 1000  # functions and names that are noted
-#: The beginning of the body by function. A function that is not importable any more (its module
-#: was reloaded, say) is found out when it is called.
+#: By function the beginning of the body, the module's name and its own. A function that is not importable
+#: any more (its module was reloaded, say) is found out when it is called.
 #: No others are noted: a closure would be kept alive here, and what it captures.
-_heads: dict[Any, bytes] = {}
+_heads: dict[Any, tuple[bytes, str, str]] = {}
 _found: dict[bytes, tuple[Any, str, str]] = {}  # module, its name, the function's name
 
 
@@ -30,20 +33,21 @@ def head(f: Any) -> bytes | None:
     """Return the beginning of the body of a call of `f`; None when it cannot go by name."""
     known = _heads.get(f)
     if known is not None:
-        module = sys.modules.get(f.__module__)
-        if getattr(module, f.__qualname__, None) is f:
-            return known
+        # As they were: those of a function in C are made anew each time that one asks for them.
+        beginning, name, attribute = known
+        if getattr(sys.modules.get(name), attribute, None) is f:
+            return beginning
         _heads.pop(f, None)  # another thread may have found the same
         return None
-    name = f.__module__ or ""
-    module = sys.modules.get(name)
-    text = f"{name}\0{f.__qualname__}".encode()
-    if name in MAIN or getattr(module, f.__qualname__, None) is not f or len(text) >= 1 << 16:
+    name, attribute = f.__module__ or "", f.__qualname__
+    text = f"{name}\0{attribute}".encode()
+    if name in MAIN or getattr(sys.modules.get(name), attribute, None) is not f or len(text) >= 1 << 16:
         return None
     if len(_heads) >= _MOST:
         _heads.clear()  # it keeps the functions alive, so it is kept short
-    known = _heads[f] = len(text).to_bytes(2, "little") + text
-    return known
+    beginning = len(text).to_bytes(2, "little") + text
+    _heads[f] = beginning, name, attribute
+    return beginning
 
 
 def load(body: bytes | bytearray) -> tuple[Any, Any, Any]:
@@ -65,7 +69,10 @@ def load(body: bytes | bytearray) -> tuple[Any, Any, Any]:
         function = getattr(place[0], place[2])
     except AttributeError:
         raise AttributeError(f"Can't get attribute {place[2]!r} on {place[0]!r}") from None
-    args, kwargs, *apart = pickle.loads(body[end:])
+    rest = body[end:]
+    if rest[0] != PICKLE:
+        return function, marshal.loads(rest), {}
+    args, kwargs, *apart = pickle.loads(rest)
     return function, put_together(args, apart[0]) if apart else args, kwargs
 
 

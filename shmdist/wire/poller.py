@@ -30,6 +30,10 @@ from math import inf
 _IN = 1  # EPOLLIN and POLLIN are 1 everywhere
 _ONCE = 0x40000000  # EPOLLONESHOT
 _EDGE = 0x80000000  # EPOLLET
+_ALL = -1
+#: As many events at once need no memory from the system's allocator. By default 1,023 would be asked for,
+#: and 12 KiB for them each time.
+FEW = 32
 _TURN = 0.5  # seconds after which a thread that SelectPoller has parked looks around
 
 
@@ -123,19 +127,19 @@ class Poller:
         self._outputs.register(fd, _IN)
         self.has_outputs = True
 
-    def outputs(self, timeout: float) -> Sequence[tuple[int, int]]:
-        """Wait at most `timeout` seconds for output pipes that have something to read."""
-        return self._outputs.poll(timeout)
+    def outputs(self, timeout: float, maxevents: int = _ALL) -> Sequence[tuple[int, int]]:
+        """Wait at most `timeout` seconds for output pipes that have something to read; returns some."""
+        return self._outputs.poll(timeout, maxevents)
 
-    def poll(self, timeout: float = -1) -> Sequence[tuple[int, int]]:
-        """Wait at most `timeout` seconds (-1: for ever) for readable links.
+    def poll(self, timeout: float = -1, maxevents: int = _ALL) -> Sequence[tuple[int, int]]:
+        """Wait at most `timeout` seconds (-1: for ever) for readable links, and return `maxevents` of them.
 
         Returns
         -------
         sequence of (descriptor, events)
             May hold the kick and the set of outputs, which :meth:`is_kick` knows.
         """
-        return self._links.poll(timeout)
+        return self._links.poll(timeout, maxevents)
 
     def is_kick(self, fd: int) -> bool:
         """Tell whether `fd` is the poller's own: the kick, which is cleared, or the outputs."""
@@ -251,14 +255,14 @@ class SelectPoller(Poller):
             poller.register(fd, select.POLLIN)
         return poller.poll(None if timeout < 0 else timeout * 1000)
 
-    def outputs(self, timeout: float) -> Sequence[tuple[int, int]]:
-        """Wait at most `timeout` seconds for output pipes that have something to read."""
+    def outputs(self, timeout: float, maxevents: int = _ALL) -> Sequence[tuple[int, int]]:
+        """Wait at most `timeout` seconds for output pipes that have something to read; returns all."""
         with self._table:
             outs = set(self._outs)
         return self._select(outs, timeout) if outs else []
 
-    def poll(self, timeout: float = -1) -> Sequence[tuple[int, int]]:
-        """Wait at most `timeout` seconds for readable links or outputs."""
+    def poll(self, timeout: float = -1, maxevents: int = _ALL) -> Sequence[tuple[int, int]]:
+        """Wait at most `timeout` seconds for readable links or outputs; returns all."""
         with self._table:
             fds, outs = set(self._fds), set(self._outs)
         found = self._select(fds | outs, timeout)

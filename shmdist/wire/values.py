@@ -14,13 +14,14 @@ pickled anew each time.
 Each call gets a function of its own where it arrives, as if it had been pickled for that call:
 what it does to its globals is gone with it.
 
-The body of a call is the length of the function's pickle in four bytes, that pickle, and the pickle
-of (args, kwargs).
+The body of a call is the length of the function's pickle in four bytes, that pickle, and the
+arguments as in ``wire.names``.
 """
 
 from __future__ import annotations
 
 import itertools
+import marshal
 import pickle
 import sys
 import weakref
@@ -30,6 +31,7 @@ from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from shmdist.wire.arrays import put_together
+from shmdist.wire.atoms import PICKLE
 from shmdist.wire.decorated import is_importable
 from shmdist.wire.interruptions import is_interruption
 from shmdist.wire.picklers import MAIN, Payload, PlainPickler, cloud_pickler
@@ -192,7 +194,10 @@ def load(body: bytes | bytearray) -> tuple[Any, Any, Any]:
     """
     end = 4 + int.from_bytes(body[:4], "little")
     function = pickle.loads(body[4:end])
-    args, kwargs, *apart = pickle.loads(body[end:])
+    rest = body[end:]
+    if rest[0] != PICKLE:
+        return function, marshal.loads(rest), {}
+    args, kwargs, *apart = pickle.loads(rest)
     return function, put_together(args, apart[0]) if apart else args, kwargs
 
 

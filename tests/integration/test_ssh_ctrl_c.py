@@ -177,4 +177,10 @@ def test_while_they_join(warm):
                     stopped.add(ospid)
         return len(stopped) == 2
 
-    interrupted(warm, stop_them, [(warm.text, 2)], **warm.params())
+    try:
+        interrupted(warm, stop_them, [(warm.text, 2)], **warm.params())
+    finally:
+        for ospid in stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(ospid, signal.SIGCONT)
+    until(lambda: not any(map(helpers.is_alive, stopped)), 10, "they end when they can")
