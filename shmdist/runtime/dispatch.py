@@ -77,6 +77,8 @@ _yield = getattr(os, "sched_yield", lambda: None)
 class Dispatcher(Sources):
     """The threads of one process of the cluster."""
 
+    __slots__ = ("_kicker", "closing", "later", "own", "start")  # as in Node
+
     def __init__(self, node: Node) -> None:
         super().__init__(node)
         self._baton = threading.Lock()  # held by the one thread that reads
@@ -100,10 +102,9 @@ class Dispatcher(Sources):
         self.closing = False
 
     def __repr__(self) -> str:
-        return (
-            f"<Dispatcher baton={'held' if self._baton.locked() else 'free'} links={len(self._links)} "
-            f"followers={len(self._followers)} inbox={len(self._inbox)} {self._lanes!r} {self.threads!r}>"
-        )
+        baton = "held" if self._baton.locked() else "free"
+        sizes = f"links={len(self._links)} followers={len(self._followers)} inbox={len(self._inbox)}"
+        return f"<Dispatcher baton={baton} {sizes} {self._lanes!r} {self.threads!r}>"
 
     # ------------------------------------------------------------------ what was read
 
@@ -118,7 +119,13 @@ class Dispatcher(Sources):
                 self._node.unclaimed(frame)
                 return
             reply.frame = frame
-            self._complete_here(reply)
+            reply.done = True
+            if reply.locks:
+                reply.wake()
+            callback = reply.callback
+            if callback is not None:
+                reply.callback = None  # a Future that holds the reply must not be held by it
+                callback(reply)
         elif kind == _CALL:
             task = self._node.tasks.accept(frame)
             if frame.lane and not self._lanes.enter(task):
@@ -132,16 +139,6 @@ class Dispatcher(Sources):
             self._inbox.append(frame)
         else:
             self._node.control(frame)
-
-    def _complete_here(self, reply: Any) -> None:
-        """Complete a reply on the reading thread."""
-        reply.done = True
-        if reply.locks:
-            reply.wake()
-        callback = reply.callback
-        if callback is not None:
-            reply.callback = None  # a Future that holds the reply must not be held by it
-            callback(reply)
 
     def complete(self, cell: Cell) -> None:
         """Complete a cell from any thread; its waiter may be asleep, or reading."""

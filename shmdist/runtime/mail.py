@@ -83,16 +83,13 @@ class Mail:
         own = 2 * (self.box is not None) + (self._bell is not None) + len(self._bells)
         return own + sum(link.kick_out >= 0 for link in self._node.dispatcher.links())
 
-    def read(self, frames: list[Frame]) -> None:
-        """Append the frames that lie in the mailbox; the baton is held."""
-        assert self.box is not None
-        for receiver in self.box.take(frames):
-            link = receiver.link
-            try:
-                link.read_mail(frames)
-            except (OSError, MemoryError) as error:
-                _log.warning("%r is ended: %s", link, error)
-                link.shut()
+    def read(self, link: Link, frames: list[Frame]) -> None:
+        """Append frames of a link that do not lie whole in the mailbox; the baton is held."""
+        try:
+            link.read_mail(frames)
+        except (OSError, MemoryError) as error:
+            _log.warning("%r is ended: %s", link, error)
+            link.shut()
 
     def offer(self, link: Link) -> None:
         """Give a link a slot, and tell the process at its other end."""

@@ -74,7 +74,8 @@ class Sources:
             events = self._wait(timeout, FEW)
         elif box.stirred() or (timeout and box.sleep()):
             box.wake()
-            self.mail.read(frames)
+            for receiver in box.take(frames):
+                self.mail.read(receiver.link, frames)
             self._mail_turns += 1
             events = () if self._mail_turns & 15 else self._wait(0, FEW)  # neither road may wait for ever
         else:

@@ -97,6 +97,9 @@ class Link(Reader):
         The cluster's process id of the other side.
     """
 
+    # Those that are rarely used. CPython keeps 29 others where a call finds them sooner than in a dict.
+    __slots__ = ("_asked", "bridged", "connection", "has_bell", "hears_bells")
+
     def __init__(self, connection: Connection, pid: int) -> None:
         self.connection = connection
         self.pid = pid
