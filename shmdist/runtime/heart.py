@@ -123,13 +123,13 @@ class Heart:
     def _run(self) -> None:
         while True:
             with self._lock:
+                self._woken.clear()  # before all else: what is new after this wakes the thread again
                 for link in [link for link in self._links if link.closed]:
                     del self._links[link]
                 links = list(self._links.items())
                 if not links or self._closed:
                     self._running = False
                     return
-                self._woken.clear()
             now = time.monotonic()
             for link, watched in links:
                 if self._look(link, watched, now):

@@ -7,6 +7,7 @@ import pytest
 
 from shmdist.runtime.heart import Heart
 from shmdist.wire import pulse
+from tests.integration.helpers import until
 
 
 class Link:
@@ -77,3 +78,17 @@ def test_a_worker_says_why_it_ends(make_heart, monkeypatch, capfd, is_worker, pi
     make_heart(is_worker).watch(link)
     assert link.ended.wait(5)
     assert ("nothing has come from process 1 for 0.1 s" in capfd.readouterr().err) is told
+
+
+def test_closed_at_the_very_moment_before_it_sleeps(make_heart, monkeypatch):
+    monkeypatch.setattr(pulse, "timeout", lambda: 600.0)
+    heart = make_heart()
+
+    class Late(threading.Event):
+        def clear(self):
+            heart.close()
+            super().clear()
+
+    heart._woken = Late()
+    heart.watch(Link(2))
+    until(lambda: not heart._running, 5)
