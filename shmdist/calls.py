@@ -151,28 +151,26 @@ def remotecall(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) 
 def _start(f: Any, place: Place, args: Any, kwargs: Any) -> Future:
     """Begin a call whose value stays where it runs; at its end a pool gets its worker back."""
     node = current_node()
-    at_end = place.back if place.pool is not None else None
     rrid = RRID(node.pid, next(node.call_ids))
     what = name_of(f)
     try:
-        if at_end is not None:
+        if place.pool is not None:
             place.lend()
         pid = place.pid
         if pid == node.pid:
             strand = current()
             strand.enter()
             try:
-                future = _start_here(node, f, rrid, args, kwargs, at_end)
+                future = _start_here(node, f, rrid, args, kwargs, place)
             finally:
                 strand.leave()
         else:
             if pid not in node.links:
                 node.link_to(pid)
             flags, payload = place.payload(f, args, kwargs)
-            future = _start_there(node, what, rrid, pid, flags, payload, at_end)
+            future = _start_there(node, what, rrid, place, flags, payload)
     except BaseException:
-        if at_end is not None:
-            at_end()
+        place.back()
         raise
     for group in _groups():
         group.append(future)
@@ -180,9 +178,10 @@ def _start(f: Any, place: Place, args: Any, kwargs: Any) -> Future:
 
 
 def _start_there(
-    node: Node, what: str, rrid: RRID, pid: int, flags: int, payload: codec.Payload, at_end: Any
+    node: Node, what: str, rrid: RRID, place: Place, flags: int, payload: codec.Payload
 ) -> Future:
     """Send a call whose value stays where it runs."""
+    pid = place.pid
     strand = current()
     strand.enter()
     try:
@@ -190,8 +189,9 @@ def _start_there(
 
         def ended(reply: Reply) -> None:
             future._reply = reply
-            if at_end is not None:
-                node.dispatcher.start(at_end)
+            if place.lent:
+                place.back_from_reader(node)
+            reply.done = True  # before it looks who else is to be told: who comes later finds it done
             future._on_reply(reply)
 
         try:
@@ -208,7 +208,7 @@ def _start_there(
     return future
 
 
-def _start_here(node: Node, f: Any, rrid: RRID, args: Any, kwargs: Any, at_end: Any) -> Future:
+def _start_here(node: Node, f: Any, rrid: RRID, args: Any, kwargs: Any, place: Place) -> Future:
     """Begin a call on a thread of this process; the caller is inside the runtime."""
     entry = node.create(rrid, "future", node.pid)
     future = Future._of_call(rrid, node.pid, name_of(f))
@@ -216,9 +216,9 @@ def _start_here(node: Node, f: Any, rrid: RRID, args: Any, kwargs: Any, at_end: 
     task = future._local = LocalTask()
 
     def ended(value: Any, captured: CapturedException | None) -> None:
+        if place.lent:
+            place.back_from_reader(node)
         node.set_value(entry, value if captured is None else captured)
-        if at_end is not None:
-            at_end()
 
     node.dispatcher.own.begin(f, args, kwargs, task, ended)
     return future

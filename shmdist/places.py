@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shmdist.runtime.strand import current
 from shmdist.wire import codec
 from shmdist.wire.messages import BY_ID
+
+if TYPE_CHECKING:
+    from shmdist.runtime.node import Node
 
 #: Set in a call that runs on this process by a pool's leave, and in the tasks that it begins: pools
 #: do not let those wait for the worker that waits for them.
@@ -82,6 +85,19 @@ class Place:
         except KeyboardInterrupt:
             self._back()  # it may have come before the first had begun
             raise
+
+    def back_from_reader(self, node: Node) -> None:
+        """Give the worker back, on a thread that must not block, before anybody hears of the call's end.
+
+        To a pool of this process it is given before this returns, so that who has heard finds it free.
+        """
+        try:
+            if hasattr(self.pool, "_lend") and self.pool._state is not None:
+                self._back()
+                return
+        except Exception:
+            pass  # the pool is gone
+        node.dispatcher.start(self.back)
 
     def _back(self) -> None:
         pool = self.pool

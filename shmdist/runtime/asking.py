@@ -211,10 +211,10 @@ class Asking(Ownership):
     def fail(self, reply: Reply, error: BaseException) -> None:
         """Complete a reply, which the caller has claimed, with an error."""
         reply.error = error
-        self.dispatcher.complete(reply)
         callback, reply.callback = reply.callback, None
         if callback is not None:
             callback(reply)
+        self.dispatcher.complete(reply)
 
     def wait(self, reply: Cell, timeout: float | None = None) -> bool:
         """Wait for a reply; False when the time was up."""

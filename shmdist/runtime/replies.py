@@ -28,7 +28,8 @@ class Reply(Cell):
     error : BaseException or None
         Why there will be none.
     callback : callable or None
-        Called with the reply when it is done, by whoever reads: it must not block.
+        Called with the reply when its outcome is there, by whoever reads: it must not block or raise.
+        After it `done` is set, unless it has done so, and those who wait are woken.
     """
 
     __slots__ = ("call_id", "callback", "error", "frame", "pid")

@@ -1,5 +1,7 @@
 """Worker pools, caching pools, the default pool, and clear."""
 
+import contextlib
+import operator
 import threading
 
 import pytest
@@ -57,16 +59,56 @@ def test_a_call_on_a_pool_has_its_worker_till_its_end(cluster):
     assert not pool.isready()
     gate.put("through")
     assert future.fetch(timeout=5) == "through"
-    until(pool.isready)
+    assert pool.isready()
     assert sd.remotecall_fetch(whom, pool) == cluster[0] == sd.remotecall_wait(whom, pool).fetch()
     assert sd.remote(pool, whom)() == cluster[0]
     with pytest.raises(ZeroDivisionError):
         sd.remotecall_fetch(lambda: 1 / 0, pool)
     with pytest.raises(sd.SerializationError):
         sd.remotecall(threading.Lock().acquire, pool)
-    until(pool.isready)
+    assert pool.isready()
     sd.remote_do(whom, pool)
-    until(pool.isready)
+    assert pool.isready()
+
+
+@pytest.mark.parametrize("kind", [sd.WorkerPool, sd.CachingPool])
+@pytest.mark.parametrize("here", [False, True])
+def test_who_hears_of_a_calls_end_finds_its_worker_free(cluster, kind, here):
+    """Whatever it ended with, whoever of the threads has read that, and by whatever face it is heard."""
+    pool = kind([1] if here else cluster[:1])
+    seen = []
+
+    def look(how):
+        for number in range(150):
+            future = sd.remotecall(operator.truediv, pool, 1, number % 2)
+            how(future)
+            seen.append(len(pool._state._items) == 1)
+
+    def face(future):
+        assert future.exception(timeout=5) is None or isinstance(future.exception(), ZeroDivisionError)
+
+    def fetch(future):
+        with contextlib.suppress(ZeroDivisionError):
+            assert future.fetch(timeout=5) == 1
+
+    stop = threading.Event()
+    threads = [threading.Thread(target=_call_until, args=(stop, cluster[1])) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        with within(20):
+            look(fetch)
+            look(face)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert len(seen) == 300 and all(seen)
+
+
+def _call_until(stop, pid):
+    while not stop.is_set():
+        assert sd.remotecall_fetch(abs, pid, -1) == 1
 
 
 def test_nested_calls_on_a_pool_of_one(cluster):
