@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from shmdist.managers import hostkeys, trust
 from shmdist.managers.sshconfig import Hop
 from shmdist.managers.trust import PhaseError
+from shmdist.wire import pulse
 
 if TYPE_CHECKING:
     import paramiko
@@ -311,6 +312,7 @@ class Login:
                 self._begin(sock)
                 sock.connect(address)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                pulse.keep_alive(sock, pulse.timeout())  # what waits to be sent is tried often enough
                 return sock
             except OSError as error:
                 sock.close()

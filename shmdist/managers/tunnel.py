@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 import weakref
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 #: one piece, which grows by steps and is copied at each: with 16 MiB some transfers took 20 times as long.
 WINDOW = 1 << 22
 _CHUNK = 1 << 18  # bytes moved at once
+_PATIENCE = 3  # timeouts that a server may not answer while its kernel does
 
 
 class Pulse:
@@ -35,8 +37,9 @@ class Pulse:
 
     def __init__(self, transport: paramiko.Transport, seconds: float) -> None:
         self._transport = transport
-        self._pause = seconds / 4
-        self.answers = 0
+        self._seconds = seconds
+        self._answers = 0
+        self._answered = time.monotonic()
         self._workers: weakref.WeakSet[RemoteWorker] = weakref.WeakSet()
         self._adding = threading.Lock()  # guards `_workers`
         threading.Thread(target=self._run, name="shmdist-ssh-pulse", daemon=True).start()
@@ -49,8 +52,22 @@ class Pulse:
                 # No server knows it, so each refuses it, and that is an answer.
                 transport.global_request("keepalive@openssh.com", wait=True)
                 if transport.is_active():
-                    self.answers += 1
-                transport.join(self._pause)  # a thread: so we sleep no longer than it lives
+                    self._answers += 1
+                    self._answered = time.monotonic()
+                transport.join(self._seconds / 4)  # a thread: so we sleep no longer than it lives
+
+    def heard(self) -> Any:
+        """Return what changes with each sign of life.
+
+        That is an answer, and whatever else the kernel there sends: after a stall either side may wait
+        for long before it sends again what was lost, and an answer waits behind that.  A server that hangs
+        has a kernel too, so without any answer this is good for a few times the timeout only.
+        """
+        sock = self._transport.sock
+        if isinstance(sock, socket.socket) and time.monotonic() - self._answered < _PATIENCE * self._seconds:
+            counts = pulse.counts(sock)
+            return self._answers, counts and counts[0]
+        return self._answers
 
     def _beat(self) -> None:
         with self._adding:
@@ -91,9 +108,9 @@ class TunnelConnection(Connection):
     bridged = True
     pulse: Pulse | None = None
 
-    def heard(self) -> int | None:
+    def heard(self) -> Any:
         """Return what changes with each sign of life from the other host."""
-        return self.pulse.answers if self.pulse is not None else None
+        return self.pulse.heard() if self.pulse is not None else None
 
     def forsake(self) -> None:
         """Close the login, whose host is gone: what waits to be sent there would wait for long."""

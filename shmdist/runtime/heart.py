@@ -12,8 +12,9 @@ What is a sign of life, by road:
 road                    process 1 hears                      the worker hears
 ======================= ==================================== ===================================
 direct TCP              the kernel there (``wire.pulse``)    the kernel there
-through a login         the SSH server there, which it asks  BEAT, sent every third of the
-                        (``connection.heard``)               time: see below
+through a login         the SSH server there, which it       BEAT, sent every third of the
+                        asks, and the kernel there           time: see below
+                        (``connection.heard``)
 relayed by process 1    nothing of its own: process 1 hears whether the two workers live, and
                         tells each when the other does not
 AF_UNIX                 nothing: both ends have one kernel, which ends the link with the process
@@ -31,6 +32,7 @@ So in all the cases that matter:
 - *stopped, or holding its interpreter for minutes*: kernel and server answer; alive.
 - *not reading*, so that a write to it is blocked: its kernel goes on asking whether we are
   alive, and these questions count as signs; alive.
+- *an SSH server that hangs*: its kernel answers for it; silent when that was so three times as long.
 - *held up ourselves*: a look counts for no more than the time between two looks.
 
 Through a login the worker's own kernel talks with the SSH server beside it, which does not

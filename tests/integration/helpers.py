@@ -115,6 +115,11 @@ def children(ospid=None):
     return found
 
 
+def parent(ospid):
+    """Return the process id of the parent of a process."""
+    return int(Path(f"/proc/{ospid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def is_alive(ospid):
     """Tell whether a process runs; a zombie does not."""
     try:

@@ -22,6 +22,7 @@ from tests.integration.helpers import ROOT
 
 _TUNSETIFF = 0x400454CA
 _IFF_TUN, _IFF_NO_PI = 0x0001, 0x1000
+_MOMENT = 0.05  # seconds
 _numbers = itertools.count()
 
 
@@ -34,15 +35,18 @@ class SlowLine:
         Seconds that a packet takes, each way.
     loss : float
         The part of the packets that is lost, each way.
+    kept : int, optional
+        How many packets get through after a stall, each way, before all others of a moment are lost.  TCP has
+        then measured that an answer takes as long as the stall, and waits some times that for the next one.
     """
 
-    def __init__(self, number, delay=0.0, loss=0.0):
+    def __init__(self, number, delay=0.0, loss=0.0, kept=0):
         unique = f"{os.getpid() % 100000}s{next(_numbers)}"
         self.name = f"shmdist{unique}"
         self.here, self.address = f"10.213.{number}.1", f"10.213.{number}.2"
         self.prefix = ("ip", "netns", "exec", self.name)
         self.ends = [f"sd{unique}a", f"sd{unique}b"]
-        command = [sys.executable, "-m", __name__, *self.ends, str(delay), str(loss)]
+        command = [sys.executable, "-m", __name__, *self.ends, str(delay), str(loss), str(kept)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
         try:
             if self.process.stdout.readline() != b"ready\n":
@@ -85,9 +89,17 @@ def open_tun(name):
     return fd
 
 
-def carry(first, second, delay, loss):
+def carry(first, second, delay, loss, kept):
     """Copy packets for ever."""
     lots = random.Random(1)
+    lost_until, left = 0.0, {}  # after a stall: how many packets of each end still get through, meanwhile
+
+    def go_on(number, frame):
+        nonlocal lost_until, left
+        lost_until, left = time.monotonic() + _MOMENT, {first: kept, second: kept}
+
+    if kept:
+        signal.signal(signal.SIGCONT, go_on)
     on_the_way = {first: deque(), second: deque()}  # by where they go: when they arrive, and the packets
     other = {first: second, second: first}
     while True:
@@ -105,6 +117,10 @@ def carry(first, second, delay, loss):
                 packet = os.read(end, 1 << 16)
             except OSError:
                 continue
+            if time.monotonic() < lost_until:
+                left[end] -= 1
+                if left[end] < 0:
+                    continue
             if lots.random() >= loss:
                 on_the_way[other[end]].append((time.monotonic() + delay, packet))
 
@@ -112,4 +128,4 @@ def carry(first, second, delay, loss):
 if __name__ == "__main__":
     ends = [open_tun(name) for name in sys.argv[1:3]]
     print("ready", flush=True)
-    carry(*ends, *map(float, sys.argv[3:5]))
+    carry(*ends, *map(float, sys.argv[3:5]), int(sys.argv[5]))

@@ -1,5 +1,6 @@
 """Lines to other hosts that are slow, lossy, stalled, or down for a moment: slower, and nothing else."""
 
+import functools
 import operator
 import subprocess
 import threading
@@ -114,7 +115,9 @@ class Lossless(Host):
         run(f"ip link set {self._line} up")
 
 
-@pytest.mark.parametrize("kind", [Lossless, SlowLine], ids=["down", "stalled"])
+@pytest.mark.parametrize(
+    "kind", [Lossless, SlowLine, functools.partial(SlowLine, kept=60)], ids=["down", "stalled", "spilling"]
+)
 def test_a_line_that_comes_back_in_time(join, tunnel, kind):
     """With calls and large arrays under way; nothing is lost, and nobody is given up."""
     line, pids = join(kind, tunnel)

@@ -137,6 +137,27 @@ def test_a_stopped_worker_lives(host, server, tunnel):
     sd.rmprocs(pid)
 
 
+def test_a_server_that_hangs_is_given_up(host, server):
+    """Its kernel answers, so this takes longer than for a host that is silent."""
+    pid, ospid = add(server, tunnel=True)
+    hung = [helpers.parent(ospid)]
+    while (above := helpers.parent(hung[-1])) not in (server.process.pid, 1):
+        hung.append(above)
+    call = waits_for(lambda: sd.remotecall_fetch(time.sleep, pid, 60))
+    until(lambda: current_node().pending, 2)
+    try:
+        for each in hung:
+            os.kill(each, signal.SIGSTOP)
+        at = time.monotonic()
+        error, when = call()
+    finally:
+        for each in hung:
+            os.kill(each, signal.SIGKILL)
+    assert isinstance(error, sd.ProcessExitedException) and error.pid == pid
+    assert when - at < 5 * TIMEOUT
+    until(gone(ospid), TIMEOUT + 1)
+
+
 def test_process_1_that_holds_its_interpreter_keeps_its_workers(host, server):
     pid, _ = add(server)
     hold_the_interpreter(2.5 * TIMEOUT)
