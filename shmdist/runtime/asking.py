@@ -212,9 +212,11 @@ class Asking(Ownership):
         """Complete a reply, which the caller has claimed, with an error."""
         reply.error = error
         callback, reply.callback = reply.callback, None
-        if callback is not None:
-            callback(reply)
-        self.dispatcher.complete(reply)
+        try:
+            if callback is not None:
+                callback(reply)
+        finally:
+            self.dispatcher.complete(reply)
 
     def wait(self, reply: Cell, timeout: float | None = None) -> bool:
         """Wait for a reply; False when the time was up."""

@@ -119,13 +119,15 @@ class Dispatcher(Sources):
                 self._node.unclaimed(frame)
                 return
             reply.frame = frame
-            callback = reply.callback
-            if callback is not None:
-                reply.callback = None  # a Future that holds the reply must not be held by it
-                callback(reply)
-            reply.done = True
-            if reply.locks:
-                reply.wake()
+            try:
+                callback = reply.callback
+                if callback is not None:
+                    reply.callback = None  # a Future that holds the reply must not be held by it
+                    callback(reply)
+            finally:
+                reply.done = True
+                if reply.locks:
+                    reply.wake()
         elif kind == _CALL:
             task = self._node.tasks.accept(frame)
             if frame.lane and not self._lanes.enter(task):

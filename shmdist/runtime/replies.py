@@ -28,7 +28,7 @@ class Reply(Cell):
     error : BaseException or None
         Why there will be none.
     callback : callable or None
-        Called with the reply when its outcome is there, by whoever reads: it must not block or raise.
+        Called with the reply when its outcome is there, by whoever reads: it must not block.
         After it `done` is set, unless it has done so, and those who wait are woken.
     """
 

@@ -8,6 +8,7 @@ of a shared one only where it lies (or its bytes, to who cannot see it).
 
 from __future__ import annotations
 
+import marshal
 import pickle
 import sys
 from collections.abc import Callable
@@ -67,23 +68,29 @@ def plain_kind(value: Any) -> str | None:
         if dtype.kind not in "biufc":
             return None
         kind = _kinds[dtype] = dtype.str
-    return kind if is_small(value) and value.flags.c_contiguous else None
+    if value.nbytes < INLINE and value.flags.carray and (find_shared is None or not registry.shared):
+        return kind
+    return None
 
 
-def put_together(args: tuple[Any, ...], what: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments of a call of which only the bytes of an array came, and what it was.
+def put_together(body: bytes | bytearray, start: int) -> tuple[Any, ...]:
+    """Return the arguments of a call one of which is an array that came apart.
 
-    No name is looked up to pickle or to read these, which takes as long as all else.
+    From `start` on there is a list, by marshal: the other arguments, the array's place among them, its
+    shape, its dtype and how many bytes it has; and those are the last of `body`.  A pickle of
+    it takes three times as long, and more copies.
     """
     global ndarray
-    index, shape, kind = what
+    view = memoryview(body)
+    args, index, shape, kind, nbytes = marshal.loads(view[start:])
     dtype = _dtypes.get(kind)
     if dtype is None:
         import numpy  # the whole, as in `codec.prepare`
 
         ndarray = numpy.ndarray
         dtype = _dtypes[kind] = numpy.dtype(kind)
-    return (*args[:index], ndarray(shape, dtype, args[index]), *args[index + 1 :])
+    array = ndarray(shape, dtype, bytearray(view[len(body) - nbytes :]))
+    return (*args[:index], array, *args[index:])
 
 
 class Strided:

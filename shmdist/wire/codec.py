@@ -66,29 +66,30 @@ _SMALL = 1 << 12  # characters or bytes of an atom that go this way
 def dumps_call(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
     """Pickle a call; errors as those of :func:`dumps`."""
     if not kwargs and len(args) < 8 and f.__class__ in FUNCTIONS:
-        short: tuple[Any, ...] | None = None  # only atoms so far
+        apart: list[Any] | None = None  # what `arrays.put_together` is told; only atoms so far
         for index, value in enumerate(args):
             kind = type(value)
             if kind not in ATOMS:
                 # One array at most: two may be the same, and are one where they arrive as well.
-                if kind is not arrays.ndarray or short is not None:
+                if kind is not arrays.ndarray or apart is not None:
                     break
                 letters = arrays.plain_kind(value)
                 if letters is None:
                     break
-                # Its bytes are in its place; `arrays.put_together` is told what they were.
-                bare = (*args[:index], pickle.PickleBuffer(value), *args[index + 1 :])
-                short = bare, kwargs, (index, value.shape, letters)
+                apart = [(*args[:index], *args[index + 1 :]), index, value.shape, letters, value.nbytes]
             elif kind in _SIZED and len(value) > _SMALL:
                 break
         else:
-            body = marshal.dumps(args, FORMAT) if short is None else pickle.dumps(short, 5)
             name = names.head(f)
             if name is not None:
-                return Named(name + body)
+                if apart is None:
+                    return Named(name + marshal.dumps(args, FORMAT))
+                return Named(b"".join((name, marshal.dumps(apart, FORMAT), args[apart[1]])))
             value = values.kept(f)
             if value is not None:
-                return Valued(value.head + body)
+                if apart is None:
+                    return Valued(value.head + marshal.dumps(args, FORMAT))
+                return Valued(b"".join((value.head, marshal.dumps(apart, FORMAT), args[apart[1]])))
             return dumps((f, args, kwargs), "the call")
     value = values.kept(f)
     # What goes by value in the arguments may be the function, or be used by it: then all goes as one.

@@ -94,8 +94,8 @@ BODY_LAST = 0x02  # the body is the last buffer, for it lies in a block
 # Flags of CALL: what the caller wants back.
 WANT_VALUE = 0x10  # the value itself (remotecall_fetch)
 WANT_STORE = 0x20  # keep the value here as a Future; tell when it is there
-BY_NAME = 0x04  # the body is the name of a function, and (args, kwargs) (``wire.names``)
-BY_VALUE = 0x08  # the body is a pickled function, and (args, kwargs) (``wire.values``)
+BY_NAME = 0x04  # the body is the name of a function, and its arguments (``wire.names``)
+BY_VALUE = 0x08  # the body is a pickled function, and its arguments (``wire.values``)
 BY_ID = 0x40  # the body is (function id, args, kwargs): a function sent before by FUNC
 # Flags of CANCEL; NOT_RUN withdraws a call that has not begun, and leaves another alone.
 AT_ONCE = 0x10  # of an operation: it is done now or not at all, and the answer tells which

@@ -5,20 +5,18 @@ both sides, and that takes longer than all the rest of a short call. So function
 importable are noted here with their names, and names with where they were found.
 
 The body is the length of the name in two bytes, module and name with a zero byte between
-them, then args alone, if they are atoms (``wire.atoms``), or the pickle of (args, kwargs), or of
-(args, kwargs, what) for ``arrays.put_together``.
+them, then the arguments: a tuple of atoms (``wire.atoms``), or what ``arrays.put_together`` reads.
 """
 
 from __future__ import annotations
 
 import importlib
 import marshal
-import pickle
 import sys
 from typing import Any
 
 from shmdist.wire.arrays import put_together
-from shmdist.wire.atoms import PICKLE
+from shmdist.wire.atoms import TUPLE
 from shmdist.wire.picklers import MAIN
 
 _MOST = 1000  # functions and names that are noted
@@ -69,11 +67,9 @@ def load(body: bytes | bytearray) -> tuple[Any, Any, Any]:
         function = getattr(place[0], place[2])
     except AttributeError:
         raise AttributeError(f"Can't get attribute {place[2]!r} on {place[0]!r}") from None
-    rest = body[end:]
-    if rest[0] != PICKLE:
-        return function, marshal.loads(rest), {}
-    args, kwargs, *apart = pickle.loads(rest)
-    return function, put_together(args, apart[0]) if apart else args, kwargs
+    if body[end] == TUPLE:
+        return function, marshal.loads(body[end:]), {}
+    return function, put_together(body, end), {}
 
 
 def _find(name: bytes) -> tuple[Any, str, str]:

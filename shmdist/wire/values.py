@@ -31,7 +31,7 @@ from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from shmdist.wire.arrays import put_together
-from shmdist.wire.atoms import PICKLE
+from shmdist.wire.atoms import TUPLE
 from shmdist.wire.decorated import is_importable
 from shmdist.wire.interruptions import is_interruption
 from shmdist.wire.picklers import MAIN, Payload, PlainPickler, cloud_pickler
@@ -194,11 +194,9 @@ def load(body: bytes | bytearray) -> tuple[Any, Any, Any]:
     """
     end = 4 + int.from_bytes(body[:4], "little")
     function = pickle.loads(body[4:end])
-    rest = body[end:]
-    if rest[0] != PICKLE:
-        return function, marshal.loads(rest), {}
-    args, kwargs, *apart = pickle.loads(rest)
-    return function, put_together(args, apart[0]) if apart else args, kwargs
+    if body[end] == TUPLE:
+        return function, marshal.loads(body[end:]), {}
+    return function, put_together(body, end), {}
 
 
 class _Entry:

@@ -9,9 +9,11 @@ import collections
 import dataclasses
 import enum
 import functools
+import math
 import operator
 import os
 import pickle
+import random
 import sys
 import threading
 import traceback
@@ -565,11 +567,44 @@ def test_an_array_among_the_arguments_of_a_call_by_name() -> None:
         assert arrived.flags.writeable and arrived is not array
 
 
+@pytest.mark.parametrize("letters", ["?", "b", "u8", ">u2", "f2", "f8", "g", "F", "G"])
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 3, 4)])
+def test_the_bytes_of_an_array_are_the_last_of_a_call(letters, shape) -> None:
+    """Wherever it stands, and whatever its bytes are like; in calls by name and by value."""
+    codec.dumps(np.ones(3))
+    size = math.prod(shape) * np.dtype(letters).itemsize
+    array = np.frombuffer(bytearray(random.Random(1).randbytes(size)), "u1")
+    array = array.view(letters).reshape(shape) if letters != "?" else (array & 1).view(letters).reshape(shape)
+    before = array.tobytes()
+
+    def local(*args: Any) -> int:
+        return len(args)
+
+    for _ in range(2):  # from the second time on, its bytes are kept
+        codec.dumps_call(local, (1,), {})
+    for args in ([array], [array, "after"], [b"before", array], [1, None, array, 2.0, "([" + "\x80"]):
+        for f, kind, module in ((operator.mul, picklers.Named, names), (local, picklers.Valued, values)):
+            payload = codec.dumps_call(f, tuple(args), {})
+            assert type(payload) is kind and payload.parts[0].endswith(before)
+            called, arrived, kwargs = module.load(payload.parts[0])
+            assert called.__name__ == f.__name__ and kwargs == {} and type(arrived) is tuple
+            for sent, came in zip(args, arrived, strict=True):
+                if sent is array:
+                    assert (came.dtype, came.shape, came.tobytes()) == (sent.dtype, sent.shape, before)
+                    assert came.flags.carray
+                    came.fill(0)  # it is its receiver's own
+                else:
+                    assert came == sent
+    assert array.tobytes() == before
+
+
 @pytest.mark.parametrize(
     "array",
     [
         np.ones(1 << 14),
         np.ones((3, 3)).T[1:],
+        np.asfortranarray(np.ones((3, 3))),
+        np.frombuffer(bytearray(17), "u1")[1:].view("f8"),
         np.array([None]),
         np.array(["text"]),
         np.ones(3, "M8[s]"),
