@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from shmdist.wire.picklers import Payload
 
 WINDOW = 2  # batches of a run that a worker has at a time, at least
-_DEEPEST = 32  # and at most, when they are short
-_AHEAD = 0.0005  # seconds of work that a worker should have waiting
+_DEEPEST = 64  # and at most, when they are short
+_AHEAD = 0.001  # seconds of work that a worker should have waiting
 _MESSAGE = 15e-6  # seconds that a message costs its receiver, roughly
 _GROW = 16  # a batch is at most so many times as large as any that came back
 _LONG = 0.02  # seconds of work in a batch, at most
