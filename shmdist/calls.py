@@ -189,10 +189,12 @@ def _start_there(
 
         def ended(reply: Reply) -> None:
             future._reply = reply
-            if place.lent:
-                place.back_from_reader(node)
-            reply.done = True  # before it looks who else is to be told: who comes later finds it done
-            future._on_reply(reply)
+            try:
+                if place.lent and not place.back_at_once():
+                    node.dispatcher.start(place.back)
+            finally:
+                reply.done = True  # before it looks who else is to be told: who comes later finds it done
+                future._on_reply(reply)
 
         try:
             reply = node.request(pid, _CALL, WANT_STORE | flags, payload, callback=ended, call_id=rrid.id)
@@ -217,8 +219,9 @@ def _start_here(node: Node, f: Any, rrid: RRID, args: Any, kwargs: Any, place: P
 
     def ended(value: Any, captured: CapturedException | None) -> None:
         if place.lent:
-            place.back_from_reader(node)
+            place.back_at_once()
         node.set_value(entry, value if captured is None else captured)
+        place.back()
 
     node.dispatcher.own.begin(f, args, kwargs, task, ended)
     return future

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shmdist.runtime.strand import current
 from shmdist.wire import codec
 from shmdist.wire.messages import BY_ID
-
-if TYPE_CHECKING:
-    from shmdist.runtime.node import Node
 
 #: Set in a call that runs on this process by a pool's leave, and in the tasks that it begins: pools
 #: do not let those wait for the worker that waits for them.
@@ -86,18 +83,20 @@ class Place:
             self._back()  # it may have come before the first had begun
             raise
 
-    def back_from_reader(self, node: Node) -> None:
-        """Give the worker back, on a thread that must not block, before anybody hears of the call's end.
+    def back_at_once(self) -> bool:
+        """Give the worker back before anybody hears of the call's end; on the thread that reads.
 
-        To a pool of this process it is given before this returns, so that who has heard finds it free.
+        So who has heard of it finds the worker free.  False where that would take waiting, or run code of the
+        user's: the pool is another process's, or of the user's own kind.  Then :meth:`back` is to follow.
         """
         try:
-            if hasattr(self.pool, "_lend") and self.pool._state is not None:
-                self._back()
-                return
+            state = self.pool._state if hasattr(self.pool, "_lend") else None
+            if state is not None:
+                self.lent = False
+                self.lent = not state.give_back_from_reader(self.pid)
         except Exception:
             pass  # the pool is gone
-        node.dispatcher.start(self.back)
+        return not self.lent
 
     def _back(self) -> None:
         pool = self.pool

@@ -30,6 +30,7 @@ from shmdist.wire import codec
 from shmdist.wire.messages import Kind
 
 _OP = int(Kind.OP)
+_MOMENT = 0.05  # seconds for which the lock is waited for where nothing may block
 
 
 class PoolState(Channel):
@@ -134,22 +135,43 @@ class PoolState(Channel):
         """End a loan of `borrower`, or of whoever has `pid` if that one has not."""
         told: _Told = []
         with self._lock:
-            loans = self.loans.get(pid, [])
-            if loans:
-                loans.remove(borrower if borrower in loans else loans[0])
-            elif pid not in self.members and pid not in self._former:
-                raise ValueError(
-                    f"worker {pid} is not of this pool, which has {sorted(self.members)}: push it"
-                )
-            if not loans:
-                self._set_free(told, pid)
+            self._end_loan(told, pid, borrower)
         _tell(told)
+
+    def give_back_from_reader(self, pid: int) -> bool:
+        """End a loan of this process, on the thread that reads; False when that could not be done at once.
+
+        Other processes, to which an answer may have to be written, are told by another thread. And the thread
+        that reads may be one whose signal came while it had the lock: it must not wait for itself.
+        """
+        told: _Told = []
+        if not self._lock.acquire(timeout=_MOMENT):
+            return False
+        try:
+            self._end_loan(told, pid, self._home)
+        finally:
+            self._lock.release()
+        if told:
+            try:
+                current_node().dispatcher.start(lambda: _tell(told))
+            except RuntimeError:  # no thread can be had
+                _tell(told)
+        return True
+
+    def _end_loan(self, told: _Told, pid: int, borrower: int) -> None:
+        loans = self.loans.get(pid, [])
+        if loans:
+            loans.remove(borrower if borrower in loans else loans[0])
+        elif pid not in self.members and pid not in self._former:
+            raise ValueError(f"worker {pid} is not of this pool, which has {sorted(self.members)}: push it")
+        if not loans:
+            self._set_free(told, pid)
 
     def _set_free(self, told: _Told, pid: int) -> None:
         """Nobody has `pid`: the next who waits gets it."""
         self.loans.pop(pid, None)
-        if pid not in self.members or pid in self._items:
-            return  # it has left; or it was free already, and must not be lent twice
+        if pid not in self.members or pid in self._items or pid in current_node().graves:
+            return  # it has left, or is about to; or it was free already, and must not be lent twice
         self._show(told, pid)
         if self._takers:
             self._lend(told, pid, self._takers.popitem(last=False)[1])

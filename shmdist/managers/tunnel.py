@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 #: one piece, which grows by steps and is copied at each: with 16 MiB some transfers took 20 times as long.
 WINDOW = 1 << 22
 _CHUNK = 1 << 18  # bytes moved at once
-_PATIENCE = 3  # timeouts that a server may not answer while its kernel does
+_PATIENCE = 1.5  # timeouts that a server may not answer while its kernel does
 
 
 class Pulse:
@@ -61,7 +61,7 @@ class Pulse:
 
         That is an answer, and whatever else the kernel there sends: after a stall either side may wait
         for long before it sends again what was lost, and an answer waits behind that.  A server that hangs
-        has a kernel too, so without any answer this is good for a few times the timeout only.
+        has a kernel too, so without any answer this is good for somewhat more than the timeout only.
         """
         sock = self._transport.sock
         if isinstance(sock, socket.socket) and time.monotonic() - self._answered < _PATIENCE * self._seconds:

@@ -32,7 +32,8 @@ So in all the cases that matter:
 - *stopped, or holding its interpreter for minutes*: kernel and server answer; alive.
 - *not reading*, so that a write to it is blocked: its kernel goes on asking whether we are
   alive, and these questions count as signs; alive.
-- *an SSH server that hangs*: its kernel answers for it; silent when that was so three times as long.
+- *an SSH server that hangs, or is behind a proxy* and is gone: the kernel at the other end of the
+  connection answers for it; silent after no more than two and a half times as long.
 - *held up ourselves*: a look counts for no more than the time between two looks.
 
 Through a login the worker's own kernel talks with the SSH server beside it, which does not

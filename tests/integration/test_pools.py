@@ -2,6 +2,8 @@
 
 import contextlib
 import operator
+import os
+import signal
 import threading
 
 import pytest
@@ -104,6 +106,46 @@ def test_who_hears_of_a_calls_end_finds_its_worker_free(cluster, kind, here):
         for thread in threads:
             thread.join()
     assert len(seen) == 300 and all(seen)
+
+
+def test_no_dead_worker_is_lent(fresh):
+    """To who waits when it dies in a call of the pool's."""
+    pids = fresh(2)
+    pool = sd.WorkerPool(pids)
+    gate = sd.RemoteChannel(lambda: sd.Channel(1))
+    busy = [sd.remotecall(gate.take, pool) for _ in pids]
+    waiting = [sd.async_(sd.remotecall_fetch, whom, pool) for _ in range(4)]
+    until(lambda: len(pool._state._takers) == 4)
+    os.kill(sd.remotecall_fetch(os.getpid, pids[0]), signal.SIGKILL)
+    with pytest.raises(sd.ProcessExitedException):
+        busy[0].fetch(timeout=5)
+    until(lambda: pool.workers() == pids[1:])
+    assert len(pool._state._takers) == 4
+    gate.put("through")
+    assert busy[1].fetch(timeout=5) == "through"
+    assert [each.fetch(timeout=5) for each in waiting] == pids[1:] * 4
+    assert pool.isready()
+
+
+def test_who_reads_waits_for_nobody(cluster):
+    """Other processes that wait for a worker are told by another thread, and the lock is not waited for."""
+    state = sd.WorkerPool(cluster[:1])._state
+    told = []
+
+    class Elsewhere:
+        borrower = cluster[1]
+
+        def resolve(self, pid):
+            told.append((pid, threading.get_ident()))
+
+    pid = state.take(1)
+    state.take_async(Elsewhere())
+    assert state.give_back_from_reader(pid)
+    until(lambda: told)
+    assert told[0][0] == pid and told[0][1] != threading.get_ident()
+    with state._lock, within(1):
+        assert not state.give_back_from_reader(pid)
+    assert state.loans == {pid: [cluster[1]]}
 
 
 def _call_until(stop, pid):
