@@ -19,7 +19,7 @@ from typing import Any
 ATOMS = frozenset({int, float, str, type(None), bool, bytes, complex})
 FORMAT = 2
 PICKLE = 0x80  # the first byte of every pickle of protocol 2 and later
-TUPLE, LIST = b"(["  # that of a tuple, and of a list, which no atom is
+TUPLE = ord("(")  # that of a tuple as marshal writes it
 
 
 def loads(body: Any) -> Any:

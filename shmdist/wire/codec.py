@@ -80,17 +80,16 @@ def dumps_call(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload
             elif kind in _SIZED and len(value) > _SMALL:
                 break
         else:
-            name = names.head(f)
-            if name is not None:
-                if apart is None:
-                    return Named(name + marshal.dumps(args, FORMAT))
-                return Named(b"".join((name, marshal.dumps(apart, FORMAT), args[apart[1]])))
-            value = values.kept(f)
-            if value is not None:
-                if apart is None:
-                    return Valued(value.head + marshal.dumps(args, FORMAT))
-                return Valued(b"".join((value.head, marshal.dumps(apart, FORMAT), args[apart[1]])))
-            return dumps((f, args, kwargs), "the call")
+            made: type[Short] = Named
+            head = names.head(f)
+            if head is None:
+                value = values.kept(f)
+                if value is None:
+                    return dumps((f, args, kwargs), "the call")
+                head, made = value.head, Valued
+            if apart is None:
+                return made(head + marshal.dumps(args, FORMAT))
+            return made(b"".join((head, marshal.dumps(apart, FORMAT), args[apart[1]])))
     value = values.kept(f)
     # What goes by value in the arguments may be the function, or be used by it: then all goes as one.
     payload = None if value is None else _dumps_plainly((value, args, kwargs))
