@@ -9,13 +9,14 @@ N ?= 20
 ARGS ?=
 export PYTHON
 
-.PHONY: help demo test bench check stress clean
+.PHONY: help demo test bench check check-pythons stress clean
 
 help:
 	@echo "make demo    the main example: handwritten digits, beside numpy alone and multiprocessing.Pool"
 	@echo "make test    all tests but the stress tests"
 	@echo "make bench   the benchmarks, each beside its peers"
 	@echo "make check   ruff, mypy and the layers of the package"
+	@echo "make check-pythons  a fast part of the tests with Python 3.12 and 3.13, where they are"
 	@echo "make stress  the stress tests, N=$(N) times in a row"
 	@echo "make clean   remove what the others made"
 
@@ -39,6 +40,9 @@ check:
 	@$(BIN)/python -m mypy
 	@$(BIN)/python -m pytest -q tests/test_layers.py
 
+check-pythons:
+	@tools/check_pythons
+
 stress:
 	@tools/venv $(VENV) test
 	@round=1; while [ $$round -le $(N) ]; do \
@@ -48,5 +52,5 @@ stress:
 	done
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-3.* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import shmdist as sd
-from shmdist.wire import door
+from shmdist.transport import listener
 from tests.integration import sshd
 
 MIB = 1 << 20
@@ -33,7 +33,7 @@ class ByTCP(sd.LocalManager):
         return {**super().default_params(), "restrict": False}
 
     def connect(self, id, config):
-        return door.knock(config.connect_at)
+        return listener.connect(("tcp", (config.bind_addr, config.port)))
 
 
 @pytest.fixture(scope="module")

@@ -8,25 +8,39 @@ The script runs as ``__main__`` in this process, and finds the workers there::
 
 from __future__ import annotations
 
+import argparse
+import importlib.machinery
+import os
 import sys
+from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
 
 def main(arguments: list[str]) -> None:
     """Run the command that `arguments` names."""
     if arguments[:1] == ["worker"]:
-        import shmdist.owners  # noqa: F401 - what a worker answers besides calls
-        from shmdist.runtime.worker import start_worker
+        if arguments[1:]:
+            _parser().error(f"worker takes no arguments, not {' '.join(arguments[1:])}")
+        import shmdist.references.server  # noqa: F401 - what a worker answers besides calls
+        from shmdist.worker.main import start_worker
 
         start_worker()
         return
-    options = _options(arguments)
-    machines = _machines(options.machine_file) if options.machine_file else []
-    _run(options.script, options.arguments, options.count, machines)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        code = _read_script(options.script)
+        machines = _machines(options.machine_file) if options.machine_file else []
+    except _UsageError as error:
+        parser.error(str(error))
+    _run(options.script, code, options.arguments, options.count, machines)
 
 
-def _options(arguments: list[str]) -> Any:
-    import argparse
+class _UsageError(Exception):
+    """What was wrong in the command, as the user is told."""
+
+
+def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         "python -m shmdist", description="Run a script with workers; or, as `worker`, be one."
@@ -46,47 +60,113 @@ def _options(arguments: list[str]) -> Any:
     )
     parser.add_argument("script", help="a Python file")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what the script finds in sys.argv")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def _count(text: str) -> int | None:
     """Return the number of local workers that is asked for, None for one for each CPU."""
     if text == "auto":
         return None
-    count = int(text)
-    if count < 0:
-        raise ValueError(text)
-    return count
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"N is a number of workers, 0 or more, or auto, not {text!r}")
+    return int(text)
 
 
 def _machines(path: str) -> list[Any]:
     """Return the machines that a file names."""
+    from shmdist.managers.ssh.host_spec import parse_machine
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _UsageError(f"the machine file {path!r} cannot be read: {_reason(error)}") from None
     machines: list[Any] = []
-    with open(path) as file:
-        for line in file:
-            text = line.partition("#")[0].strip()
-            count, star, machine = text.partition("*")
-            if star:
-                machines.append((machine.strip(), int(count) if count.strip() != "auto" else "auto"))
-            elif text:
-                machines.append(text)
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        count, star, machine = text.partition("*")
+        try:
+            item: Any = text if not star else (machine.strip(), _count(count.strip()) or "auto")
+            if star and count.strip() != "auto" and not int(count):
+                raise ValueError("COUNT is 1 or more, or auto")
+            parse_machine(item)
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            raise _UsageError(f"line {number} of the machine file {path!r}, {text!r}: {error}") from None
+        machines.append(item)
     return machines
 
 
-def _run(script: str, arguments: list[str], count: int | None, machines: list[Any]) -> None:
-    """Add the workers and run the script."""
-    import os
-    import runpy
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
+
+def _read_script(script: str) -> CodeType | None:
+    """Return the code of a script; None of a folder or archive, whose ``__main__.py`` is to run."""
+    import io
+    import zipfile
+
+    path = os.path.abspath(script)
+    try:
+        if os.path.isdir(path):
+            if not os.path.exists(os.path.join(path, "__main__.py")):
+                raise _UsageError(f"the script {script!r} is a folder without a __main__.py")
+            return None
+        with io.open_code(path) as file:
+            source = file.read()
+    except OSError as error:
+        raise _UsageError(f"the script {script!r} cannot be read: {_reason(error)}") from None
+    if zipfile.is_zipfile(path):
+        return None
+    try:
+        return compile(source, path, "exec", dont_inherit=True)
+    except BaseException:
+        _hide_our_frames(None)
+        raise
+
+
+def _run(
+    script: str, code: CodeType | None, arguments: list[str], count: int | None, machines: list[Any]
+) -> None:
+    """Add the workers and run the script, in all that it can see as Python itself would."""
     from shmdist.cluster import addprocs
 
     sys.argv = [script, *arguments]
-    sys.path[0] = os.path.dirname(os.path.abspath(script))  # as Python does; and the workers' is a copy
+    if not sys.flags.safe_path:  # the workers' path is a copy of ours
+        path = os.path.realpath(script)
+        sys.path[0] = path if code is None else os.path.dirname(path)
     if count != 0:
         addprocs(count)
     if machines:
         addprocs(machines)
-    runpy.run_path(script, run_name="__main__")
+    if code is None:
+        import runpy
+
+        runpy.run_path(script, run_name="__main__")
+        return
+    # It stays: threads of the script, and what is run at exit, look there for its names.
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    path = os.path.abspath(script)
+    loader = importlib.machinery.SourceFileLoader("__main__", path)
+    main.__dict__.update(__builtins__=__builtins__, __file__=path, __cached__=None, __loader__=loader)
+    try:
+        exec(code, main.__dict__)
+    except BaseException:
+        _hide_our_frames(code)
+        raise
+
+
+def _hide_our_frames(code: CodeType | None) -> None:
+    """Let the traceback of what ends the program begin in the script, whose code this is."""
+    shown = sys.excepthook  # Python's, or one that the script has set
+
+    def show(kind: type[BaseException], error: BaseException, tb: TracebackType | None) -> None:
+        while tb is not None and tb.tb_frame.f_code is not code:
+            tb = tb.tb_next
+        shown(kind, error.with_traceback(tb), tb)
+
+    sys.excepthook = show
 
 
 if __name__ == "__main__":

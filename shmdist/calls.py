@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
-from shmdist.errors import CapturedException, RemoteException, capture, remote_exception
-from shmdist.futures import Future, LocalTask
-from shmdist.places import Place
+from shmdist._ending import VOID
+from shmdist._firmly import firmly
+from shmdist.errors import CapturedException, RemoteException, local_exception
+from shmdist.refcount.table import RRID, AlreadySet
+from shmdist.references.future import Future, LocalTask
+from shmdist.runtime.call_target import USAGE, CallTarget, check_callable
+from shmdist.runtime.interrupts import current, finalizing, is_interrupt
 from shmdist.runtime.node import Node, current_node, name_of
-from shmdist.runtime.reftable import RRID
-from shmdist.runtime.replies import Reply
-from shmdist.runtime.strand import current, is_interrupt
-from shmdist.wire import codec
-from shmdist.wire.link import LinkClosed, SendInterrupted
-from shmdist.wire.messages import WANT_STORE, WANT_VALUE, Kind
+from shmdist.runtime.replies import PendingReply
+from shmdist.serialization import codec
+from shmdist.serialization.atoms import ATOMS
+from shmdist.serialization.local_copy import local_copy
+from shmdist.transport.link import LinkClosed, SendInterrupted
+from shmdist.transport.messages import WANT_STORE, WANT_VALUE, Kind
 
 _CALL = int(Kind.CALL)
 _T = TypeVar("_T")
-
-
-def _check(f: Any, name: str) -> None:
-    if not callable(f):
-        raise TypeError(f"{name}(f, where, *args): f must be callable, not {f!r:.80}")
 
 
 def remotecall_fetch(f: Callable[..., _T], where: Any, /, *args: Any, **kwargs: Any) -> _T:
@@ -37,7 +37,7 @@ def remotecall_fetch(f: Callable[..., _T], where: Any, /, *args: Any, **kwargs: 
     where : int or worker pool
         Process id; this process's own runs it here. Of a pool, a free worker.
     *args, **kwargs
-        For `f`. The worker gets copies; the caller may change his when this returns.
+        For `f`. It gets copies, also on this process; the caller may change his when this returns.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def remotecall_fetch(f: Callable[..., _T], where: Any, /, *args: Any, **kwargs: 
     if type(where) is not int or where == node.pid:
         value: _T = _fetch_slowly(node, f, where, args, kwargs)
         return value
-    _check(f, "remotecall_fetch")
+    check_callable(f, "remotecall_fetch", where)
     value = _ask(node, f, where, WANT_VALUE, codec.dumps_call(f, args, kwargs))
     return value
 
@@ -91,8 +91,8 @@ def _ask(node: Node, f: Any, pid: int, flags: int, payload: codec.Payload) -> An
 
 def _fetch_slowly(node: Node, f: Any, where: Any, args: Any, kwargs: Any) -> Any:
     """The rarer forms of remotecall_fetch: on a pool, or on this process."""
-    _check(f, "remotecall_fetch")
-    place = Place(where, "remotecall_fetch")
+    check_callable(f, "remotecall_fetch", where)
+    place = CallTarget(where, "remotecall_fetch")
     try:
         if place.pool is not None:
             place.lend()
@@ -102,14 +102,23 @@ def _fetch_slowly(node: Node, f: Any, where: Any, args: Any, kwargs: Any) -> Any
         own = node.dispatcher.own
         if own.begun != own.made:
             own.catch_up()
+        args, kwargs = _own_arguments(args, kwargs)
         try:
             return f(*args, **kwargs) if place.pool is None else place.run_nested(f, args, kwargs)
         except BaseException as error:
             if is_interrupt(error):
                 raise
-            raise remote_exception(node.pid, capture(error)) from error
+            told = local_exception(node.pid, error)
+            if told is error:
+                raise
+            raise told from None  # its traceback is that of the cause as well
     finally:
-        place.back()
+        try:
+            place.back()
+        except BaseException as error:  # an interrupt may have come before it began
+            place.back()
+            if not isinstance(error, Exception):
+                raise
 
 
 def remotecall(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) -> Future:
@@ -143,12 +152,12 @@ def remotecall(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) 
     >>> remotecall(pow, 1, 2, 10).fetch()
     1024
     """
-    _check(f, "remotecall")
-    place = Place(where, "remotecall")
+    check_callable(f, "remotecall", where)
+    place = CallTarget(where, "remotecall")
     return _start(f, place, args, kwargs)
 
 
-def _start(f: Any, place: Place, args: Any, kwargs: Any) -> Future:
+def _start(f: Any, place: CallTarget, args: Any, kwargs: Any) -> Future:
     """Begin a call whose value stays where it runs; at its end a pool gets its worker back."""
     node = current_node()
     rrid = RRID(node.pid, next(node.call_ids))
@@ -158,6 +167,7 @@ def _start(f: Any, place: Place, args: Any, kwargs: Any) -> Future:
             place.lend()
         pid = place.pid
         if pid == node.pid:
+            args, kwargs = _own_arguments(args, kwargs)
             strand = current()
             strand.enter()
             try:
@@ -170,7 +180,7 @@ def _start(f: Any, place: Place, args: Any, kwargs: Any) -> Future:
             flags, payload = place.payload(f, args, kwargs)
             future = _start_there(node, what, rrid, place, flags, payload)
     except BaseException:
-        place.back()
+        firmly(place.back)
         raise
     for group in _groups():
         group.append(future)
@@ -178,7 +188,7 @@ def _start(f: Any, place: Place, args: Any, kwargs: Any) -> Future:
 
 
 def _start_there(
-    node: Node, what: str, rrid: RRID, place: Place, flags: int, payload: codec.Payload
+    node: Node, what: str, rrid: RRID, place: CallTarget, flags: int, payload: codec.Payload
 ) -> Future:
     """Send a call whose value stays where it runs."""
     pid = place.pid
@@ -187,11 +197,11 @@ def _start_there(
     try:
         future = Future._of_call(rrid, pid, what)
 
-        def ended(reply: Reply) -> None:
+        def ended(reply: PendingReply) -> None:
             future._reply = reply
             try:
                 if place.lent and not place.back_at_once():
-                    node.dispatcher.start(place.back)
+                    node.dispatcher.soon(place.back)
             finally:
                 reply.done = True  # before it looks who else is to be told: who comes later finds it done
                 future._on_reply(reply)
@@ -201,7 +211,8 @@ def _start_there(
         except BaseException as error:
             stopped = error.__context__
             if isinstance(stopped, SendInterrupted) and not stopped.begun:
-                future._held = False  # the call never left: its owner counts no such reference
+                assert future._count is not None
+                future._count.__del__ = VOID  # the call never left: its owner counts no such reference
             raise
         if future._reply is None:
             future._reply = reply
@@ -210,20 +221,32 @@ def _start_there(
     return future
 
 
-def _start_here(node: Node, f: Any, rrid: RRID, args: Any, kwargs: Any, place: Place) -> Future:
+def _own_arguments(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return the arguments for a call that this process makes to itself: copies, as a worker gets."""
+    if not kwargs:
+        if len(args) == 1:
+            [value] = args
+            return args if type(value) in ATOMS else (local_copy(value),), kwargs
+        return local_copy(args), kwargs
+    copied: tuple[Any, Any] = local_copy((args, kwargs))
+    return copied
+
+
+def _start_here(node: Node, f: Any, rrid: RRID, args: Any, kwargs: Any, place: CallTarget) -> Future:
     """Begin a call on a thread of this process; the caller is inside the runtime."""
+    future = Future._of_call(rrid, node.pid, name_of(f))  # first: the entry lives as long as it
     entry = node.create(rrid, "future", node.pid)
-    future = Future._of_call(rrid, node.pid, name_of(f))
 
     task = future._local = LocalTask()
 
     def ended(value: Any, captured: CapturedException | None) -> None:
         if place.lent:
             place.back_at_once()
-        node.set_value(entry, value if captured is None else captured)
+        with contextlib.suppress(AlreadySet):  # it was cancelled
+            node.set_value(entry, value if captured is None else captured)
         place.back()
 
-    node.dispatcher.own.begin(f, args, kwargs, task, ended)
+    node.dispatcher.own.begin(node.tasks.context.new().run, (f, *args), kwargs, task, ended)
     return future
 
 
@@ -253,7 +276,10 @@ def remotecall_wait(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: 
     >>> remotecall_wait(pow, 1, 2, 3).isready()
     True
     """
-    return remotecall(f, where, *args, **kwargs).wait()
+    check_callable(f, "remotecall_wait", where)
+    future = _start(f, CallTarget(where, "remotecall_wait"), args, kwargs).wait()
+    future._raise_failure()
+    return future
 
 
 def remote_do(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) -> None:
@@ -270,14 +296,27 @@ def remote_do(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) -
     --------
     >>> remote_do(abs, 1, -3)
     """
-    _check(f, "remote_do")
-    place = Place(where, "remote_do")
+    check_callable(f, "remote_do", where)
+    try:
+        _do(f, where, args, kwargs)
+    except Exception:
+        if not finalizing():
+            raise
+        current_node().hand_over(lambda: _do(f, where, args, kwargs))
+
+
+def _do(f: Any, where: Any, args: Any, kwargs: Any) -> None:
+    """Send a call whose outcome is dropped, or begin it here."""
+    place = CallTarget(where, "remote_do")
     node = current_node()
     try:
         if place.pool is not None:
             place.lend()
         if place.pid == node.pid:
-            node.dispatcher.own.begin(f, args, kwargs, LocalTask(), _tell_failure)
+            args, kwargs = _own_arguments(args, kwargs)
+            node.dispatcher.own.begin(
+                node.tasks.context.new().run, (f, *args), kwargs, LocalTask(), _tell_failure
+            )
             return
         flags, payload = place.payload(f, args, kwargs)
         strand = current()
@@ -291,7 +330,7 @@ def remote_do(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) -
         finally:
             strand.leave()
     finally:
-        place.back()
+        firmly(place.back)
 
 
 def _tell_failure(value: Any, captured: CapturedException | None) -> None:
@@ -326,7 +365,9 @@ def remote(pool: Any = None, f: Any = None) -> Any:
     """
     if f is None:
         pool, f = None, pool
-    _check(f, "remote")
+    check_callable(f, "remote", pool)
+    if pool is not None:
+        CallTarget(pool, "remote")
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return remotecall_fetch(f, _default_pool() if pool is None else pool, *args, **kwargs)
@@ -344,10 +385,12 @@ _any_worker: Callable[[], int] = lambda: current_node().pid  # noqa: E731 - like
 
 
 def _pid_of(pid: Any, name: str) -> int:
-    if pid in ("any", ":any"):
+    if isinstance(pid, str) and pid in ("any", ":any"):
         return _any_worker()
     if isinstance(pid, bool) or not hasattr(pid, "__index__"):
-        raise TypeError(f"{name}: the place must be a process id or 'any', not {pid!r:.80}")
+        raise TypeError(
+            f"{USAGE[name]}: pid must be a process id, which is an integer, or 'any', not {pid!r:.80}"
+        )
     index: int = pid.__index__()
     return index
 
@@ -387,8 +430,8 @@ def spawnat(pid: Any, f: Callable[..., Any] | None = None, /, *args: Any, **kwar
         if args or kwargs:
             raise TypeError("spawnat(pid, f, *args): the function is missing")
         return lambda body: spawnat(pid, body)
-    _check(f, "spawnat")
-    return _start(f, Place(_pid_of(pid, "spawnat"), "spawnat"), args, kwargs)
+    check_callable(f, "spawnat", pid)
+    return _start(f, CallTarget(_pid_of(pid, "spawnat"), "spawnat"), args, kwargs)
 
 
 def spawn(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
@@ -405,8 +448,8 @@ def spawn(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
     >>> spawn(sum, [1, 2, 3]).fetch()
     6
     """
-    future: Future = spawnat("any", f, *args, **kwargs)
-    return future
+    check_callable(f, "spawn", args[0] if args else None)
+    return _start(f, CallTarget(_any_worker(), "spawn"), args, kwargs)
 
 
 def fetchfrom(pid: Any, f: Callable[..., _T], /, *args: Any, **kwargs: Any) -> _T:
@@ -421,6 +464,7 @@ def fetchfrom(pid: Any, f: Callable[..., _T], /, *args: Any, **kwargs: Any) -> _
     >>> fetchfrom(1, len, "abc")
     3
     """
+    check_callable(f, "fetchfrom", pid)
     return remotecall_fetch(f, _pid_of(pid, "fetchfrom"), *args, **kwargs)
 
 
@@ -436,7 +480,8 @@ def fetchany(f: Callable[..., _T], /, *args: Any, **kwargs: Any) -> _T:
     >>> fetchany(len, "abcd")
     4
     """
-    return fetchfrom("any", f, *args, **kwargs)
+    check_callable(f, "fetchany", args[0] if args else None)
+    return remotecall_fetch(f, _any_worker(), *args, **kwargs)
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Members of the cluster: adding and removing workers, and asking who is there."""
+"""Adds and removes workers, and tells which processes are in the cluster."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from shmdist.errors import ShmdistError
+from shmdist._timeouts import seconds
+from shmdist.errors import ShmdistError, no_workers_left
 from shmdist.managers.base import ClusterManager
 from shmdist.managers.local import LocalManager
-from shmdist.managers.ssh import SSHManager
-from shmdist.membership import Cluster
-from shmdist.runtime.node import current_node
-from shmdist.runtime.strand import current
-from shmdist.wire.messages import Kind
+from shmdist.managers.ssh.manager import SSHManager
+from shmdist.membership.controller import ClusterController
+from shmdist.runtime.interrupts import current
+from shmdist.runtime.node import current_node, process_id
+from shmdist.transport.messages import Kind
 
 _TOPOLOGIES = ("all_to_all", "master_worker", "custom")
 
@@ -36,25 +37,25 @@ class WorkerList(list[int]):
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        alive = set(workers())
-        left = [pid for pid in self if pid in alive and pid != 1]
-        if left:
-            rmprocs(*left)
+        node = current_node()
+        members = [pid for pid in self if pid in node.peers or pid in node.leaving]
+        if members:  # those that died as well: from here on the program does without them
+            rmprocs(*members)
 
 
-def _cluster(what: str) -> Cluster:
+def _cluster(what: str) -> ClusterController:
     """Return process 1's cluster; elsewhere it is an error."""
     node = current_node()
     if node.pid != 1:
         raise ShmdistError(
             f"only process 1 can {what}, and this is process {node.pid}: use remotecall(..., 1)"
         )
-    cluster: Cluster | None = node.settings.get("cluster")
+    cluster: ClusterController | None = node.settings.get("cluster")
     if cluster is None:
-        with node.lock:
+        with current(), node.lock:
             cluster = node.settings.get("cluster")
             if cluster is None:
-                cluster = node.settings["cluster"] = Cluster(node)
+                cluster = node.settings["cluster"] = ClusterController(node)
     return cluster
 
 
@@ -113,6 +114,11 @@ def addprocs(n: Any = None, **params: Any) -> WorkerList:
     2
     """
     cluster = _cluster("add processes")
+    if current_node().closed or cluster.node.closed:
+        raise ShmdistError(
+            "the program ends, and its workers have ended: no more can be added. Have an atexit handler "
+            "that needs workers registered after the first addprocs(), then it runs before their end"
+        )
     if n is None or (hasattr(n, "__index__") and not isinstance(n, bool)):
         manager: ClusterManager = LocalManager(n)
     elif isinstance(n, ClusterManager):
@@ -167,21 +173,26 @@ def rmprocs(*pids: Any, waitfor: float | None = None) -> Any:
     """
     cluster = _cluster("remove processes")
     wanted = _pids(pids)
-    if waitfor is not None and not waitfor >= 0:  # nor is it NaN
+    limit = seconds(waitfor, "waitfor")
+    if waitfor is not None and waitfor < 0:
         raise ValueError(f"waitfor must be seconds, 0 or more, not {waitfor!r}")
     if 1 in wanted:
         raise ValueError("process 1 cannot be removed")
     node = current_node()
     for pid in wanted:
-        if pid not in cluster.members and pid not in node.graves:
+        if pid not in cluster.members and pid not in node.lost_processes:
             raise ValueError(f"there is no worker {pid}; the workers are {sorted(cluster.members)}")
-    if waitfor == 0:
+    if wanted:
+        cluster.settled |= node.leaving
+    if limit == 0:
+        with current():
+            cluster.ask_to_exit(wanted)  # now: what follows must not choose them
         return _in_background(lambda: _remove(cluster, wanted, None))
-    _remove(cluster, wanted, waitfor)
+    _remove(cluster, wanted, limit)
     return None
 
 
-def _remove(cluster: Cluster, pids: list[int], waitfor: float | None) -> None:
+def _remove(cluster: ClusterController, pids: list[int], waitfor: float | None) -> None:
     strand = current()
     strand.enter()
     try:
@@ -204,10 +215,10 @@ def _pids(pids: Sequence[Any]) -> list[int]:
     for pid in pids:
         if hasattr(pid, "__index__") and not isinstance(pid, bool):
             flat.append(pid.__index__())
-        elif isinstance(pid, str):
-            raise TypeError(f"process ids are integers, not {pid!r}")
         elif hasattr(pid, "workers") and callable(pid.workers):
             flat += pid.workers()
+        elif isinstance(pid, (str, bytes)) or not hasattr(pid, "__iter__"):
+            raise TypeError(f"process ids are integers, not {pid!r:.80}")
         else:
             flat += _pids(tuple(pid))
     return list(dict.fromkeys(flat))
@@ -215,11 +226,35 @@ def _pids(pids: Sequence[Any]) -> list[int]:
 
 def _alive() -> list[int]:
     node = current_node()
-    leaving: list[int] = []
-    cluster = node.settings.get("cluster")
-    if cluster is not None:
-        leaving = [pid for pid, member in list(cluster.members.items()) if member.leaving]
+    leaving = node.leaving
     return sorted(pid for pid in list(node.peers) if pid not in leaving)
+
+
+def _fallen() -> list[int]:
+    """Return the workers that have died, when there are no others; on process 1, which knows."""
+    cluster: ClusterController | None = current_node().settings.get("cluster")
+    return [] if cluster is None or workers() != [1] else cluster.fallen()
+
+
+def _usable_workers() -> list[int]:
+    """Return the workers, ``[1]`` when there never were any or all were removed.
+
+    Raises
+    ------
+    ShmdistError
+        All have died. The program has to know: what killed them would run on process 1 next.
+    """
+    pids = workers()
+    if pids == [1]:
+        fallen = _fallen()
+        if fallen:
+            raise no_workers_left(current_node().deaths(fallen), _cure(fallen))
+    return pids
+
+
+def _cure(fallen: list[int]) -> str:
+    """Return what a program can do when workers have died that nothing is left without."""
+    return f"addprocs() adds others, rmprocs({fallen[-1]}) lets process 1 do their work"
 
 
 def procs(pid: int | None = None) -> list[int]:
@@ -238,6 +273,7 @@ def procs(pid: int | None = None) -> list[int]:
     if pid is None:
         return alive
     node = current_node()
+    pid = process_id(pid)
     node.check_member(pid)
     host = node.peers[pid].host
     return [other for other in alive if node.peers[other].host == host]

@@ -1,21 +1,23 @@
-"""Every exception a user of shmdist can meet; how they travel between processes is in `_captured`."""
+"""Every public exception; ``_exceptions`` sends them to other processes."""
 
 from __future__ import annotations
 
-from shmdist._captured import (
+from shmdist._exceptions import (
     CapturedException,
     RemoteException,
     ShmdistError,
     _safe_str,
     capture,
-    rebuild_exception,
-    reduce_exception,
+    join_tracebacks,
+    local_exception,
     remote_exception,
 )
+from shmdist._rebuilding import add_note, drop_tracebacks, rebuild_exception, reduce_exception
 
 TYPE_CHECKING = False  # Not from typing: this file is on the start-up path of every worker.
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
 __all__ = [
     "AuthenticationError",
@@ -28,8 +30,13 @@ __all__ = [
     "SerializationError",
     "ShmdistError",
     "VersionMismatch",
+    "add_note",
     "capture",
     "describe_exit",
+    "drop_tracebacks",
+    "join_tracebacks",
+    "local_exception",
+    "no_workers_left",
     "rebuild_exception",
     "reduce_exception",
     "remote_exception",
@@ -102,16 +109,9 @@ class ProcessExitedException(ShmdistError):
     def __str__(self) -> str:
         known = [f"host {self.host}"] if self.host else []
         known += [f"OS pid {self.ospid}"] if self.ospid is not None else []
-        text = f"process {self.pid}" + (f" ({', '.join(known)})" if known else "")
-        if self.signal:
-            text += f" was killed by {self.signal}"
-        elif self.exitcode is not None:
-            text += f" exited with code {self.exitcode}"
-        elif self.what == SILENCE:
-            text += " is lost: nothing came from its host for SHMDIST_HEARTBEAT_TIMEOUT seconds; "
-            return text + "is it switched off, suspended, or cut off?" + _tail_text(self.stderr_tail)
-        else:
-            text += " closed its connection"
+        text = f"process {self.pid}" + (f" ({', '.join(known)})" if known else "") + f" {self.ending}"
+        if self.what == SILENCE and not self.signal and self.exitcode is None:
+            return text + "; is it switched off, suspended, or cut off?" + _tail_text(self.stderr_tail)
         text += f" during {self.what}" if self.what else ""
         if self.oom:
             text += "; probably out of memory: the system ended a process of this group to free some. "
@@ -119,6 +119,36 @@ class ProcessExitedException(ShmdistError):
         elif self.signal == "SIGKILL" and self.what != REMOVAL:
             text += "; SIGKILL often means the system ran out of memory"
         return text + _tail_text(self.stderr_tail)
+
+    @property
+    def ending(self) -> str:
+        """How it went, in a few words: ``"exited with code 3"``."""
+        if self.signal:
+            return f"was killed by {self.signal}"
+        if self.exitcode is not None:
+            return f"exited with code {self.exitcode}"
+        if self.what == SILENCE:
+            return "is lost: nothing came from its host for SHMDIST_HEARTBEAT_TIMEOUT seconds"
+        return "closed its connection (exit status unknown)"
+
+
+def no_workers_left(deaths: Sequence[Any], cure: str) -> ShmdistError:
+    """Return the error of work for which there is no worker, because all have died.
+
+    Parameters
+    ----------
+    deaths : sequence of ProcessExitedException
+        How they went.
+    cure : str
+        What the program can do about it.
+    """
+    told = [f"process {death.pid} {death.ending}" for death in deaths]
+    if len(told) > _TOLD:
+        told[_TOLD:] = [f"and {len(told) - _TOLD} more"]
+    return ShmdistError(f"no workers left ({len(deaths)} died: {', '.join(told)}); {cure}")
+
+
+_TOLD = 8  # deaths named in one text, at most
 
 
 def _tail_text(lines: Sequence[str]) -> str:
@@ -203,6 +233,10 @@ class ChannelClosed(ShmdistError):
     """
 
     __module__ = "shmdist"
+
+
+class FinalizerError(ShmdistError):
+    """A finalizer asked for what it cannot have where it runs; no outcome of what it asked about."""
 
 
 class SerializationError(ShmdistError):

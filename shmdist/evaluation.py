@@ -1,28 +1,31 @@
-"""Code that is run by all processes: ``everywhere`` and ``remotecall_eval``."""
+"""``everywhere`` and ``remotecall_eval``: code that all processes run."""
 
 from __future__ import annotations
 import __future__
 
 import ast
 import builtins
+import dis
 import functools
 import importlib
 import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-from shmdist.calls import remotecall, remotecall_fetch
+from shmdist._parsing import parsing
+from shmdist.calls import remote_do, remotecall, remotecall_fetch
 from shmdist.cluster import _pids, procs
-from shmdist.errors import CompositeException, RemoteException, SerializationError, capture, remote_exception
-from shmdist.futures import Future
+from shmdist.errors import CompositeException, RemoteException, SerializationError, local_exception
+from shmdist.references.future import Future
+from shmdist.runtime.interrupts import is_interrupt
 from shmdist.runtime.node import current_node
-from shmdist.runtime.strand import is_interrupt
-from shmdist.shipping import Shipped
-from shmdist.wire import codec
+from shmdist.scheduling.function_broadcast import BroadcastFunction
+from shmdist.serialization import codec, definitions
+from shmdist.serialization.modules import MAIN
 
 #: The flags of all that a `from __future__` import changes.
 _FUTURES = functools.reduce(
@@ -35,21 +38,81 @@ def _module(name: str) -> ModuleType:
     return module if module is not None else importlib.import_module(name)
 
 
-def _run(code: str, bindings: dict[str, Any], module_name: str) -> Any:
-    """Run code in a module of this process; returns the value of its last expression."""
+class _Call(NamedTuple):
+    """A call of `everywhere`, as all its processes see it."""
+
+    token: tuple[int, int]  # see `serialization.definitions`
+    pids: list[int]
+    package: str | None  # against which relative imports resolve, as in the program
+
+
+def _call(pids: list[int]) -> _Call:
+    node = current_node()
+    package = getattr(sys.modules["__main__"], "__package__", None)
+    return _Call((node.pid, next(node.call_ids)), pids, package or None)
+
+
+def _run(
+    code: str, bindings: dict[str, Any], module_name: str, call: _Call | None = None
+) -> tuple[Any, list[str]]:
+    """Run code in a module of this process.
+
+    Returns
+    -------
+    value : object
+        That of its last expression.
+    names : list of str
+        What it has set, when the module is ``__main__``.
+    """
     namespace = _module(module_name).__dict__
+    if namespace is not sys.modules["__main__"].__dict__ or call is None:
+        return _execute(code, bindings, namespace), []
+    if call.package and not namespace.get("__package__"):
+        namespace["__package__"] = call.package
+    before = namespace.copy()
+    try:
+        value = _execute(code, bindings, namespace)
+    finally:
+        names = _note_set(code, before, {**namespace}, bindings, call)
+    return value, names
+
+
+def _note_set(
+    code: str, before: dict[str, Any], after: dict[str, Any], bindings: dict[str, Any], call: _Call
+) -> list[str]:
+    """Note the names that code has set in ``__main__``; those set to what they were before as well."""
+    stored = {
+        each.argval
+        for each in dis.get_instructions(compile(code, "<everywhere>", "exec", dont_inherit=True))
+        if each.opname in ("STORE_NAME", "STORE_GLOBAL")
+    }
+    changed = {name for name, value in after.items() if before.get(name, before) is not value}
+    names = {name for name in stored | changed | bindings.keys() if name in after and name[:2] != "__"}
+    definitions.forget(before.keys() - after.keys())
+    definitions.define(call.token, {name: after[name] for name in names}, call.pids)
+    return sorted(names)
+
+
+def _execute(code: str, bindings: dict[str, Any], namespace: dict[str, Any]) -> Any:
+    """Run code with these globals; returns the value of its last expression."""
     namespace.update(bindings)
-    tree = ast.parse(code, "<everywhere>", "exec")
+    tree = parsing(_tree, code)
     last = tree.body[-1] if tree.body else None
     if isinstance(last, ast.Expr):
         tree.body.pop()
     # This file's `from __future__` is none of the code's, but the code may have its own.
     statements = compile(tree, "<everywhere>", "exec", dont_inherit=True)
-    exec(statements, namespace)
-    if not isinstance(last, ast.Expr):
-        return None
-    flags = statements.co_flags & _FUTURES
-    return eval(compile(ast.Expression(last.value), "<everywhere>", "eval", flags, True), namespace)
+    with current_node().tasks.context.keeping():
+        exec(statements, namespace)
+        if not isinstance(last, ast.Expr):
+            return None
+        flags = statements.co_flags & _FUTURES
+        return eval(compile(ast.Expression(last.value), "<everywhere>", "eval", flags, True), namespace)
+
+
+def _tree(code: str) -> ast.Module:
+    tree: ast.Module = ast.parse(code, "<everywhere>", "exec")
+    return tree
 
 
 def _checked(code: str, name: str) -> str:
@@ -63,14 +126,16 @@ def _checked(code: str, name: str) -> str:
 
 def _imports(code: str) -> str:
     """Return the import statements at the top level of `code`."""
-    tree = ast.parse(code, "<everywhere>", "exec")
+    tree = parsing(_tree, code)
     found = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     return "\n".join(ast.unparse(node) for node in found)
 
 
-def _define(name: str, value: Any, needed: dict[str, Any], bindings: dict[str, Any]) -> None:
+def _define(
+    name: str, value: Any, needed: dict[str, Any], bindings: dict[str, Any], call: _Call
+) -> tuple[None, list[str]]:
     """Define a function or class in ``__main__`` of this process."""
-    namespace = sys.modules["__main__"].__dict__
+    namespace, original = sys.modules["__main__"].__dict__, value
     # What came here with an earlier definition gives way to what comes with this one; what this
     # process has got by other ways is its own.
     along = current_node().settings.setdefault("sent_along", {})
@@ -90,6 +155,9 @@ def _define(name: str, value: Any, needed: dict[str, Any], bindings: dict[str, A
             if method is not thing:
                 setattr(value, attribute, method)
     namespace[name] = value
+    definitions.define(call.token, dict(bindings), call.pids)
+    definitions.define(call.token, {name: value}, (call.token[0], *call.pids), original)
+    return None, [name, *bindings]
 
 
 def _bound_here(function: FunctionType, namespace: dict[str, Any]) -> FunctionType:
@@ -135,7 +203,7 @@ def _method_bound_here(thing: Any, namespace: dict[str, Any]) -> Any:
 class _At:
     """A place for calls of a function that is sent ahead."""
 
-    def __init__(self, pid: int, shipped: Shipped) -> None:
+    def __init__(self, pid: int, shipped: BroadcastFunction) -> None:
         self._pid = pid
         self._shipped = shipped
 
@@ -145,27 +213,59 @@ class _At:
     def _give_back(self, pid: int) -> None:
         pass
 
-    def ship(self, f: Any) -> Shipped:
+    def ship(self, f: Any) -> BroadcastFunction:
         """Return the function as it is sent."""
         return self._shipped
 
 
-def _ask_all(targets: Sequence[int], f: Callable[..., Any], args: tuple[Any, ...], what: str) -> None:
-    """Run a function on all of `targets` at once, this process among them; raise all their errors."""
+def _ask_all(
+    targets: Sequence[int],
+    f: Callable[..., Any],
+    args: tuple[Any, ...],
+    what: str,
+    call: _Call | None = None,
+) -> None:
+    """Run a function on all of `targets` at once, this process among them; raise all their errors.
+
+    A function that defines gets the call as its last argument, and returns a value and the names it has set.
+    """
+    args = args if call is None else (*args, call)
     me = current_node().pid
     errors: list[BaseException] = []
+    done: dict[int, Any] = {}
     others = [pid for pid in targets if pid != me]
     if len(others) > 1:  # pickled once for all of them
-        shipped = Shipped(functools.partial(f, *args), f"what {what} sends")
+        shipped = BroadcastFunction(functools.partial(f, *args), f"what {what} sends")
         try:
             futures = _begin(shipped.f, (), [_At(pid, shipped) for pid in others], errors)
-            _end(futures, me in targets, f, args, errors)
+            _end(futures, me in targets, f, args, errors, done)
         finally:
             shipped.drop_in_turn()
     else:
-        _end(_begin(f, args, others, errors), me in targets, f, args, errors)
+        _end(_begin(f, args, others, errors), me in targets, f, args, errors, done)
+    if call is not None:
+        _settle(call, {pid: names for pid, (_, names) in done.items()})
     if errors:
         raise CompositeException(f"{what} failed on {len(errors)} of {len(targets)} processes", errors)
+
+
+def _settle(call: _Call, done: dict[int, list[str]]) -> None:
+    """Note who has set which names; where that is not all, the others are told."""
+    holders: dict[str, list[int]] = {}
+    for pid, names in done.items():
+        for name in names:
+            holders.setdefault(name, []).append(pid)
+    me = current_node().pid
+    if me not in call.pids:
+        for name, pids in holders.items():
+            definitions.note_holders([name], pids, call.token)
+    some = {name: pids for name, pids in holders.items() if len(pids) < len(call.pids)}
+    if some:
+        definitions.correct_holders(call.token, some)
+        for pid in call.pids:
+            if pid != me:
+                with suppress(Exception):  # it is gone, probably
+                    remote_do(definitions.correct_holders, pid, call.token, some)
 
 
 def _begin(f: Any, args: Any, places: Sequence[Any], errors: list[BaseException]) -> list[Future]:
@@ -181,22 +281,28 @@ def _begin(f: Any, args: Any, places: Sequence[Any], errors: list[BaseException]
     return futures
 
 
-def _end(futures: list[Future], here: bool, f: Any, args: Any, errors: list[BaseException]) -> None:
+def _end(
+    futures: list[Future],
+    here: bool,
+    f: Any,
+    args: Any,
+    errors: list[BaseException],
+    done: dict[int, Any],
+) -> None:
     """Run a call here, if it is to, and wait for those begun; Ctrl-C ends them all."""
+    me = current_node().pid
     try:
         if here:
             try:
                 current_node().dispatcher.own.catch_up()
-                f(*args)
+                done[me] = f(*args)
             except BaseException as error:
                 if is_interrupt(error):
                     raise
-                wrapped = remote_exception(current_node().pid, capture(error))
-                wrapped.__cause__ = error
-                errors.append(wrapped)
+                errors.append(local_exception(current_node().pid, error))
         for future in futures:
             try:
-                future.fetch()
+                done[future.where] = future.fetch()
             except Exception as error:
                 errors.append(error)
     except BaseException:
@@ -271,11 +377,11 @@ def everywhere(code_or_def: Any = None, procs: Any = None, **bindings: Any) -> A
     code = _checked(code, "everywhere")
     imports = _imports(code)
     if imports:
-        _run(imports, {}, "__main__")
+        _execute(imports, {}, sys.modules["__main__"].__dict__)
     with _named(bindings):
         if single:
-            return remotecall_fetch(_run, targets[0], code, bindings, "__main__")
-        _ask_all(targets, _run_quietly, (code, bindings, "__main__"), "everywhere")
+            return _run_on_one(targets[0], code, bindings, "__main__")
+        _ask_all(targets, _run_quietly, (code, bindings, "__main__"), "everywhere", _call(targets))
     return None
 
 
@@ -292,23 +398,41 @@ def _named(sent: dict[str, Any]) -> Iterator[None]:
         raise
 
 
-def _run_quietly(code: str, bindings: dict[str, Any], module_name: str) -> None:
+def _run_on_one(pid: int, code: str, bindings: dict[str, Any], module_name: str) -> Any:
+    """Run code on one process; returns the value of its last expression."""
+    call = _call([pid])
+    value, names = remotecall_fetch(_run, pid, code, bindings, module_name, call)
+    _settle(call, {pid: names})
+    return value
+
+
+def _run_quietly(
+    code: str, bindings: dict[str, Any], module_name: str, call: _Call
+) -> tuple[None, list[str]]:
     """Run code; its value is not sent back."""
-    _run(code, bindings, module_name)
+    return None, _run(code, bindings, module_name, call)[1]
 
 
 def _define_everywhere(thing: Any, targets: list[int], bindings: dict[str, Any]) -> Any:
     name = getattr(thing, "__name__", None)
     if not isinstance(name, str) or not (inspect.isfunction(thing) or inspect.isclass(thing)):
         raise TypeError(f"everywhere takes a text, a function or a class, not {thing!r:.80}")
-    if "<locals>" not in thing.__qualname__ and thing.__module__ == "__main__" and not bindings:
+    if "<locals>" not in thing.__qualname__ and thing.__module__ in MAIN and not bindings:
         # Defined here by the statement that is being decorated.
         targets = [pid for pid in targets if pid != current_node().pid]
         if current_node().pid != 1:
             sys.modules["__main__"].__dict__[name] = thing
-    needed = {key: value for key, value in _globals_of(thing).items() if key not in bindings}
+    me = current_node().pid
+    call = _call(targets)
+    needed = {}
+    for key, value in _globals_of(thing).items():
+        known = definitions.own(key, value)
+        if key not in bindings and (known is None or not known.holders.issuperset(targets)):
+            needed[key] = value
     with _named({name: thing, **needed, **bindings}):
-        _ask_all(targets, _define, (name, thing, needed, bindings), f"everywhere of {name}")
+        _ask_all(targets, _define, (name, thing, needed, bindings), f"everywhere of {name}", call)
+    if me not in targets:
+        definitions.define(call.token, {name: thing}, [me, *targets], thing)
     return thing
 
 
@@ -342,7 +466,7 @@ def _functions_of(thing: Any) -> list[FunctionType]:
 
 def _is_importable(kind: type) -> bool:
     """Tell whether a class goes by name, and has its own globals wherever it goes."""
-    return kind.__module__ != "__main__" and "<locals>" not in kind.__qualname__
+    return kind.__module__ not in MAIN and "<locals>" not in kind.__qualname__
 
 
 def remotecall_eval(module_name: Any, procs: Any, code: str) -> Any:
@@ -376,8 +500,9 @@ def remotecall_eval(module_name: Any, procs: Any, code: str) -> Any:
         raise TypeError(f"remotecall_eval(module, procs, code): code must be a text, not {code!r:.80}")
     code = _checked(code, "remotecall_eval")
     if hasattr(procs, "__index__"):
-        return remotecall_fetch(_run, procs, code, {}, name)
-    _ask_all(_targets(procs), _run_quietly, (code, {}, name), "remotecall_eval")
+        return _run_on_one(procs.__index__(), code, {}, name)
+    targets = _targets(procs)
+    _ask_all(targets, _run_quietly, (code, {}, name), "remotecall_eval", _call(targets))
     return None
 
 

@@ -8,22 +8,28 @@ import itertools
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import BuiltinFunctionType
 from typing import Any
 
-from shmdist.batches import BatchRunner
-from shmdist.errors import SerializationError, ShmdistError, capture, remote_exception
-from shmdist.pools import default_worker_pool
-from shmdist.runs import Run
-from shmdist.runtime.mail import Together
+from shmdist._parsing import parsing
+from shmdist.errors import SerializationError, capture, local_exception
+from shmdist.pools import as_pool, workers_of
+from shmdist.runtime.interrupts import Waiter, current, is_interrupt
 from shmdist.runtime.node import Node, current_node
-from shmdist.runtime.replies import Reply, pack_error, unpack_error
-from shmdist.runtime.strand import Cell, current, is_interrupt
-from shmdist.shipping import Shipped
-from shmdist.sizes import positive_integer
+from shmdist.runtime.replies import PendingReply, pack_error, unpack_error
+from shmdist.runtime.ring_exchange import BatchedWakeups
+from shmdist.scheduling.batch import BatchRunner
+from shmdist.scheduling.batch_sizing import positive_integer
+from shmdist.scheduling.element_errors import name_element, name_in_chunk, note_offset
+from shmdist.scheduling.engine import MapRun
+from shmdist.scheduling.function_broadcast import BroadcastFunction
+from shmdist.scheduling.inputs import as_of_now, is_array, is_sequence
+from shmdist.scheduling.local_thread import run_on_thread
+from shmdist.serialization import codec
+from shmdist.serialization.local_copy import local_copy, unshared
+from shmdist.serialization.pickled_functions import goes_by_name, kept
 from shmdist.tasks import async_
-from shmdist.wire import codec
-from shmdist.wire.messages import BY_ID, IS_ERROR, NO_LANE, WANT_VALUE, Kind
-from shmdist.wire.values import goes_by_name, kept
+from shmdist.transport.messages import BY_ID, IS_ERROR, NO_LANE, WANT_VALUE, Kind
 
 
 class _None:
@@ -78,14 +84,26 @@ def splitrange(first: int, last: int, np: int) -> list[range]:
 
 
 class _Chunk:
-    """What a worker does with a chunk."""
+    """What a worker does with a chunk.
+
+    A reducer may change its first argument (``operator.iadd``). That is what the body returned, which on
+    this process may be an object of the program or a part of the input, and anywhere a part of a shared
+    array. So a partial result that is made `here`, or that is shared, begins with a copy.
+    """
 
     def __init__(
-        self, body: Callable[[Any], Any], reducer: Callable[[Any, Any], Any] | None, vectorized: bool
+        self,
+        body: Callable[[Any], Any],
+        reducer: Callable[[Any, Any], Any] | None,
+        vectorized: bool,
+        here: bool = False,
     ) -> None:
         self.body = body
         self.reducer = reducer
         self.vectorized = vectorized
+        self._copy: Callable[[Any], Any] | None = None  # what makes a value the reducer's own
+        if reducer is not None and not _leaves_arguments(reducer):
+            self._copy = _unshared_copy if here else unshared
 
     def __reduce__(self) -> Any:
         body, reducer = self.body, self.reducer
@@ -101,24 +119,52 @@ class _Chunk:
         """Run the body over a chunk; returns the chunk's partial result."""
         if self.vectorized:
             value = self.body(chunk)
-            return None if self.reducer is None else value
-        if self.reducer is None:
+            if self.reducer is None:
+                return None
+            return value if self._copy is None else self._copy(value)
+        elements = iter(chunk)
+        try:
+            if self.reducer is not None:
+                return _fold(self.reducer, self.body, elements, self._copy)
             body = self.body
-            for element in chunk:
+            for element in elements:
                 body(element)
-            return None
-        return _fold(self.reducer, self.body, chunk)
+        except Exception as error:
+            note_offset(error, chunk, elements)
+            raise
+        return None
 
 
-def _fold(reducer: Callable[[Any, Any], Any], body: Callable[[Any], Any], chunk: Any) -> Any:
+#: Reducers that are known to change no argument; the rest of them is numpy's universal functions.
+_PURE = frozenset({min, max, operator.mul, operator.and_, operator.or_, operator.xor, operator.concat})
+
+
+def _leaves_arguments(reducer: Any) -> bool:
+    """Tell whether a reducer is known to change neither argument."""
+    if reducer is operator.add or type(reducer).__name__ == "ufunc":
+        return True
+    return type(reducer) is BuiltinFunctionType and reducer in _PURE
+
+
+def _unshared_copy(value: Any) -> Any:
+    return local_copy(value, share=False)
+
+
+def _fold(
+    reducer: Callable[[Any, Any], Any],
+    body: Callable[[Any], Any],
+    elements: Iterator[Any],
+    copy: Callable[[Any], Any] | None = None,
+) -> Any:
     """Reduce the body's values over a chunk, from the left.
 
     A plain loop, for the interpreter runs a Python function called from bytecode faster
     than one called from C, as ``functools.reduce`` and ``map`` would. For addition, the most
     usual reducer, the operator itself saves another call.
     """
-    elements = iter(chunk)
     value = body(next(elements))
+    if copy is not None:
+        value = copy(value)
     if reducer is operator.add:
         for element in elements:
             value = value + body(element)
@@ -159,10 +205,11 @@ class DistributedLoop:
         Parameters
         ----------
         iterable : range, sequence or ndarray
-            Of an ndarray, the first axis. A function instead, of a loop without reducer: its body;
+            Of an ndarray, the first axis. Any other iterable is read to its end first. A function
+            instead, of a loop without reducer: its body;
             what was taken for the body is the reducer.
-        pool : worker pool, optional
-            Default: the default worker pool.
+        pool : worker pool or list of int, optional
+            A list, tuple or range of process ids is a pool of these. Default: the default worker pool.
 
         Returns
         -------
@@ -173,6 +220,8 @@ class DistributedLoop:
             # A reducer that looked like a body, such as `def add(a, b=0)`.
             return _with_pool(DistributedLoop(iterable, self.body, self._options), pool)
         sequence = _sequence(iterable)
+        if self.reducer is not None:
+            _check_reducer(self.reducer)
         if self.reducer is None:
             return async_(self._run, sequence, pool)
         return self._run(sequence, pool)
@@ -185,20 +234,24 @@ class DistributedLoop:
                 return None
             if initial is _NONE:
                 raise ValueError("a @distributed reduction over nothing has no value; give initial=")
-            return initial
-        pool = default_worker_pool() if pool is None else pool
-        pids = pool.workers()
-        if not pids:
-            raise ShmdistError("the pool has no workers: its workers have exited, or none was pushed")
-        work = _Chunk(self.body, self.reducer, options["vectorized"])
+            return _unshared_copy(initial)
+        pool = as_pool(pool, "@distributed")
+        pids = workers_of(pool)
+        work = _Chunk(self.body, self.reducer, options["vectorized"], here=True)
         chunks = _chunks(sequence, len(pids), options["schedule"], options["chunk"])
         if pids == [current_node().pid]:
+            partial = []
             try:
-                partial = [work(chunk) for chunk in chunks]
+                for chunk in chunks:
+                    partial.append(work(chunk))
             except BaseException as error:
                 if is_interrupt(error):
                     raise
-                raise remote_exception(pids[0], capture(error)) from error
+                told = local_exception(pids[0], error)
+                name_in_chunk(told, chunks, len(partial), options["vectorized"])
+                if told is error:
+                    raise
+                raise told from None  # its traceback is that of the cause as well
         elif options["schedule"] == "static":
             partial = scatter(work, [(pids[i % len(pids)], (chunk,)) for i, chunk in enumerate(chunks)])
         else:
@@ -206,13 +259,18 @@ class DistributedLoop:
         if self.reducer is None:
             return None
         if initial is not _NONE:
-            partial = [initial, *partial]
+            partial = [_unshared_copy(initial), *partial]
         return functools.reduce(self.reducer, partial)
 
 
 def _dynamic(work: _Chunk, chunks: Sequence[Any], pool: Any) -> list[Any]:
     """Give each worker the next chunk when it has done one; partial results in order."""
-    run = Run(BatchRunner(work), iter(chunks), pool.workers, total=len(chunks), batch_size=1).outcomes()
+
+    def describe(error: BaseException, number: int, chunk: Any) -> None:
+        name_in_chunk(error, chunks, number, work.vectorized)
+
+    options: dict[str, Any] = {"total": len(chunks), "batch_size": 1, "describe": describe}
+    run = MapRun(BatchRunner(work), iter(chunks), pool.workers, **options).outcomes()
     partial: list[Any] = [None] * len(chunks)
     try:
         for places, values, error in run:
@@ -230,17 +288,14 @@ def _dynamic(work: _Chunk, chunks: Sequence[Any], pool: Any) -> list[Any]:
 
 def _sequence(iterable: Any) -> Any:
     """Return something that has a length and can be sliced."""
-    if isinstance(iterable, (range, list, tuple, str, bytes)):
-        return iterable
     numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(iterable, numpy.ndarray):
-        if iterable.ndim == 0:
-            raise TypeError("@distributed cannot loop over an array without dimensions")
+    if numpy is not None and isinstance(iterable, numpy.ndarray) and iterable.ndim == 0:
+        raise TypeError("@distributed cannot loop over an array without dimensions")
+    if is_sequence(iterable) or is_array(iterable):
         return iterable
-    if hasattr(iterable, "__len__") and hasattr(iterable, "__getitem__") and not hasattr(iterable, "keys"):
-        return iterable
-    if hasattr(iterable, "__iter__"):
-        return list(iterable)
+    if hasattr(iterable, "__iter__") or hasattr(iterable, "__getitem__"):
+        # By iter(), for list() asks for the length; and an input may fill one buffer again and again.
+        return [as_of_now(element) for element in iter(iterable)]
     raise TypeError(f"@distributed loops over a range, sequence or array, not {iterable!r:.80}")
 
 
@@ -259,7 +314,7 @@ def _takes_two(f: Any) -> bool:
     if hasattr(f, "nin"):  # a numpy ufunc
         return int(f.nin) == 2
     try:
-        signature = inspect.signature(f)
+        signature = parsing(inspect.signature, f)
     except (TypeError, ValueError):
         return True  # min, max: built-in functions that do not tell
     try:
@@ -274,6 +329,30 @@ def _takes_two(f: Any) -> bool:
     ]
     # A body with a default, as in `def body(i, n=10)`, is still a body.
     return len(required) != 1
+
+
+#: Functions of one collection that are taken for reducers, and the reducers that are meant.
+_REDUCERS = {"sum": "add", "prod": "multiply", "max": "maximum", "min": "minimum"}
+
+
+def _check_reducer(reducer: Any) -> None:
+    """Raise a TypeError unless `reducer` can be called with two values, as far as is known."""
+    name, cure = getattr(reducer, "__name__", ""), "operator.add"
+    wrong = reducer is sum
+    if name in _REDUCERS and getattr(reducer, "__module__", None) == "numpy" and not hasattr(reducer, "nin"):
+        wrong, cure = True, f"numpy.{_REDUCERS[name]}"
+    if not wrong:
+        try:
+            parsing(inspect.signature, reducer).bind(None, None)
+        except ValueError:
+            pass  # min, max: they do not tell
+        except TypeError:
+            wrong = True
+    if wrong:
+        raise TypeError(
+            f"@distributed(reducer): the reducer takes two arguments, two values to combine; "
+            f"{reducer!r:.80} does not: use {cure}, say"
+        )
 
 
 def distributed(
@@ -304,9 +383,9 @@ def distributed(
     chunk : int, optional
         Elements in a chunk. ``"static"`` then deals chunks out in turn.
     initial : object, optional
-        Value to begin with, and of an empty loop.
-    pool : worker pool, optional
-        Default: the default worker pool.
+        Value to begin with, and of an empty loop; the loop works on a copy of it.
+    pool : worker pool or list of int, optional
+        A list, tuple or range of process ids is a pool of these. Default: the default worker pool.
 
     Returns
     -------
@@ -363,12 +442,12 @@ def _with_pool(loop: DistributedLoop, pool: Any) -> Any:
 _CALL = int(Kind.CALL)
 
 
-def scatter(f: Callable[..., Any], parts: Iterable[tuple[int, tuple[Any, ...]]]) -> list[Any]:
+def scatter(f: _Chunk, parts: Iterable[tuple[int, tuple[Any, ...]]]) -> list[Any]:
     """Run `f` once for each part, on the worker that the part names, all at once.
 
     Parameters
     ----------
-    f : callable
+    f : _Chunk
         Pickled once, sent once to each worker.
     parts : iterable of (pid, arguments)
         What runs where.
@@ -384,26 +463,27 @@ def scatter(f: Callable[..., Any], parts: Iterable[tuple[int, tuple[Any, ...]]])
         Of a part that failed, as soon as it has; the others are cancelled.
     """
     node = current_node()
-    shipped = Shipped(f)
+    shipped = BroadcastFunction(f)
     replies: list[Any] = []
     strand = current()
     parts = list(parts)
     over = _Over(node, len(parts))
     try:
-        with Together(node.dispatcher.mail) as unwoken:
-            how: dict[str, Any] = {"lane": NO_LANE, "callback": over.note, "unwoken": unwoken}
+        with BatchedWakeups(node.dispatcher.mail) as wakeups:
+            how: dict[str, Any] = {"lane": NO_LANE, "callback": over.note, "wakeups": wakeups}
             for pid, arguments in parts:
                 if pid == node.pid:
-                    replies.append(_Here(node, f, arguments, over.note))
+                    with strand:  # an interrupt must not come between the start and the note of it
+                        replies.append(_Here(node, f, arguments, over.note))
                     continue
                 payload = _dump_chunk(shipped.number, arguments, parts[: len(replies)])
                 strand.enter()
                 try:
-                    shipped.send_to(pid, unwoken)
+                    shipped.send_to(pid, wakeups)
                     replies.append(node.request(pid, _CALL, WANT_VALUE | BY_ID, payload, **how))
                 finally:
                     strand.leave()
-                unwoken.turn()
+                wakeups.turn()
         strand.enter()
         try:
             node.wait(over)
@@ -411,16 +491,20 @@ def scatter(f: Callable[..., Any], parts: Iterable[tuple[int, tuple[Any, ...]]])
             strand.leave()
         values = []
         for reply in replies if over.failed is None else [over.failed]:
-            if isinstance(reply, _Here):
-                values.append(reply.get())
-            else:
-                values.append(node.open(reply, getattr(f, "__qualname__", "the loop")))
+            try:
+                values.append(reply.get() if isinstance(reply, _Here) else node.open(reply, "the loop"))
+            except Exception as error:
+                number = next(number for number, each in enumerate(replies) if each is reply)
+                name_in_chunk(error, [chunk for _, (chunk,) in parts], number, f.vectorized)
+                raise
         return values
     finally:
         with strand:
             for reply in replies:
-                if isinstance(reply, Reply):
+                if isinstance(reply, PendingReply):
                     node.cancel(reply)
+                else:
+                    reply.task.interrupt()
             shipped.drop()
 
 
@@ -438,11 +522,12 @@ def _unsendable(chunk: Any, first: int, error: SerializationError) -> Serializat
         try:
             codec.dumps(element, "the element", f"element {place}")
         except SerializationError as named:
+            name_element(named, place, element)
             return named
     return error
 
 
-class _Over(Cell):
+class _Over(Waiter):
     """Done when all parts are, or one has failed: an early end must not wait for the slow ones."""
 
     __slots__ = ("_counter", "_node", "_parts", "failed")
@@ -455,7 +540,7 @@ class _Over(Cell):
         self._counter = itertools.count(1)  # next() of it is atomic: parts end on several threads
         self.failed: Any = None
 
-    def note(self, part: Reply | _Here) -> None:
+    def note(self, part: PendingReply | _Here) -> None:
         """Note that a part is done."""
         frame = part.frame
         if part.error is not None or (frame is not None and frame.flags & IS_ERROR):
@@ -464,10 +549,10 @@ class _Over(Cell):
             self._node.dispatcher.complete(self)
 
 
-class _Here(Cell):
+class _Here(Waiter):
     """A part that runs on a thread of this process."""
 
-    __slots__ = ("error", "value")
+    __slots__ = ("error", "task", "value")
     frame = None  # as a Reply has one
 
     def __init__(
@@ -477,18 +562,14 @@ class _Here(Cell):
         self.value: Any = None
         self.error: BaseException | None = None
 
-        def run() -> None:
-            strand = current()
-            depth, strand.depth = strand.depth, 0
-            try:
-                self.value = f(*arguments)
-            except BaseException as error:
-                self.error = unpack_error(node.pid, *pack_error(capture(error)))
-            strand.depth = depth
+        def ended(value: Any, failure: BaseException | None) -> None:
+            self.value = value
+            if failure is not None:
+                self.error = unpack_error(node.pid, *pack_error(capture(failure)))
             self.done = True
             note(self)
 
-        node.dispatcher.start(run)
+        self.task = run_on_thread(node, f, arguments, ended)
 
     def get(self) -> Any:
         if self.error is not None:

@@ -8,15 +8,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from shmdist.batches import BatchRunner
-from shmdist.errors import ShmdistError
-from shmdist.here import on_this_thread, on_threads
-from shmdist.pools import CachingPool, default_worker_pool
-from shmdist.repeats import find_repeated
-from shmdist.retries import ExponentialBackOff, Retry
-from shmdist.runs import Run
+from shmdist.pools import CachingPool, as_pool, workers_of
 from shmdist.runtime.node import current_node
-from shmdist.sizes import WINDOW, positive_integer
+from shmdist.scheduling.batch import BatchRunner
+from shmdist.scheduling.batch_sizing import WINDOW, positive_integer
+from shmdist.scheduling.engine import MapRun
+from shmdist.scheduling.input_reader import Feed, Reader, outcomes_read_here
+from shmdist.scheduling.inputs import as_of_now_here, is_channel, is_live, is_sequence, known_length
+from shmdist.scheduling.local import on_this_thread, on_threads
+from shmdist.scheduling.repeated_arrays import find_repeated
+from shmdist.scheduling.retries import ExponentialBackOff, Retry
 
 
 class _Progress:
@@ -31,6 +32,8 @@ class _Progress:
 
     def step(self, count: int) -> None:
         self._done += count
+        if self._total is not None and self._done > self._total:
+            self._total = None  # it was a guess, and too small
         now = time.monotonic()
         if now >= self._next and self._done != self._total:
             self._next = now + 0.1
@@ -49,16 +52,24 @@ class _Progress:
 
 
 def _length(iterables: tuple[Any, ...]) -> int | None:
-    """Return how many elements there will be, when all iterables know."""
-    try:
-        return min(len(iterable) for iterable in iterables)
-    except TypeError:
-        return None
+    """Return how many elements there will be, when that is certain."""
+    return min(map(len, iterables)) if all(map(is_sequence, iterables)) else None
+
+
+def _expected(iterables: tuple[Any, ...]) -> int | None:
+    """Return how many elements there will be as far as the iterables say; for people to see."""
+    # A channel says how many it has just now.
+    lengths = [None if _is_channel(each) else known_length(each) for each in iterables]
+    return None if None in lengths else min(lengths)  # type: ignore[type-var]  # they are integers
 
 
 def _elements(iterables: tuple[Any, ...]) -> Any:
     """Return the elements: those of one iterable as they are, of several as tuples."""
     return iterables[0] if len(iterables) == 1 else zip(*iterables, strict=False)
+
+
+def _is_channel(thing: Any) -> bool:
+    return hasattr(thing, "take") and hasattr(thing, "isopen")
 
 
 def _is_pool(thing: Any) -> bool:
@@ -77,6 +88,11 @@ def _arguments(name: str, f: Any, iterables: tuple[Any, ...], pool: Any) -> tupl
         if not hasattr(iterable, "__iter__") and not hasattr(iterable, "__getitem__"):
             raise TypeError(f"{name}(f, *iterables): {iterable!r:.80} is not iterable")
     return iterables, pool
+
+
+def _check_handler(name: str, handler: Any, example: str) -> None:
+    if handler is not None and not callable(handler):
+        raise TypeError(f"pmap: {name} must be callable, as in {example}, not {handler!r:.80}")
 
 
 def _ship(f: Any, pool: Any, star: bool) -> Any:
@@ -110,8 +126,8 @@ def pmap(
     *iterables : iterable
         The shortest ends the map. Read as workers need elements. A pool in front of them
         is taken as `pool`.
-    pool : worker pool, optional
-        Default: the default worker pool.
+    pool : worker pool or list of int, optional
+        A list, tuple or range of process ids is a pool of these. Default: the default worker pool.
     distributed : bool
         False: on threads of this process.
     batch_size : int, optional
@@ -153,6 +169,9 @@ def pmap(
     [0, 1, 4, 9, 16]
     """
     iterables, pool = _arguments("pmap", f, iterables, pool)
+    pool = as_pool(pool, "pmap") if distributed else None
+    _check_handler("on_error", on_error, "on_error=lambda error: None")
+    _check_handler("retry_check", retry_check, "retry_check=lambda state, error: True")
     if batch_size is not None:
         batch_size = positive_integer("batch_size", batch_size)
     total = _length(iterables)
@@ -160,9 +179,9 @@ def pmap(
         return []
     retry = Retry(retry_delays, retry_check)
     run = _run(f, iterables, pool, distributed, total, batch_size, None, retry)
-    bar = _Progress(progress, total) if progress else None
+    bar = _Progress(progress, _expected(iterables)) if progress else None
     results: list[Any] = [] if total is None else [None] * total
-    scattered: dict[int, Any] = {}  # of places beyond the end of `results`: their number is not known
+    scattered: dict[int, Any] = {}  # of places beyond the end of `results`: there may be more than were known
     count = 0
     try:
         for places, values, error in run:
@@ -170,10 +189,12 @@ def pmap(
                 if on_error is None:
                     raise error
                 values = [on_error(error)]
-            count += len(values)
-            first = places[0]
-            if type(places) is range and (total is not None or first == len(results)):
-                results[first : first + len(values)] = values
+            count += (size := len(values))
+            first, length = places[0], len(results)
+            if size == 1 and first < length:
+                results[first] = values[0]
+            elif type(places) is range and (first == length or first + size <= length):
+                results[first : first + size] = values
             else:
                 for place, value in zip(places, values, strict=True):
                     if place < len(results):
@@ -181,9 +202,10 @@ def pmap(
                     else:
                         scattered[place] = value
             if bar is not None:
-                bar.step(len(values))
+                bar.step(size)
     finally:
         run.close()
+        error = None  # else error, traceback and this frame would be a circle, which holds the input
     if bar is not None:
         bar.finish()
     for place in range(len(results), count):
@@ -199,20 +221,19 @@ def _run(
     distributed: bool,
     total: int | None,
     batch_size: int | None,
-    room: Callable[[], int] | None,
+    room: Callable[[int], int] | None,
     retry: Retry,
 ) -> Any:
-    """Return the generator of outcomes."""
-    elements = _elements(iterables)
+    """Return the generator of outcomes; `room` as a Run takes it, where results are wanted one by one."""
     star = len(iterables) > 1
     if not distributed:
+        elements = _elements(iterables)
+        if any(map(is_live, iterables)):
+            elements = map(as_of_now_here, elements)
         return on_threads(f, star, iter(elements), retry)
-    pool = default_worker_pool() if pool is None else pool
-    pids: list[int] = list(pool.workers())
-    if not pids:
-        raise ShmdistError("the pool has no workers: its workers have exited, or none was pushed")
+    pids = workers_of(pool)
     if pids == [current_node().pid]:
-        return on_this_thread(f, star, iter(elements), retry)
+        return on_this_thread(f, star, iter(_elements(iterables)), retry)
     asked, known = time.monotonic(), pids
 
     def members() -> list[int]:
@@ -223,9 +244,17 @@ def _run(
             asked, known = now, list(pool.workers())
         return known
 
+    live = any(map(is_live, iterables))
+    elements = Feed(lambda: _elements(iterables)) if live else _elements(iterables)
     repeated = find_repeated(iterables)
     options: dict[str, Any] = {"total": total, "batch_size": batch_size, "room": room, "retry": retry}
-    run = Run(_ship(f, pool, star), elements, members, known=repeated, **options)
+    run = MapRun(_ship(f, pool, star), elements, members, known=repeated, **options)
+    if not live:
+        return run.outcomes()
+    channels = all(map(is_channel, iterables))
+    if room is None and not channels:
+        return outcomes_read_here(run, elements)
+    Reader(elements, interruptible=channels)
     return run.outcomes()
 
 
@@ -240,8 +269,8 @@ def pgenerate(
         Takes an element of each iterable.
     *iterables : iterable
         May be endless: elements are read a few batches ahead of what is consumed.
-    pool : worker pool, optional
-        Default: the default worker pool.
+    pool : worker pool or list of int, optional
+        A list, tuple or range of process ids is a pool of these. Default: the default worker pool.
     ordered : bool
         False: results come as they are ready.
 
@@ -262,16 +291,12 @@ def pgenerate(
     (0, 1)
     """
     iterables, pool = _arguments("pgenerate", f, iterables, pool)
-    return _generate(f, iterables, pool, ordered)
+    return _generate(f, iterables, as_pool(pool, "pgenerate"), ordered)
 
 
 def _generate(f: Any, iterables: tuple[Any, ...], pool: Any, ordered: bool) -> Iterator[Any]:
-    pool = default_worker_pool() if pool is None else pool
     ahead = _Ahead(len(pool.workers()))
-    counted = tuple(
-        ahead.count(iterable) if number == 0 else iterable for number, iterable in enumerate(iterables)
-    )
-    run = _run(f, counted, pool, True, _length(iterables), None, ahead.room, Retry((), None))
+    run = _run(f, iterables, pool, True, _length(iterables), None, ahead.room, Retry((), None))
     waiting: dict[int, Any] = {}
     failed: dict[int, BaseException] = {}
     turn = 0
@@ -296,6 +321,8 @@ def _generate(f: Any, iterables: tuple[Any, ...], pool: Any, ordered: bool) -> I
                 yield waiting.pop(turn - 1)
     finally:
         run.close()
+        error = None  # else error, traceback and this frame would be a circle, which holds the input
+        failed.clear()
 
 
 class _Ahead:
@@ -303,20 +330,14 @@ class _Ahead:
 
     def __init__(self, workers: int) -> None:
         self._least = 2 * WINDOW * max(1, workers)
-        self.drawn = 0
         self.consumed = 0
         self._began = time.monotonic()
 
-    def count(self, elements: Iterable[Any]) -> Iterator[Any]:
-        for element in elements:
-            self.drawn += 1
-            yield element
-
-    def room(self) -> int:
-        """Return how many more elements may be read now: twice what the workers hold, or 50 ms of work."""
+    def room(self, drawn: int) -> int:
+        """Return how many more elements may go out now: twice what the workers hold, or 50 ms of work."""
         rate = self.consumed / max(time.monotonic() - self._began, 0.2)
         most = max(self._least, min(4096, int(0.05 * rate)))
-        return max(0, most - (self.drawn - self.consumed))
+        return max(0, most - (drawn - self.consumed))
 
 
 __all__ = ["ExponentialBackOff", "pgenerate", "pmap"]

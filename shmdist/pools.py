@@ -1,4 +1,4 @@
-"""Worker pools: who is free to run the next call.
+"""Worker pools: they lend a free worker to each call.
 
 A `WorkerPool` lives on the process that made it, in a `PoolState`, and may be used from all:
 its handles find the state through a reference, as RemoteChannels do. Taking a worker is
@@ -16,15 +16,18 @@ from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any
 
-from shmdist import calls, places
-from shmdist.cluster import _pids, workers
+from shmdist import calls
+from shmdist.cluster import _cure, _fallen, _pids, _usable_workers, workers
+from shmdist.errors import ShmdistError, no_workers_left
 from shmdist.evaluation import _ask_all, _targets
-from shmdist.poolstate import PoolState, give_back
-from shmdist.references import ask
-from shmdist.refs import RemoteChannel, channel_from_id
+from shmdist.references.base import ask
+from shmdist.references.remote_channel import RemoteChannel, channel_from_id
+from shmdist.runtime import call_target
+from shmdist.runtime.interrupts import current
 from shmdist.runtime.node import Node, current_node
-from shmdist.runtime.strand import current
-from shmdist.shipping import Shipped
+from shmdist.scheduling.function_broadcast import BroadcastFunction
+from shmdist.scheduling.pool_state import PoolState, give_back
+from shmdist.serialization import definitions
 
 
 class AbstractWorkerPool(ABC):
@@ -152,7 +155,7 @@ class WorkerPool(AbstractWorkerPool):
         Raises
         ------
         ShmdistError
-            The pool has no workers.
+            The pool has no workers: all have died, or were removed.
         TimeoutError
             None was free in time.
         """
@@ -176,6 +179,10 @@ class WorkerPool(AbstractWorkerPool):
         pids: list[int] = self._call("workers", timeout=timeout)
         return pids
 
+    def _no_workers(self) -> ShmdistError:
+        error: ShmdistError = self._call("no_workers")
+        return error
+
     def _lend(self) -> int:
         state = self._state
         if state is not None:
@@ -187,6 +194,27 @@ class WorkerPool(AbstractWorkerPool):
         give_back(self._ref._where, self._ref._rrid, pid)
 
 
+def workers_of(pool: Any) -> list[int]:
+    """Return the workers of a pool that are not about to go, for a map or a loop.
+
+    Raises
+    ------
+    ShmdistError
+        It has none.
+    """
+    node = current_node()
+    members = pool.workers()
+    pids = [pid for pid in members if pid not in node.leaving]
+    if pids:
+        return pids
+    deaths = node.deaths(members)
+    if hasattr(pool, "_no_workers"):
+        raise pool._no_workers()
+    if members:
+        raise no_workers_left(deaths, "push others into the pool")
+    raise ShmdistError("the pool has no workers left: its workers have exited, or none was pushed")
+
+
 def _members(pids: Any) -> list[int]:
     return pids.workers() if isinstance(pids, AbstractWorkerPool) else _pids((pids,))
 
@@ -195,7 +223,11 @@ def _nested() -> bool:
     """Tell whether this code belongs to a call, which a pool may have lent a worker for."""
     node = current_node()
     # A worker's other threads are most likely those of its calls.
-    return current().task is not None or places.nested.get() or (node.is_worker and bool(node.tasks.running))
+    return (
+        current().task is not None
+        or call_target.nested.get()
+        or (node.is_worker and bool(node.tasks.running))
+    )
 
 
 class CachingPool(AbstractWorkerPool):
@@ -228,7 +260,8 @@ class CachingPool(AbstractWorkerPool):
     def __init__(self, pids: Iterable[int]) -> None:
         self._node = current_node()
         self._state = PoolState(_members(pids))
-        self._functions: dict[Any, Shipped] = {}  # by what _identity tells; the entry keeps that alive
+        # By what _identity tells; the entry keeps that alive
+        self._functions: dict[Any, BroadcastFunction] = {}
         self._lock = threading.Lock()  # guards `_functions`
 
     def __repr__(self) -> str:
@@ -264,6 +297,9 @@ class CachingPool(AbstractWorkerPool):
         """Return the process ids of the pool's workers, free or not."""
         return self._state.workers()
 
+    def _no_workers(self) -> ShmdistError:
+        return self._state.no_workers()
+
     def _lend(self) -> int:
         pid: int = self._state.lend(_nested())
         return pid
@@ -276,26 +312,26 @@ class CachingPool(AbstractWorkerPool):
         finally:
             strand.leave()
 
-    def ship(self, f: Callable[..., Any]) -> Shipped:
+    def ship(self, f: Callable[..., Any]) -> BroadcastFunction:
         """Return the function as it is kept for this pool's workers."""
         return self._ship((_identity(f), None), lambda: f)
 
-    def ship_as(self, f: Callable[..., Any], wrapper: Callable[[Any], Any]) -> Shipped:
+    def ship_as(self, f: Callable[..., Any], wrapper: Callable[[Any], Any]) -> BroadcastFunction:
         """Return ``wrapper(f)`` as it is kept for this pool's workers."""
         return self._ship((_identity(f), wrapper), lambda: wrapper(f))
 
-    def _ship(self, key: Any, make: Callable[[], Any]) -> Shipped:
-        with self._lock:
+    def _ship(self, key: Any, make: Callable[[], Any]) -> BroadcastFunction:
+        with current(), self._lock:
             shipped = self._functions.get(key)
         if shipped is None:
-            made = Shipped(make())  # not under the lock: pickling runs the code of what is pickled
-            with self._lock:
+            made = BroadcastFunction(make())  # not under the lock: pickling runs the code of what is pickled
+            with current(), self._lock:
                 shipped = self._functions.setdefault(key, made)
         return shipped
 
     def clear(self) -> None:
         """Let the workers forget the functions sent to them."""
-        with self._lock:
+        with current(), self._lock:
             functions, self._functions = self._functions, {}
         _drop(functions)
 
@@ -308,7 +344,7 @@ class CachingPool(AbstractWorkerPool):
             pass
 
 
-def _drop(functions: dict[Any, Shipped]) -> None:
+def _drop(functions: dict[Any, BroadcastFunction]) -> None:
     for shipped in functions.values():
         shipped.drop_in_turn()
 
@@ -324,11 +360,13 @@ def _identity(f: Any) -> Any:
 def _default_state(node: Node) -> WorkerPool:
     pool: WorkerPool | None = node.settings.get("default_pool")
     if pool is None:
-        with node.lock:
+        with current(), node.lock:
             pool = node.settings.get("default_pool")
             if pool is None:
-                pool = node.settings["default_pool"] = node.settings["own_default_pool"] = WorkerPool(
-                    workers()
+                fallen = _fallen()
+                state = PoolState([] if fallen else workers(), died=fallen)
+                pool = node.settings["default_pool"] = node.settings["own_default_pool"] = WorkerPool._of(
+                    state
                 )
         _joined([pid for pid in workers() if pid != 1])  # those that came meanwhile, and found no pool
     return pool
@@ -346,21 +384,30 @@ def _joined(pids: list[int]) -> None:
     if state is None:
         return
     for pid in pids:
-        if pid in node.peers:
+        if pid in node.peers and pid not in node.leaving:
             state.push(pid)
     if set(state.workers()) > {1}:
         state.discard(1)
     elif not state.workers():
-        state.push(1)
+        _replace_the_last(state)
 
 
 def _lost(pid: int) -> None:
-    """Let process 1 into the default pool when the last worker has left."""
+    """Take a worker that is gone, or asked to go, out of the default pool."""
     state = _own_state(current_node())
     if state is not None:
         if set(state.workers()) <= {pid}:
-            state.push(1)  # first: who waits for a worker gets this one
+            _replace_the_last(state)  # first: who waits for a worker gets this one
         state.discard(pid)
+
+
+def _replace_the_last(state: PoolState) -> None:
+    """Let process 1 into the default pool, unless the last workers have died."""
+    fallen = _fallen()
+    state.cure = _cure(fallen) if fallen else ""
+    if not fallen:
+        for pid in workers():  # [1], unless others have come this moment
+            state.push(pid)
 
 
 def _hooked() -> Node:
@@ -368,6 +415,7 @@ def _hooked() -> Node:
     if node.pid == 1 and "pools" not in node.settings:
         node.settings["pools"] = True
         node.joined_hooks.append(_joined)
+        node.leaving_hooks.append(_lost)
         node.lost_hooks.append(_lost)
     return node
 
@@ -393,6 +441,30 @@ def default_worker_pool() -> Any:
             pool = node.settings["default_pool"] = calls.remotecall_fetch(_default_for_workers, 1)
         return pool
     return _default_state(node)
+
+
+def as_pool(pool: Any, name: str) -> Any:
+    """Return the pool that a map or loop called `name` was given; process ids stand for a pool of theirs.
+
+    Raises
+    ------
+    TypeError, ValueError, ProcessExitedException
+        It is neither; or there is no such process.
+    """
+    if pool is None:
+        return default_worker_pool()
+    if hasattr(pool, "take") and hasattr(pool, "workers"):
+        return pool
+    if isinstance(pool, (str, bytes)) or not hasattr(pool, "__iter__"):
+        raise TypeError(f"{name}: pool must be a worker pool or a list of process ids, not {pool!r:.80}")
+    pids = list(pool)
+    for pid in pids:
+        if not hasattr(pid, "__index__") or isinstance(pid, bool):
+            what = "a list of process ids, which are integers"
+            raise TypeError(f"{name}: pool must be {what}, not {pid!r:.80}")
+    if not pids:
+        raise ValueError(f"{name}: pool is an empty list: it must name a worker at least; see workers()")
+    return WorkerPool(pids)
 
 
 def _default_for_workers() -> Any:
@@ -450,7 +522,7 @@ def clear(names: Any = None, pids: Any = None, *, pool: Any = None) -> Any:
         what.clear()
         return what
     names = (what,) if isinstance(what, str) else tuple(what)
-    _ask_all(workers() if pids is None else _targets(pids), _set_none, (names,), "clear")
+    _ask_all(_usable_workers() if pids is None else _targets(pids), _set_none, (names,), "clear")
     return None
 
 
@@ -461,6 +533,7 @@ def _set_none(names: tuple[str, ...]) -> None:
     for name in names:
         if name in main:
             main[name] = None
+    definitions.release(names)
 
 
 _turn = itertools.count()
@@ -469,7 +542,7 @@ _turn = itertools.count()
 def _least_loaded() -> int:
     """Return the worker with least to do, as far as this process knows; in turn among equals."""
     node = current_node()
-    pids = workers()
+    pids = _usable_workers()
     load = Counter(reply.pid for reply in list(node.pending.values()))
     turn = next(_turn)
     return min(pids, key=lambda pid: (load[pid], (pids.index(pid) - turn) % len(pids)))

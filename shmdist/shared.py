@@ -11,9 +11,9 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
+from shmdist.runtime.interrupts import current
 from shmdist.runtime.node import current_node
-from shmdist.runtime.strand import current
-from shmdist.wire import arrays
+from shmdist.serialization import arrays
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray

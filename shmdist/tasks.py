@@ -1,19 +1,22 @@
-"""Local tasks: run a function on a thread of this process, and wait for groups of things begun."""
+"""Local tasks: a function on a thread of this process, and groups of things that end together."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextvars
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any
 
-from shmdist import calls, cluster, places
-from shmdist.errors import CompositeException, capture, remote_exception
+from shmdist import calls, cluster
+from shmdist._timeouts import FOREVER, seconds
+from shmdist.errors import CompositeException, local_exception
+from shmdist.runtime import call_target
+from shmdist.runtime.interrupts import Waiter, collecting, current
 from shmdist.runtime.node import current_node
-from shmdist.runtime.strand import Cell, current
 
 
 class Task(concurrent.futures.Future):  # type: ignore[type-arg]  # generic only in stubs
@@ -38,6 +41,7 @@ class Task(concurrent.futures.Future):  # type: ignore[type-arg]  # generic only
     __module__ = "shmdist"
     _is_shmdist_task = True
     _what: str  # what it runs
+    _cell: Waiter | None = None  # of who waits for its end
 
     def __repr__(self) -> str:
         state = (
@@ -49,18 +53,29 @@ class Task(concurrent.futures.Future):  # type: ignore[type-arg]  # generic only
 
     def _await(self, timeout: float | None) -> None:
         """Wait for the end, reading the links meanwhile."""
+        timeout = seconds(timeout)
         if self.done():
             return
-        cell = Cell()
         dispatcher = current_node().dispatcher
-        self.add_done_callback(lambda _: dispatcher.complete(cell))
+        cell = self._end_cell()
         strand = current()
         strand.enter()
         try:
             if not dispatcher.wait(cell, timeout):
-                raise TimeoutError(f"{self!r} took more than {timeout} s")
+                raise TimeoutError(f"{self!r} took more than {timeout:g} s")
         finally:
             strand.leave()
+
+    def _end_cell(self) -> Waiter:
+        """Return the cell that is done when the function has ended: one for all who wait."""
+        with self._condition:
+            cell = self._cell
+            if cell is not None:
+                return cell
+            cell = self._cell = Waiter()
+        dispatcher = current_node().dispatcher
+        self.add_done_callback(lambda _: dispatcher.complete(cell))
+        return cell
 
     def fetch(self, timeout: float | None = None) -> Any:
         """Wait for the function to end, and return its value or raise its error."""
@@ -97,12 +112,16 @@ class Task(concurrent.futures.Future):  # type: ignore[type-arg]  # generic only
         return asyncio.wrap_future(self).__await__()
 
 
+# Python takes these for the end of an iterator or generator: `await` and `yield from` would swallow them.
+_ENDS = (StopIteration, StopAsyncIteration, GeneratorExit)
+
 _group: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("shmdist.sync", default=None)
 
 
 def _groups() -> Iterator[list[Any]]:
     group = _group.get()
-    if group is not None:
+    # What a finalizer begins is not the block's, inside which it runs.
+    if group is not None and not collecting():
         yield group
 
 
@@ -113,7 +132,7 @@ def _begin(f: Callable[..., Any], args: Any, kwargs: Any) -> Task:
     task.set_running_or_notify_cancel()
     context = contextvars.copy_context()
     if current().task is not None:
-        context.run(places.nested.set, True)
+        context.run(call_target.nested.set, True)
 
     def run() -> None:
         strand = current()
@@ -122,6 +141,8 @@ def _begin(f: Callable[..., Any], args: Any, kwargs: Any) -> Task:
             value = context.run(f, *args, **kwargs)
         except BaseException as error:
             strand.depth = depth
+            if isinstance(error, _ENDS):
+                error = local_exception(current_node().pid, error)
             task.set_exception(error)
         else:
             strand.depth = depth
@@ -159,6 +180,7 @@ def _error_of(begun: Any) -> Exception | None:
     if not isinstance(begun, Task):
         try:
             begun.wait()
+            begun._raise_failure()
         except Exception as error:
             return error
         return None
@@ -169,13 +191,42 @@ def _error_of(begun: Any) -> Exception | None:
     if its is None or isinstance(its, Exception):
         return its
     # A group of errors must not hold what ends threads and programs.
-    wrapped = remote_exception(current_node().pid, capture(its))
-    wrapped.__cause__ = its
-    return wrapped
+    told = local_exception(current_node().pid, its)
+    assert isinstance(told, Exception)
+    return told
 
 
-@contextmanager
-def sync() -> Iterator[None]:
+class _Sync(ContextDecorator):
+    """A block of :func:`sync`; no generator, for one sets attributes of errors, which may refuse it."""
+
+    def __init__(self) -> None:
+        self._group: list[Any] = []
+        self._token: Any = None
+
+    def _recreate_cm(self) -> _Sync:
+        return _Sync()  # for each call of what it decorates
+
+    def __enter__(self) -> None:
+        self._token = _group.set(self._group)
+
+    def __exit__(self, kind: Any, failure: BaseException | None, tb: object) -> None:
+        _group.reset(self._token)
+        if failure is not None and not isinstance(failure, Exception):
+            return
+        group = self._group
+        errors: list[BaseException] = [failure] if failure is not None else []
+        index = 0
+        while index < len(group):  # it may grow while we wait
+            its = _error_of(group[index])
+            index += 1
+            if its is not None and not any(its is error for error in errors):
+                errors.append(its)
+        if len(errors) == (failure is not None):  # what the block itself raised goes on
+            return
+        raise CompositeException(f"{len(errors)} of {len(group)} tasks failed", errors) from None
+
+
+def sync() -> AbstractContextManager[None]:
     """Wait, at the end of the block, for everything begun inside.
 
     That is every ``spawn``, ``spawnat``, ``remotecall``, ``async_`` and ``@distributed``
@@ -199,27 +250,7 @@ def sync() -> Iterator[None]:
     >>> sorted(results)
     [0, 1, 2]
     """
-    group: list[Any] = []
-    token = _group.set(group)
-    failure: BaseException | None = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    finally:
-        _group.reset(token)
-    errors: list[BaseException] = [failure] if failure is not None else []
-    index = 0
-    while index < len(group):  # it may grow while we wait
-        waited = group[index]
-        index += 1
-        its = _error_of(waited)
-        if its is not None and its not in errors:
-            errors.append(its)
-    if failure is not None and len(errors) == 1:
-        raise failure
-    if errors:
-        raise CompositeException(f"{len(errors)} of {len(group)} tasks failed", errors)
+    return _Sync()
 
 
 def timedwait(test: Callable[[], Any], timeout: float, pollint: float = 0.1) -> str:
@@ -247,16 +278,17 @@ def timedwait(test: Callable[[], Any], timeout: float, pollint: float = 0.1) -> 
     >>> timedwait(lambda: True, 1.0)
     'ok'
     """
-    if pollint < 1e-3:
+    pause, limit = seconds(pollint, "pollint"), seconds(timeout)
+    if pause is not None and pause < 1e-3:
         raise ValueError(f"pollint must be at least 0.001 s, not {pollint!r}")
-    deadline = time.monotonic() + timeout
+    deadline = math.inf if limit is None else time.monotonic() + limit
     while True:
         if test():
             return "ok"
         left = deadline - time.monotonic()
         if left <= 0:
             return "timed_out"
-        threading.Event().wait(min(pollint, left))
+        threading.Event().wait(min(FOREVER if pause is None else pause, left))
 
 
 calls._groups = _groups

@@ -1,4 +1,4 @@
-"""For those who write cluster managers: a suite that says whether one keeps the contract."""
+"""A test suite for cluster managers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shmdist.cluster import addprocs, cluster_cookie, interrupt, rmprocs, worker
 from shmdist.errors import ProcessExitedException, RemoteException
 from shmdist.managers.base import ClusterManager, WorkerConfig
 from shmdist.runtime.node import current_node
-from shmdist.wire import door
+from shmdist.transport import listener
 
 _SOON = 10.0  # seconds that anything may take which has begun
 
@@ -151,7 +151,7 @@ class _Suite:
             for pid in pids:
                 again = self.manager.connect(pid, self.recorder.by_pid[pid])
                 try:
-                    door.prove(again, b"not the cookie", 1, _SOON)
+                    listener.authenticate_as_client(again, b"not the cookie", 1, _SOON)
                 except Exception:
                     pass
                 else:
@@ -159,7 +159,7 @@ class _Suite:
                     raise ContractError(f"worker {pid} lets in one who does not know the cookie")
                 again = self.manager.connect(pid, self.recorder.by_pid[pid])
                 try:
-                    door.prove(again, current_node().cookie, 1, _SOON)
+                    listener.authenticate_as_client(again, current_node().cookie, 1, _SOON)
                 except Exception as error:
                     raise ContractError(
                         f"a second connection to worker {pid} cannot be made: {type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Build hook: compiles ``shmdist/wire/_native.c`` where there is a compiler, and does without elsewhere."""
+"""Build hook: compiles ``transport/_native.c`` where there is a compiler, and does without elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from packaging.tags import sys_tags
 
-NAME = "shmdist/wire/_native"
+NAME = "shmdist/transport/_native"
 FLAGS = ("-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter")
 
 
@@ -24,7 +24,7 @@ class Hook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile; on failure the package is one of pure Python."""
         root = Path(self.root)
-        target = root / f"{NAME}.abi3.so"  # an older one that stays is not used (wire/native.py)
+        target = root / f"{NAME}.abi3.so"  # an older one that stays is not used (transport/native.py)
         why = _compile(root / f"{NAME}.c", target)
         if why:
             self.app.display_warning(f"shmdist: without its part in C, calls take longer: {why}")

@@ -1,4 +1,4 @@
-"""What a cluster manager is: how worker processes come to be, are reached, and go."""
+"""The cluster-manager interface: how worker processes are launched, reached and ended."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from shmdist._log import warn
 from shmdist.memory.limits import control_groups
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class ClusterManager(ABC):
         return {
             "topology": "all_to_all",
             "lazy": True,
-            "dir": os.getcwd(),
+            "dir": None,
             "exename": None,
             "exeflags": (),
             "env": {},
@@ -147,7 +148,9 @@ class ClusterManager(ABC):
         Parameters
         ----------
         params : dict
-            As of :meth:`default_params`, with the user's values, and ``cookie``.
+            As of :meth:`default_params`, with the user's values, and ``cookie``. Also
+            ``hash_seed``, the text that is to be ``PYTHONHASHSEED`` in the workers' environment
+            where the user has set none: then texts have the same hash on all workers.
 
         Raises
         ------
@@ -189,7 +192,7 @@ class ClusterManager(ABC):
         connections to other workers; `config` then has what all know of each: ``host``,
         ``ospid`` and ``connect_at``.
         """
-        from shmdist.wire.door import knock
+        from shmdist.transport.listener import connect
 
         if config.connect_at is None:
             address = config.bind_addr or (config.host or "").rpartition("@")[2]
@@ -199,7 +202,7 @@ class ClusterManager(ABC):
                     f"and has no connect() of its own"
                 )
             config.connect_at = ("tcp", (address, config.port))  # others may need it too
-        return knock(config.connect_at)
+        return connect(config.connect_at)
 
 
 def refusal(error: BaseException) -> str:
@@ -209,6 +212,21 @@ def refusal(error: BaseException) -> str:
         # mailbox, and segments of shared memory.
         return f"{error}; raise the limit on open files (ulimit -n): a worker on this host takes about ten"
     return str(error)
+
+
+def working_folder() -> str:
+    """Return the working directory; warn and return the home directory, or ``/``, when it was deleted."""
+    try:
+        return os.getcwd()
+    except OSError as error:
+        home = os.path.expanduser("~")
+        folder = home if os.path.isdir(home) else "/"
+        warn(
+            f"shmdist: this program's working directory is gone ({error}): workers start in {folder}; "
+            f"name another with dir=",
+            RuntimeWarning,
+        )
+        return folder
 
 
 def usable_cpus() -> int:

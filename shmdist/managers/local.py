@@ -1,4 +1,4 @@
-"""Workers on this host: processes started by exec, all at once."""
+"""The manager of workers on this host: it starts all their processes at once."""
 
 from __future__ import annotations
 
@@ -11,14 +11,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from shmdist._paths import PACKAGE_ROOT
 from shmdist.errors import LaunchWorkerError, describe_exit
-from shmdist.managers.base import THREAD_VARIABLES, ClusterManager, WorkerConfig, refusal, usable_cpus
+from shmdist.managers.base import (
+    THREAD_VARIABLES,
+    ClusterManager,
+    WorkerConfig,
+    refusal,
+    usable_cpus,
+    working_folder,
+)
+from shmdist.managers.processes import WorkerProcess, authkey, hash_seed
 from shmdist.memory.segment import make_page
-from shmdist.wire import versions
+from shmdist.transport import versions
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 _MARK = "SHMDIST_IS_TO_BE_WORKER"  # a variable that a worker removes: who still has it is no worker
+_IGNORES_ENVIRONMENT = re.compile("-[bBdiOPqRsSuvVx]*[EI]")  # -E or -I, perhaps among other flags
+_BE_WORKER = "from shmdist.__main__ import main; main(['worker'])"
 _LONGEST = 1 << 20  # bytes of a worker's output looked through for its line
 
 
@@ -62,6 +76,7 @@ class LocalManager(ClusterManager):
         launches: list[_Launch] = []
         try:
             _check_interpreter(params)
+            params = {**params, "dir": params["dir"] or working_folder()}
             try:
                 for _ in range(self.n):
                     launches.append(_Launch(params))
@@ -82,6 +97,16 @@ class LocalManager(ClusterManager):
             first = _by_version(failed[0], params)
             first.causes = tuple(failed[1:2])  # they fail alike; one more shows it
             raise first
+
+    def connect(self, id: int, config: WorkerConfig) -> Connection:
+        """Connect by AF_UNIX; by TCP where `exename` has put the worker into another network namespace."""
+        try:
+            return super().connect(id, config)
+        except OSError:
+            if config.port is None:
+                raise
+            config.connect_at = ("tcp", (config.bind_addr, config.port))
+            return super().connect(id, config)
 
     def kill(self, id: int, config: WorkerConfig) -> None:
         """Kill the process."""
@@ -143,20 +168,24 @@ class _Launch:
         environment = _environment(params)
         settings = {
             "cookie": params["cookie"],
-            "path": [entry or os.getcwd() for entry in sys.path],
+            "path": _module_path(),
             "pythonpath": (environment.get("PYTHONPATH")),
             "prefix": sys.prefix,
             "local": bool(params["restrict"]),
             "bind_addr": "auto",  # if it listens by TCP at all
+            "tell_unix": True,  # then too: memory is shared by AF_UNIX alone
             "parent": os.getpid(),
+            "authkey": authkey(),
         }
         self.page = make_page()
         if self.page is not None:
             settings["page"] = self.page.fd
+        # The worker's users see their own, as with the module path below.
+        settings["hash_seed"] = environment.get("PYTHONHASHSEED")
+        environment["PYTHONHASHSEED"] = hash_seed(environment, params)
         # The package itself must be found before the path can be told.
-        root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         former = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = root if not former else f"{root}{os.pathsep}{former}"
+        environment["PYTHONPATH"] = PACKAGE_ROOT if not former else f"{PACKAGE_ROOT}{os.pathsep}{former}"
         try:
             self.process = self._popen(params, environment)
         except BaseException:
@@ -184,15 +213,15 @@ class _Launch:
             streams[2].close()
         self.text = {self.out: b"", self.err: b""}
 
-    def _popen(self, params: dict[str, Any], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    def _popen(self, params: dict[str, Any], environment: dict[str, str]) -> WorkerProcess:
         """Start the process."""
-        return subprocess.Popen(
+        return WorkerProcess(
             self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,  # closing must not try once more to write to a process that is gone
-            cwd=params["dir"] or None,
+            cwd=params["dir"],
             env=environment,
             # The terminal's Ctrl-C is for process 1, which knows what to do about its workers.
             start_new_session=True,
@@ -227,7 +256,7 @@ class _Launch:
 
     def fail(self, message: str) -> None:
         """Note why this worker did not come up."""
-        exitcode, name = describe_exit(self.process.poll())
+        exitcode, name = describe_exit(self.process.exit_status())
         if name is not None:
             message += f" (killed by {name})"
         interpreter = self.command[: self.command.index("-P")]
@@ -255,23 +284,29 @@ class _Launch:
 
     def config(self) -> WorkerConfig:
         """Return the configuration of the worker, which is up."""
-        port, _, place = self.address.partition("#")
-        connect_at: tuple[str, Any]
-        if place.startswith("unix:"):
-            path = place[5:]
-            connect_at = ("unix", "\0" + path[1:] if path.startswith("@") else path)
-        else:
-            connect_at = ("tcp", (place, int(port)))
+        port, *places = self.address.split("#")
+        path = places[-1].removeprefix("unix:")
+        connect_at = ("unix", "\0" + path[1:] if path.startswith("@") else path)
         return WorkerConfig(
             io=(self.out, self.err),
             io_rest=(self.text[self.out], self.text[self.err]),
             host="localhost",
+            port=int(port) or None,
+            bind_addr=places[0] if int(port) else None,
             connect_at=connect_at,
             process=self.process,
             ospid=self.process.pid,
             userdata=self.lifeline,
             page=self.page,
         )
+
+
+def _module_path() -> list[str]:
+    """Return ``sys.path`` for a process of another working directory."""
+    try:
+        return [entry or os.getcwd() for entry in sys.path]
+    except OSError:  # it has been deleted, so nothing can be imported from it
+        return [entry for entry in sys.path if entry]
 
 
 def _check_interpreter(params: dict[str, Any]) -> None:
@@ -302,7 +337,10 @@ def _command(params: dict[str, Any]) -> list[str]:
     if params["exename"] is None:
         command += own_flags()
     # -P: the current directory must not come before the standard library.
-    return [*command, "-P", *flags, "-m", "shmdist", "worker"]
+    command += ["-P", *flags]
+    if any(map(_IGNORES_ENVIRONMENT.match, command[1:])):  # and so the path to the package there
+        command += ["-c", f"import sys; sys.path.insert(0, {PACKAGE_ROOT!r}); {_BE_WORKER}"]
+    return [*command, "-m", "shmdist", "worker"]
 
 
 def _by_version(failure: LaunchWorkerError, params: dict[str, Any]) -> LaunchWorkerError:
@@ -343,15 +381,11 @@ def _command_text(params: dict[str, Any]) -> str:
 
 def own_flags() -> list[str]:
     """Return the flags that make a worker's interpreter behave as this one does."""
-    flags = []
-    if sys.flags.optimize:
-        flags.append("-" + "O" * sys.flags.optimize)
-    if sys.flags.dont_write_bytecode:
-        flags.append("-B")
-    if sys.flags.utf8_mode:
-        flags += ["-X", "utf8"]
-    flags += [f"-W{option}" for option in sys.warnoptions]
-    flags += [f"-X{key}" if value is True else f"-X{key}={value}" for key, value in sys._xoptions.items()]
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # multiprocessing's
+    for key, value in sys._xoptions.items():  # those that it does not know
+        option = key if value is True else f"{key}={value}"
+        if option not in flags:
+            flags += ["-X", option]
     return flags
 
 

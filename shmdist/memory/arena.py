@@ -1,4 +1,4 @@
-"""Whose the memory is: blocks of segments, who holds them, which are free. Accounting alone.
+"""The block allocator of a process: segments, blocks, and who holds them. Accounting alone.
 
 Nothing here touches memory. A caller takes the lock that guards its arena, asks, and acts on
 the answer.
@@ -30,14 +30,23 @@ The process whose arena it is keeps all counts of a block (it *owns* the block).
   two processes. So counts may be negative for a while. A block is free when no count is
   positive: whoever passes on has a count of his own, told in order, until his word is here.
 - A process that is lost has its counts dropped, and is never counted again. What it told of
-  others is audited (``runtime.audits``): it may have been killed before it sent what it told of.
+  others is audited (``runtime.count_audit``): it may have been killed before it sent what it told of.
+
+Whole or not at all
+-------------------
+An error may come at any call in here: there is no memory, or no stack. What is true stands in few places:
+which segments there are, which blocks are lent, with their counts, and which extents are BUSY. Each is
+changed in one step, after all that can fail has been worked out. Everything else follows from these:
+where an error came between two steps, it is made anew before the arena is used again (`_rebuild`).
 """
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left, insort
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from enum import Enum
+from typing import Concatenate, ParamSpec, TypeVar
 
 _ASIDE = 64  # extents kept aside, at most
 
@@ -60,12 +69,37 @@ _NEXT = {
 }
 
 
-def _add(table: dict[tuple[int, int], int], key: tuple[int, int], delta: int) -> None:
+_Key = TypeVar("_Key")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _changed(table: dict[_Key, int], key: _Key, delta: int) -> dict[_Key, int]:
+    """Return a copy of a table of counts in which one is changed; there are no zeros in it."""
     total = table.get(key, 0) + delta
-    if total:
-        table[key] = total
-    else:
-        table.pop(key, None)
+    result = {**table, key: total}
+    if not total:
+        del result[key]
+    return result
+
+
+def _is_held(counts: dict[int, int]) -> bool:
+    return max(counts.values(), default=0) > 0
+
+
+def _whole(method: Callable[Concatenate[Arena, _P], _T]) -> Callable[Concatenate[Arena, _P], _T]:
+    """Let the tables be made anew where the last method that changed them did not come to its end."""
+
+    @functools.wraps(method)
+    def run(self: Arena, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if self._torn:
+            self._rebuild()
+        self._torn = True
+        result = method(self, *args, **kwargs)
+        self._torn = self._failed
+        return result
+
+    return run
 
 
 class Extent:
@@ -141,6 +175,9 @@ class Arena:
         self._free: dict[State, list[tuple[int, int, int]]] = {State.WARM: [], State.COLD: []}
         self._quick: dict[int, list[Extent]] = {}  # warm extents kept aside, by size
         self._aside = 0  # how many
+        self._busy: dict[int, Extent] = {}  # by identity
+        self._torn = False  # a method that changes the tables runs, or did not come to its end
+        self._failed = False  # it did, but what follows from its change must be made anew
 
     def __repr__(self) -> str:
         return (
@@ -166,12 +203,6 @@ class Arena:
             del free[bisect_left(free, (extent.size, extent.segment, extent.offset))]
         if extent.state is State.COLD:
             self.cold -= extent.size
-
-    def _settle(self, extent: Extent, state: State) -> None:
-        """Make an extent, which is in no table of free ones, free, and join it with its neighbours."""
-        self._remove(extent)
-        extent.move(state)
-        self._join(extent)
 
     def _join(self, extent: Extent) -> None:
         """Enter a free extent, which is in no table, joined with its neighbours."""
@@ -219,8 +250,41 @@ class Arena:
     def _round(self, nbytes: int) -> int:
         return max(1, -(-nbytes // self.grain)) * self.grain
 
+    def _rebuild(self) -> None:
+        """Make all that follows from segments, blocks and busy extents: the rest of the segments is free.
+
+        It is COLD, though its pages may be there: then they are only reserved again.
+        """
+        for block in list(self.blocks.values()):
+            block.counts = {pid: count for pid, count in block.counts.items() if pid not in self.gone}
+            block.told = {pair: count for pair, count in block.told.items() if pair[0] not in self.gone}
+            if not _is_held(block.counts):
+                del self.blocks[block.serial]
+        taken: dict[int, list[Extent]] = {segment: [] for segment in self._sizes}
+        for extent in (*self.blocks.values(), *self._busy.values()):
+            taken[extent.segment].append(extent)
+        extents: list[Extent] = []
+        for segment, size in self._sizes.items():
+            position = 0
+            for extent in sorted(taken[segment], key=lambda each: each.offset):
+                if extent.offset > position:
+                    extents.append(Extent(segment, position, extent.offset - position, State.COLD))
+                extents.append(extent)
+                position = extent.offset + extent.size
+            if size > position:
+                extents.append(Extent(segment, position, size - position, State.COLD))
+        self.total = sum(self._sizes.values())
+        self.lent = sum(block.size for block in self.blocks.values())
+        self.cold = self._aside = 0
+        self._starts, self._ends, self._quick = {}, {}, {}
+        self._free = {State.WARM: [], State.COLD: []}
+        for extent in extents:
+            self._enter(extent)
+        self._torn = self._failed = False
+
     # ------------------------------------------------------------------ growing and shrinking
 
+    @_whole
     def add_segment(self, segment: int, size: int) -> None:
         """Enter a new segment, all of it warm."""
         if segment in self._sizes:
@@ -229,6 +293,7 @@ class Arena:
         self.total += size
         self._enter(Extent(segment, 0, size, State.WARM))
 
+    @_whole
     def drop_segment(self, segment: int) -> bool:
         """Forget a segment; False, and nothing is changed, when a part of it is not cold and free."""
         extent = self._starts.get((segment, 0))
@@ -238,22 +303,38 @@ class Arena:
         self.total -= self._sizes.pop(segment)
         return True
 
+    @_whole
     def begin_warming(self, nbytes: int) -> Extent | None:
         """Return a cold extent of at least `nbytes`, which is BUSY until :meth:`end` is told."""
         size = self._round(nbytes)
         extent = self._find(State.COLD, size, None)
-        return None if extent is None else self._cut(extent, size, State.BUSY)
+        if extent is None:
+            return None
+        self._cut(extent, size, State.BUSY)
+        self._busy[id(extent)] = extent
+        return extent
 
+    @_whole
     def begin_cooling(self) -> list[Extent]:
         """Return all warm extents, which are BUSY until :meth:`end` is told."""
         self._gather()
         extents = [self._starts[segment, offset] for _, segment, offset in self._free[State.WARM]]
-        return [self._cut(extent, extent.size, State.BUSY) for extent in extents]
+        for extent in extents:
+            self._cut(extent, extent.size, State.BUSY)
+        self._busy = {**self._busy, **{id(extent): extent for extent in extents}}
+        return extents
 
+    @_whole
     def end(self, extent: Extent, state: State) -> None:
         """A BUSY extent has become warm or cold."""
-        self._settle(extent, state)
+        if self._busy.get(id(extent)) is not extent:
+            raise RuntimeError(f"{extent!r} is not busy")
+        del self._busy[id(extent)]
+        self._remove(extent)
+        extent.move(state)
+        self._join(extent)
 
+    @_whole
     def has_warm(self, nbytes: int) -> bool:
         """Tell whether a block of `nbytes` could be taken now."""
         size = self._round(nbytes)
@@ -268,6 +349,7 @@ class Arena:
 
     # ------------------------------------------------------------------ blocks
 
+    @_whole
     def take(self, nbytes: int, pid: int, among: Container[int] | None = None) -> Extent | None:
         """Take a block of at least `nbytes`, with one count for `pid`.
 
@@ -304,87 +386,116 @@ class Arena:
         self._serial += 1
         extent.serial = self._serial
         extent.counts = {pid: 1}
-        self.blocks[extent.serial] = extent
         self.lent += size
+        self.blocks[extent.serial] = extent  # last: from here on it is lent
         return extent
 
-    def change(self, serial: int, pid: int, delta: int, teller: int = 0) -> bool:
+    @_whole
+    def change(self, serial: int, pid: int, delta: int, reporter: int = 0) -> bool:
         """Change the count of `pid` for a block; True when the block is free by that.
 
-        Unknown blocks and lost processes are none of our business any more, nor is what a `teller`
+        Unknown blocks and lost processes are none of our business any more, nor is what a `reporter`
         (0 for nobody) told before it was lost, once that is audited: nothing is changed.
         """
         block = self.blocks.get(serial)
         if block is None or pid in self.gone:
             return False
-        if teller:
-            if (pid, teller) in self.closed:
+        told = block.told
+        if reporter:
+            if (pid, reporter) in self.closed:
                 return False
-            _add(block.told, (pid, teller), delta)
-        return self._change(block, pid, delta)
+            told = _changed(told, (pid, reporter), delta)
+        return self._set(((block, _changed(block.counts, pid, delta), told),))
 
-    def _change(self, block: Extent, pid: int, delta: int) -> bool:
-        count = block.counts.get(pid, 0) + delta
-        if count:
-            block.counts[pid] = count
-        else:
-            block.counts.pop(pid, None)
-        return self._free_if_unheld(block)
+    def _set(
+        self,
+        changes: Sequence[tuple[Extent, dict[int, int], dict[tuple[int, int], int]]],
+        closing: tuple[int, int] | None = None,
+    ) -> bool:
+        """Give blocks new counts, worked out before, all of them; True when one is free by that."""
+        over = [block for block, counts, _ in changes if not _is_held(counts)]
+        if closing is not None:
+            self.closed.add(closing)
+        for block, counts, told in changes:
+            block.counts, block.told = counts, told
+        try:
+            for block in over:
+                self._put_aside(block)
+        except (MemoryError, RecursionError):
+            self._failed = True  # the counts are right, and who gave one back must not do so again
+        return bool(over)
 
+    @_whole
+    def hand_over(self, serial: int, giver: int, taker: int) -> bool:
+        """Make one count of `giver` one of `taker`; False when that is lost, and its count is not made."""
+        block = self.blocks.get(serial)
+        if block is not None:
+            counts = block.counts if giver in self.gone else _changed(block.counts, giver, -1)
+            counts = counts if taker in self.gone else _changed(counts, taker, +1)
+            self._set(((block, counts, block.told),))
+        return taker not in self.gone
+
+    @_whole
     def lend(self, serial: int, pid: int) -> bool:
         """Give `pid` a count; False when it is lost, and nothing is changed."""
         if pid in self.gone:
             return False
-        self.change(serial, pid, +1)
+        block = self.blocks.get(serial)
+        if block is not None:
+            self._set(((block, _changed(block.counts, pid, +1), block.told),))
         return True
 
+    @_whole
     def lose(self, pid: int) -> bool:
         """Drop all counts of a lost process; True when a block is free by that."""
         self.gone.add(pid)
         self.closed = {pair for pair in self.closed if pair[0] != pid}
-        freed = False
-        for block in list(self.blocks.values()):
-            if block.told:
-                block.told = {pair: count for pair, count in block.told.items() if pair[0] != pid}
-            if block.counts.pop(pid, None) is not None:
-                freed = self._free_if_unheld(block) or freed
-        return freed
+        return self._set(
+            [
+                (
+                    block,
+                    {each: count for each, count in block.counts.items() if each != pid},
+                    {pair: count for pair, count in block.told.items() if pair[0] != pid},
+                )
+                for block in self.blocks.values()
+                if pid in block.counts or block.told
+            ]
+        )
 
-    def told_by(self, teller: int) -> set[int]:
+    def holders_reported_by(self, reporter: int) -> set[int]:
         """Return of whom a process told something that was not given back."""
-        return {pair[0] for block in self.blocks.values() for pair in block.told if pair[1] == teller}
+        return {pair[0] for block in self.blocks.values() for pair in block.told if pair[1] == reporter}
 
-    def audited(self, pid: int, teller: int, receipts: Mapping[int, int]) -> bool:
+    @_whole
+    def audited(self, pid: int, reporter: int, receipts: Mapping[int, int]) -> bool:
         """A holder says what it has from a lost process, by block; True when a block is free by that."""
-        if pid in self.gone or (pid, teller) in self.closed:
+        if pid in self.gone or (pid, reporter) in self.closed:
             return False
-        self.closed.add((pid, teller))
-        freed = False
-        for block in list(self.blocks.values()):
-            delta = receipts.get(block.serial, 0) - block.told.pop((pid, teller), 0)
-            if delta:
-                freed = self._change(block, pid, delta) or freed
-        return freed
+        changes = []
+        for block in self.blocks.values():
+            delta = receipts.get(block.serial, 0) - block.told.get((pid, reporter), 0)
+            told = {pair: count for pair, count in block.told.items() if pair != (pid, reporter)}
+            changes.append((block, _changed(block.counts, pid, delta), told))
+        return self._set(changes, (pid, reporter))
 
-    def _free_if_unheld(self, block: Extent) -> bool:
-        if any(count > 0 for count in block.counts.values()):
-            return False
+    def _put_aside(self, block: Extent) -> None:
+        """A block that nobody holds is free."""
         del self.blocks[block.serial]
         self.lent -= block.size
-        block.counts = {}
-        block.told.clear()
+        block.counts, block.told = {}, {}
         block.move(State.WARM)
         block.quick = True
         self._quick.setdefault(block.size, []).append(block)
         self._aside += 1
         if self._aside > _ASIDE:
             self._gather()
-        return True
 
     # ------------------------------------------------------------------ proof
 
     def _check(self) -> None:
         """Assert what must hold between any two calls."""
+        if self._torn:
+            self._rebuild()
         position: dict[int, int] = dict.fromkeys(self._sizes, 0)
         former: dict[int, Extent] = {}
         lent = cold = 0
@@ -408,6 +519,7 @@ class Arena:
                 assert not self.gone & {pid for pid, _ in extent.told}, f"told of a lost process: {extent}"
                 assert not self.closed & extent.told.keys(), f"told, and audited: {extent}"
                 lent += extent.size
+            assert (id(extent) in self._busy) == (extent.state is State.BUSY), extent
             cold += extent.size if extent.state is State.COLD else 0
         assert position == self._sizes and self.total == sum(self._sizes.values())
         assert len(self._ends) == len(self._starts)

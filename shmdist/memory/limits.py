@@ -1,4 +1,4 @@
-"""How much memory there is to be had: the system's, a container's, within a process's own limits."""
+"""How much memory there is: the limits of the system, of a container and of the process."""
 
 from __future__ import annotations
 

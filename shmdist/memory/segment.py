@@ -1,4 +1,4 @@
-"""The one file that touches memfd and mmap: memory that processes of one host share.
+"""Segments of shared memory. This is the only file that uses memfd and mmap.
 
 A segment is memory without a name. On Linux it is a memfd; elsewhere a POSIX shared memory
 object whose name is removed the moment it has been made. Other processes get it as a
@@ -22,17 +22,21 @@ import mmap
 import os
 import sys
 import threading
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from shmdist.memory.limits import address_space, available_memory
-from shmdist.memory.spares import Spares
+from shmdist.memory.private_mappings import MappingCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 PAGE = mmap.PAGESIZE
-_SIZE = 4096
-SLOTS = _SIZE // 16
+_NOTES = 4096  # bytes of a page for notes
+SLOTS = _NOTES // 16
+LANES = 64  # lanes that have words of their own on a page; more of them share
+BEGUN = 2 * SLOTS  # the first of these words
+_SIZE = _NOTES + 16 * LANES
 _DONTNEED, _REMOVE, _POPULATE_READ, _POPULATE_WRITE = 4, 9, 22, 23  # Linux: advice to the system about pages
 _LINUX = sys.platform == "linux"
 _TOGETHER = 16 << 20  # bytes from which on two threads copy
@@ -46,7 +50,7 @@ def whole_pages(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE
 
 
-class Page:
+class ProgressPage:
     """A page of memory on which a worker notes how far it is, and which outlives it.
 
     Process 1 makes it and hands the descriptor down when it starts the worker; it has no
@@ -54,6 +58,22 @@ class Page:
     nothing next to a message, and ``kill -9`` leaves it whole.
 
     Slot `s` holds two numbers: which call, and which of its elements.
+
+    Calls that the worker has not begun
+    -----------------------------------
+    Process 1 can take calls of a lane back without the worker's help, which may stand still. They lie in
+    a socket or a mailbox then, and will be read one day; so both say what they do before they do it.
+    After the notes come two words for each lane, numbers of calls that only grow:
+
+    - *begun*: the worker raises it to the call that it is about to begin, *then* looks at *withdrawn*.
+      It begins if its number is above that; if not, it answers that the call was not run.
+    - *withdrawn*: process 1 raises it to the last call that it wants back, *then* looks at *begun*. What is
+      above that is its own again. What is not, stays with the worker, whose answer tells what it did.
+
+    Between the two steps each side has a fence, so at least one sees what the other did: no call is both
+    begun and taken back. Both may see it; then the worker does not begin it, and says so. Calls of a
+    lane begin in the order of their numbers, and those of lanes that share words are never begun too
+    early by that, but perhaps not taken back.
     """
 
     def __init__(self, fd: int | None = None) -> None:
@@ -62,8 +82,13 @@ class Page:
             os.ftruncate(fd, _SIZE)
         self.fd = fd
         self._map = mmap.mmap(fd, _SIZE)
-        #: The numbers: ``numbers[2 * slot]`` and ``numbers[2 * slot + 1]``.
+        #: The numbers: ``numbers[2 * slot]`` and ``numbers[2 * slot + 1]``; then the words of the lanes.
         self.numbers = memoryview(self._map).cast("Q")
+        #: Indices in `numbers` of the slots that are free, the one that has been so for longest first.
+        self.free = deque(range(0, 2 * SLOTS, 2))
+        # Guards raising a word, which the other process never does. Its being let go of and taken again is
+        # a fence on all systems of CPython.
+        self._raising = threading.Lock()
 
     def close_fd(self) -> None:
         """Close the descriptor; the mapping stays."""
@@ -76,8 +101,36 @@ class Page:
         numbers = self.numbers
         return {numbers[2 * slot]: numbers[2 * slot + 1] for slot in range(SLOTS) if numbers[2 * slot]}
 
+    def begin(self, lane: int, call_id: int) -> bool:
+        """Note that a call is about to begin; False when it has been taken back."""
+        word = BEGUN + lane % LANES
+        self._raise(word, call_id)
+        return self.numbers[word + LANES] < call_id
+
+    def begun(self, lane: int) -> int:
+        """Return the number of a call of a lane that may have begun; none above it has."""
+        return self.numbers[BEGUN + lane % LANES]
+
+    def withdraw(self, lane: int, call_id: int) -> int:
+        """Take the calls of a lane back up to `call_id`, and above the number that is returned."""
+        word = BEGUN + lane % LANES
+        self._raise(word + LANES, call_id)
+        return self.numbers[word]
+
+    def _raise(self, word: int, number: int) -> None:
+        """Raise a word of this process's to `number`; what is read after that is read after that."""
+        lock = self._raising
+        lock.acquire()
+        try:
+            if self.numbers[word] < number:
+                self.numbers[word] = number
+        finally:
+            lock.release()
+        lock.acquire()
+        lock.release()
+
     def close(self) -> None:
-        """Give everything back."""
+        """Give everything back; whoever uses it after that gets a ValueError."""
         self.close_fd()
         self.numbers.release()
         self._map.close()
@@ -88,7 +141,7 @@ def make_page() -> Any:
     if not hasattr(os, "memfd_create"):
         return None
     try:
-        return Page()
+        return ProgressPage()
     except OSError:
         return None
 
@@ -116,7 +169,7 @@ class Segment:
     size : int
         Bytes, a multiple of the page size.
     fd : int
-        Its descriptor, owned by the segment from now on.
+        Its descriptor, owned by the segment from now on; after an error it is the caller's still.
 
     Attributes
     ----------
@@ -128,18 +181,15 @@ class Segment:
         self.owner = owner
         self.number = number
         self.size = size
-        self.fd = fd
+        self.fd = -1
         self._array: Any = None
         self._address = 0
-        self.spares = Spares()
-        try:
-            if size > address_space() // 2:  # the program will want some for itself
-                raise OSError(errno.ENOMEM, "there is little address space left")
-            self._map = mmap.mmap(fd, size)
-        except BaseException:
-            self.close_fd()
-            raise
+        self.spares = MappingCache()
+        if size > address_space() // 2:  # the program will want some for itself
+            raise OSError(errno.ENOMEM, "there is little address space left")
+        self._map = mmap.mmap(fd, size)
         self.view = memoryview(self._map)
+        self.fd = fd
 
     @classmethod
     def make(cls, owner: int, number: int, size: int, reserved: int | None = None) -> Segment:
@@ -156,10 +206,10 @@ class Segment:
             _ask_for(reserved)
             os.ftruncate(fd, size)
             _reserve(fd, 0, reserved)
+            return cls(owner, number, size, fd)
         except BaseException:
             os.close(fd)
             raise
-        return cls(owner, number, size, fd)
 
     def __repr__(self) -> str:
         return f"<Segment {self.number} of process {self.owner}, {self.size >> 10} KiB, fd {self.fd}>"

@@ -1,1 +1,1 @@
-"""One process of the cluster: its state, its threads, the calls it runs."""
+"""The engine of one process: its threads, what it reads and sends, the calls it runs."""

@@ -1,15 +1,27 @@
-"""The node: all state of one process of the cluster, and what is sent and received with it.
+"""The node: all state of one process of the cluster.
 
 The only module-level variable is the current node.  Everything else hangs on it.
 
 Locks, in the order in which they may be taken (a later one while an earlier is held):
 
-1. ``Dispatcher._baton``: the right to read; not a lock that anybody waits for.
+1. ``Reactor._leader_lock``: the right to read; not a lock that anybody waits for.
 2. ``Node.lock``: members, links, reference table.  No user code, pickling, or sending
    while it is held: decide under it, act after it.
-3. ``OwnCalls._lock``, ``Mail._lock``, ``Link.gate``, ``Link._kick``, ``Strand.guard``, ``Sharing.lock``,
-   ``Lending._lock``, ``Spares._lock``: short and leaf-like.
+3. ``OwnCalls._lock``, ``RingExchange._lock``, ``Link.gate``, ``Link._kick``, ``ThreadState.guard``,
+   ``SharedMemory.lock``, ``HostCopyReceiver._lock``, ``MappingCache._lock``: short and leaf-like.
 4. ``Link._write``: held while a frame is written; taken with none of the above held.
+
+Finalizers run wherever Python allocates, also while a lock is held. Hence all locks of the package are taken
+inside the runtime only, where a finalizer comes to none (``runtime.interrupts``), but for these:
+
+- ``ThreadState.guard``, ``_Driver._lock`` of ``scheduling.input_reader``: nothing is called or made while
+  they are held, so no finalizer runs. Only a profiler or debugger in Python may run one there even so: the
+  first is re-entrant, and no finalizer comes to the second.
+- ``imports._lock``, ``CallContext._lock``, ``picklers._cloud_lock``, ``ClusterController.changing``:
+  re-entrant, and held while users' code runs (an import, a manager).
+- Those on which a thread sleeps (of a ``Waiter``, ``source._bed``, ``source._bell``, ``refs.given_up``): no
+  thread holds one while it works.
+- ``Listener._count`` and those of the managers: only threads that accept or launch come to them.
 
 How a process is lost
 ---------------------
@@ -31,40 +43,38 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
+from shmdist._firmly import firmly
 from shmdist._log import Log
 from shmdist.errors import CapturedException, ProcessExitedException, RemoteException, ShmdistError
-from shmdist.memory.receipts import Receipts
-from shmdist.runtime import served
-from shmdist.runtime.asking import Asking
-from shmdist.runtime.audits import Audits
-from shmdist.runtime.dispatch import Dispatcher
-from shmdist.runtime.heart import Heart
+from shmdist.memory.segment import ProgressPage
+from shmdist.refcount.receipts import Receipts
+from shmdist.refcount.table import RRID, Entry, RefTable
+from shmdist.runtime import router
+from shmdist.runtime.count_audit import CountAudit
+from shmdist.runtime.environment import own_files
+from shmdist.runtime.executor import CallExecutor, FunctionStore
+from shmdist.runtime.heartbeat import HeartbeatMonitor
+from shmdist.runtime.interrupts import current
 from shmdist.runtime.output import Outputs
-from shmdist.runtime.reftable import RRID, RefTable
-from shmdist.runtime.replies import Operation, Reply, pack_error, unpack_error
-from shmdist.runtime.sharing import Sharing
-from shmdist.runtime.task import Functions, Tasks
-from shmdist.wire import codec
-from shmdist.wire.atoms import PICKLE
-from shmdist.wire.link import Link
-from shmdist.wire.messages import (
-    BROKEN,
-    IS_ERROR,
-    NOT_RUN,
-    Frame,
-    Kind,
-    PeerInfo,
-)
+from shmdist.runtime.reactor import Reactor
+from shmdist.runtime.replies import PendingOperation, PendingReply, pack_error, unpack_error
+from shmdist.runtime.requests import RequestClient
+from shmdist.runtime.reserve import Reserve
+from shmdist.runtime.sharing import SharedMemory
+from shmdist.serialization import codec, definitions
+from shmdist.serialization.atoms import PICKLE
+from shmdist.transport.link import Link
+from shmdist.transport.messages import BROKEN, IS_ERROR, NOT_RUN, Frame, Kind, PeerInfo
 
 _RESULT, _CANCEL = int(Kind.RESULT), int(Kind.CANCEL)
 _NEWS = 0.3  # seconds that process 1 may take to tell how another one ended
 _log = Log("node")
 
 
-class Node(Asking):
+class Node(RequestClient):
     """One process of the cluster.
 
     Parameters
@@ -78,18 +88,23 @@ class Node(Asking):
         "connector",
         "controls",
         "cookie",
+        "find_exit_cause",
+        "freed",
         "inherited",
-        "inquest",
         "joined_hooks",
-        "last_words",
+        "last_progress",
+        "leaving",
+        "leaving_hooks",
         "lost_hooks",
         "master_gone",
-        "news",
         "ospid",
+        "pages",
+        "reported_exits",
         "unclaimed_takes",
+        "unsent_releases",
     )
-    #: Operations on references, by name; ``refs`` enters them.
-    operations: ClassVar[dict[str, Callable[[Node, Operation, RRID, Any], None]]] = {}
+    #: Operations on references, by name; ``references.remote_channel`` enters them.
+    operations: ClassVar[dict[str, Callable[[Node, PendingOperation, RRID, Any], None]]] = {}
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -99,30 +114,39 @@ class Node(Asking):
         self.links: dict[int, Link] = {}  # the link to send by, by process
         self.all_links: dict[int, set[Link]] = {}  # two processes that dial each other at once have two
         self.peers: dict[int, PeerInfo] = {}  # the members that are alive, this process among them
-        self.graves: dict[int, BaseException] = {}  # members that are gone, and how they went
-        self.last_words: dict[int, dict[int, int]] = {}  # how far members that are gone were: element by call
+        self.lost_processes: dict[int, BaseException] = {}  # members that are gone, and how they went
+        #: Members that are gone, are about to go, or were asked to: they get no new work.
+        self.leaving: set[int] = set()
+        # How far members that are gone were: element by call
+        self.last_progress: dict[int, dict[int, int]] = {}
         self.refs = RefTable()
         self.receipts = Receipts()  # of counts of references that others than their owners gave
+        # On which local workers note how far they are; process 1's alone
+        self.pages: dict[int, ProgressPage] = {}
         self.call_ids = itertools.count(1)
         self.lanes = itertools.count(1)
-        self.pending: dict[int, Reply] = {}  # answers waited for, by call; popping one is claiming it
-        self.waiting: dict[tuple[int, int], Operation] = {}  # others' operations not yet answered
+        self.pending: dict[int, PendingReply] = {}  # answers waited for, by call; popping one is claiming it
+        self.waiting: dict[tuple[int, int], PendingOperation] = {}  # others' operations not yet answered
         self.unclaimed_takes: dict[int, tuple[int, RRID]] = {}  # takes given up: whose item goes back
         self.released: deque[tuple[int, RRID]] = deque()  # references dropped, by finalizers: owner and id
+        # Counts to be given back: ``ReferenceCounts``
+        self.unsent_releases: dict[int, dict[tuple[RRID, int], int]] = {}
+        self.freed: deque[Entry] = deque()  # whose values are to be let go of
         self.errands: deque[Callable[[], None]] = deque()  # what finalizers leave to be done
         self._flush_asked = False
-        self.tasks = Tasks(self)
-        self.functions = Functions(self)
+        self.tasks = CallExecutor(self)
+        self.functions = FunctionStore(self)
         self.outputs = Outputs()
         self.settings: dict[str, Any] = {}
         self.joined_hooks: list[Callable[[list[int]], None]] = []
+        self.leaving_hooks: list[Callable[[int], None]] = []  # called when process 1 asks a member to go
         self.lost_hooks: list[Callable[[int], None]] = []
         self.controls: dict[int, Callable[[Frame], None]] = {}
         #: Makes a link to a member that has none; set when this process joins a cluster.
         self.connector: Callable[[int], Link] | None = None
         #: Finds out how a process ended whose link did; may wait. Set by process 1.
-        self.inquest: Callable[[int], BaseException] = self.hearsay
-        self.news: dict[int, BaseException] = {}  # how members went, as process 1 told
+        self.find_exit_cause: Callable[[int], BaseException] = self.exit_cause_from_master
+        self.reported_exits: dict[int, BaseException] = {}  # how members went, as process 1 told
         #: Told when process 1 is gone; a worker ends then.
         self.master_gone: Callable[[], None] = lambda: None
         self.is_worker = False
@@ -130,10 +154,13 @@ class Node(Asking):
         self.closed = False
         #: Files that a forked child must not keep open, lest this process seem alive.
         self.inherited: list[Any] = []
-        self.dispatcher = Dispatcher(self)
-        self.heart = Heart(self)
-        self.sharing = Sharing(self)
-        self.audits = Audits(self)
+        self.reserve = Reserve()
+        self.dispatcher = Reactor(self)
+        poller = self.dispatcher.poller
+        self.outputs.attach(self.dispatcher.start, poller.remove, poller.add_output)
+        self.heart = HeartbeatMonitor(self)
+        self.sharing = SharedMemory(self)
+        self.audits = CountAudit(self)
 
     def __repr__(self) -> str:
         return (
@@ -163,14 +190,28 @@ class Node(Asking):
 
     def check_member(self, pid: int) -> None:
         """Raise the error that says why `pid` cannot be called, if it cannot."""
-        if pid in self.graves:
+        if pid in self.lost_processes:
             raise self.death(pid)
         if pid not in self.peers:
             raise ValueError(f"there is no process {pid}; the processes are {sorted(self.peers)}")
 
     def death(self, pid: int) -> BaseException:
-        """Return a fresh copy of the error that tells how `pid` went."""
-        return copy.copy(self.graves.get(pid) or ProcessExitedException(pid))
+        """Return a fresh copy of the error that tells how `pid` went.
+
+        When the program ends, its workers go first: who asks then ends as threads do that wait, silently. Not
+        inside the runtime, where this thread may be the one that reads, and others wait for it.
+        """
+        strand = current()
+        if self.exiting and not strand.main and not strand.depth:
+            raise SystemExit
+        return copy.copy(self.lost_processes.get(pid) or ProcessExitedException(pid))
+
+    def deaths(self, pids: Collection[int], patience: float = _NEWS) -> list[BaseException]:
+        """Return how processes went that are about to go, or have gone; waits a moment for the news."""
+        deadline = time.monotonic() + patience
+        while any(pid not in self.lost_processes for pid in pids) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        return [self.death(pid) for pid in pids]
 
     def add_link(self, link: Link) -> Link:
         """Begin to read `link`; returns the link to send to its process by."""
@@ -192,47 +233,57 @@ class Node(Asking):
         if self.is_worker and link.pid == 1:
             self.master_gone()
             return
-        self.lost(link.pid, self.inquest(link.pid))
+        self.leaving.add(link.pid)  # before it is known how it went, which takes a moment
+        self.lost(link.pid, self.find_exit_cause(link.pid))
 
-    def hearsay(self, pid: int, patience: float = _NEWS) -> BaseException:
+    def exit_cause_from_master(self, pid: int, patience: float = _NEWS) -> BaseException:
         """Find out how a process ended from process 1, which will tell in a moment."""
         deadline = time.monotonic() + patience
-        while pid not in self.news and time.monotonic() < deadline:
+        while pid not in self.reported_exits and time.monotonic() < deadline:
             time.sleep(0.002)
-        return self.news.get(pid) or ProcessExitedException(pid)
+        return self.reported_exits.get(pid) or ProcessExitedException(pid)
 
     def lost(self, pid: int, error: BaseException) -> None:
         """Process `pid` is gone: see the module's docstring.  Told twice, it is once."""
         with self.lock:
-            if pid in self.graves:
+            if pid in self.lost_processes:
                 return
-            self.graves[pid] = error
+            self.lost_processes[pid] = error
+        firmly(self._lose, pid)
+
+    def _lose(self, pid: int) -> None:
+        """Do what a lost process asks for; again after an error."""
+        with self.lock:
+            self.leaving.add(pid)
             self.peers.pop(pid, None)
             self.links.pop(pid, None)
-            freed = self.refs.peer_lost(pid)
+            self.freed += self.refs.peer_lost(pid)
         for call_id, reply in list(self.pending.items()):
             if self.exiting:
                 break  # threads that still wait end with the program, silently
-            if reply.pid == pid and self.pending.pop(call_id, None) is not None:
-                self.fail(reply, self.death(pid))
+            if reply.pid == pid:
+                death = self.death(pid)
+                if self.pending.pop(call_id, None) is not None:
+                    firmly(self.fail, reply, death)
         for key, operation in list(self.waiting.items()):
-            if key[0] == pid and self.waiting.pop(key, None) is not None:
+            if key[0] == pid:
                 operation.withdraw(given_up=True)
+                self.waiting.pop(key, None)
         self.functions.forget(pid)
         self.sharing.lost(pid)
-        self.drop(freed)
+        self.drop()
         for hook in list(self.lost_hooks):
             try:
-                hook(pid)
+                firmly(hook, pid)
             except Exception:
                 _log.exception("a hook for the loss of process %d failed", pid)
 
     # ------------------------------------------------------------------ answers to what was asked
 
-    def open(self, reply: Reply, what: Any) -> Any:
+    def open(self, reply: PendingReply, what: Any) -> Any:
         """Return the value of a reply that is done, or raise its error."""
-        if self.outputs.lines:
-            self.print_output()
+        if self.outputs.busy:
+            self.outputs.show((reply.pid,))
         if reply.error is not None:
             # A copy, for the callers' frames hold the reply: they would hold each other, and all in them.
             raise copy.copy(reply.error)
@@ -245,7 +296,10 @@ class Node(Asking):
         if not frame.flags and not frame.buffers:
             body = frame.body
             try:
-                return marshal.loads(body) if body[0] != PICKLE else pickle.loads(body)
+                if body[0] != PICKLE:
+                    return marshal.loads(body)
+                codec.prepare(body)
+                return pickle.loads(body)
             except Exception as error:
                 raise codec.unreadable(error, f"the result of {name_of(what)} from process {pid}") from error
         return self._read_rarer(frame, pid, name_of(what))
@@ -275,30 +329,32 @@ class Node(Asking):
 
     # ------------------------------------------------------------------ being asked
 
-    operate = served.operate
-    control = served.control
-    unclaimed = served.unclaimed
+    operate = router.operate
+    control = router.control
+    on_late_answer = router.on_late_answer
 
     # ------------------------------------------------------------------ output
 
     @property
     def has_output(self) -> bool:
         """Whether workers have printed something that is not shown yet."""
-        return bool(self.outputs.lines)
+        return self.outputs.busy
 
     def read_output(self, fd: int) -> None:
         """Take what a worker printed; on the reading thread."""
         if not self.outputs.read(fd):
-            self.dispatcher.poller.remove(fd)
             self.outputs.close(fd)
 
-    def print_output(self) -> None:
-        """Show what workers printed, through this process's ``sys.stdout``."""
-        self.outputs.show()
+    def print_output(self, *pids: int) -> None:
+        """Wait until what these workers printed is written to this process's streams."""
+        self.outputs.show(pids)
 
     def flush_own_output(self) -> None:
         """Write out what this worker's calls printed, before their results go."""
         if self.is_worker:
+            for file in own_files:
+                if file.writing:
+                    return  # another thread waits in it, for its reader; the text follows with the next flush
             try:
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -309,6 +365,14 @@ class Node(Asking):
 def name_of(what: Any) -> str:
     """Return what an error calls a function; or a text as it is."""
     return what if isinstance(what, str) else getattr(what, "__qualname__", None) or f"{what!r:.80}"
+
+
+def process_id(pid: Any) -> int:
+    """Return a process id that a user gave, of numpy perhaps, as an integer."""
+    if isinstance(pid, bool) or not hasattr(pid, "__index__"):
+        raise TypeError(f"process ids are integers, not {pid!r:.80}")
+    number: int = pid.__index__()
+    return number
 
 
 _current: Node | None = None
@@ -323,12 +387,20 @@ def current_node() -> Node:
 
 def _make_node() -> Node:
     global _current
-    with _making:
+    with current(), _making:
         if _current is None:
             node = Node(1)
             node.peers[1] = PeerInfo(1, "", "", node.ospid, ())
             _current = node
         return _current
+
+
+def _everyone() -> list[int]:
+    node = current_node()
+    return [node.pid, *node.peers, *node.links]
+
+
+definitions.everyone = _everyone
 
 
 def set_current(node: Node | None) -> None:
@@ -346,6 +418,7 @@ def _after_fork() -> None:
         node.closed = True
         for part in (node.dispatcher, node.outputs, node.tasks):
             part.abandon()
+        node.reserve.open()
         for file in node.inherited:
             with contextlib.suppress(OSError):
                 file.close()

@@ -1,4 +1,4 @@
-"""What is waited for, and what answers: replies, operations, and errors on the wire."""
+"""Pending replies and operations, and how errors are packed."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import pickle
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from shmdist._firmly import firmly
 from shmdist.errors import CapturedException, RemoteException, capture, remote_exception
-from shmdist.runtime.strand import Cell
-from shmdist.wire import codec
-from shmdist.wire.messages import IS_ERROR, NOT_RUN, Frame, Kind
+from shmdist.runtime.interrupts import Waiter
+from shmdist.runtime.threads import Attempt
+from shmdist.serialization import codec
+from shmdist.serialization.channel_items import Item
+from shmdist.transport.messages import IS_ERROR, NOT_RUN, Frame, Kind
 
 if TYPE_CHECKING:
     from shmdist.runtime.node import Node
-    from shmdist.wire.link import Link
+    from shmdist.transport.link import Link
 
 _RESULT = int(Kind.RESULT)
 
 
-class Reply(Cell):
+class PendingReply(Waiter):
     """An answer that is waited for.
 
     Attributes
@@ -28,13 +31,16 @@ class Reply(Cell):
     error : BaseException or None
         Why there will be none.
     callback : callable or None
-        Called with the reply when its outcome is there, by whoever reads: it must not block.
+        Called with the reply when its outcome is there, by whoever reads: it must not block, and where
+        it raises (it had no memory) it must have done nothing, for it is called again.
         After it `done` is set, unless it has done so, and those who wait are woken.
     """
 
     __slots__ = ("call_id", "callback", "error", "frame", "pid")
 
-    def __init__(self, call_id: int, pid: int, callback: Callable[[Reply], None] | None = None) -> None:
+    def __init__(
+        self, call_id: int, pid: int, callback: Callable[[PendingReply], None] | None = None
+    ) -> None:
         self.done = False
         self.locks = ()
         self.call_id = call_id
@@ -44,7 +50,7 @@ class Reply(Cell):
         self.error: BaseException | None = None
 
 
-class Operation:
+class PendingOperation:
     """A remote process's request on a reference that lives here: what answers it.
 
     It is a ``Completion``: a channel resolves or fails it, now or later, from any thread.
@@ -63,7 +69,7 @@ class Operation:
         Given a value that cannot be sent, or that nobody took.
     """
 
-    __slots__ = ("_ended", "_node", "_way", "call_id", "given_up", "hurried", "link", "undo")
+    __slots__ = ("_answered", "_ended", "_node", "_way", "call_id", "given_up", "hurried", "link", "undo")
 
     def __init__(self, node: Node, link: Link, call_id: int) -> None:
         self._node = node
@@ -71,47 +77,56 @@ class Operation:
         self.call_id = call_id
         self.undo: Callable[[Any], None] | None = None
         self.given_up = self.hurried = False
-        self._ended = False
+        self._answered = self._ended = False
         self._way: Callable[[], bool] | None = None  # withdraws it; false when it is decided already
 
     def resolve(self, value: object) -> None:
-        """Answer with a value."""
-        self._end()
-        node = self._node
+        """Answer with a value; where that cannot be it is undone, and the answer is the error."""
         try:
-            payload = codec.dumps(value, "the value of the reference")
-        except Exception as error:
-            if self.undo is not None:
-                self.undo(value)
-            self.fail(error)
-            return
-        if payload.buffers:
-            # It may have to wait for its receiver, and this thread may be the one that reads.
-            node.dispatcher.start(lambda: self._answer(value, payload))
-        else:
-            self._answer(value, payload)
+            self._end()
+            payload = (
+                value.to_send() if type(value) is Item else codec.dumps(value, "the value of the reference")
+            )
+            if payload.buffers:
+                # It may have to wait for its receiver, and this thread may be the one that reads.
+                self._node.dispatcher.start(
+                    Attempt(lambda: self._answer(value, payload), lambda error: self._undo(value, error))
+                )
+            else:
+                self._answer(value, payload)
+        except Exception as error:  # it cannot be pickled; or there is no memory, or no thread
+            self._undo(value, error)
 
     def _answer(self, value: object, payload: codec.Payload) -> None:
-        try:
-            if self._node.answer(self.link, self.call_id, 0, payload):
-                return
-        except Exception as error:  # no memory for what is to be sent
-            if self.undo is not None:
-                self.undo(value)
-            self.fail(error)
-            return
-        if self.undo is not None:
-            self.undo(value)
+        there = self._node.answer(self.link, self.call_id, 0, payload)
+        self._answered = True
+        if not there and self.undo is not None:
+            firmly(self.undo, value)
+
+    def _undo(self, value: object, error: Exception) -> None:
+        """Answer with an error in the place of a value."""
+        if not self._answered and self.undo is not None:
+            firmly(self.undo, value)
+        firmly(self.fail, error)
 
     def fail(self, error: BaseException) -> None:
         """Answer with an error."""
+        if self._answered:
+            return
         self._end()
-        self._node.answer(self.link, self.call_id, IS_ERROR, self._node.dump_error(capture(error)))
+        node = self._node
+        if isinstance(error, RemoteException) and error.pid == node.pid and error.__traceback__ is None:
+            captured = error.captured  # a future's own, made from it just now
+        else:
+            captured = capture(error)
+        node.answer(self.link, self.call_id, IS_ERROR, node.dump_error(captured))
+        self._answered = True
 
     def not_done(self) -> None:
         """Answer that it was withdrawn; who has withdrawn it calls this."""
         self._end()
         self._node.post(self.link, _RESULT, NOT_RUN, self.call_id)
+        self._answered = True
 
     def waits(self, way: Callable[[], bool]) -> None:
         """Note how it is withdrawn. It may have been answered meanwhile: then `way` returns false."""
@@ -119,7 +134,7 @@ class Operation:
         if self._ended:
             self._way = None  # it holds the operation itself, most likely
         elif self.hurried and way():
-            self.not_done()
+            firmly(self.not_done)
 
     def withdraw(self, *, given_up: bool) -> None:
         """Let it wait no longer; on the reading thread."""
@@ -128,7 +143,7 @@ class Operation:
         self.hurried = True
         way = self._way
         if way is not None and way():
-            self.not_done()
+            firmly(self.not_done)
 
     def _end(self) -> None:
         self._ended = True
@@ -136,22 +151,49 @@ class Operation:
         self._node.waiting.pop((self.link.pid, self.call_id), None)
 
 
-def pack_error(captured: CapturedException) -> tuple[str, str, str, bytes]:
-    """Make an error ready to be sent so that it arrives whatever the exception inside is like."""
+def pack_error(captured: CapturedException) -> tuple[Any, ...]:
+    """Make an error ready to be sent so that it arrives whatever the exception inside is like.
+
+    Returns
+    -------
+    tuple
+        Name of its type, its message and the text of its traceback; and pickles of it, one of which can
+        be read where the class is known.
+    """
+    pickles = []
     try:
-        blob = codec.pickle_whole(captured)
+        pickles.append(codec.pickle_whole(captured))
     except Exception:
-        captured = captured.stand_in()
-        blob = codec.pickle_whole(captured)
-    return captured.type_name, captured.message, captured.traceback_text, blob
+        pass
+    if not pickles or captured.has_own_pickling:  # which may fail where it is read
+        try:
+            pickles.append(codec.pickle_whole(captured.by_fields(_sendable)))
+        except Exception:
+            pass
+    if not pickles:
+        pickles.append(codec.pickle_whole(captured.stand_in()))
+    return captured.type_name, captured.message, captured.traceback_text, *pickles
 
 
-def unpack_error(pid: int, type_name: str, message: str, text: str, blob: bytes) -> RemoteException:
-    """Return the error of process `pid` that :func:`pack_error` packed."""
+def _sendable(value: Any) -> bool:
     try:
-        captured = pickle.loads(blob)
-    except Exception as error:
-        note = f"\n(the exception itself could not be unpickled here: {type(error).__name__}: {error})\n"
+        codec.pickle_whole(value)
+    except Exception:
+        return False
+    return True
+
+
+def unpack_error(pid: int, type_name: str, message: str, text: str, *pickles: bytes) -> RemoteException:
+    """Return the error of process `pid` that :func:`pack_error` packed."""
+    captured = None
+    for each in pickles:
+        try:
+            captured = pickle.loads(each)
+            break
+        except Exception as error:
+            failure = error
+    if captured is None:
+        note = f"\n(the exception itself could not be unpickled here: {type(failure).__name__}: {failure})\n"
         captured = CapturedException(RuntimeError(message), type_name, message, text + note)
         return RemoteException(pid, captured)
     try:

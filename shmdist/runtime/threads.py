@@ -1,62 +1,133 @@
-"""The runtime's threads: made when needed, kept for reuse, a few standing by."""
+"""The runtime's thread pool: threads are made when needed, kept for reuse, and a few stand by.
+
+When no thread can be had
+-------------------------
+The system may have no room for another thread (``ulimit -u``, a cgroup's ``pids.max``, no memory for its
+stack), and a process makes ``SHMDIST_MAX_THREADS`` at most. Then:
+
+- :meth:`ThreadPool.start`, for jobs that may take long, raises, also where a thread was made and died before
+  it took the job (``runtime.daemon_thread``). The caller fails what needed the thread. Such a job is never
+  queued: what would end the calls that block might stand behind them.
+- :meth:`ThreadPool.soon`, for short jobs of the runtime that must not be lost, queues the job for the thread
+  that is free next, and wakes one that stands by.
+- :meth:`ThreadPool.ensure_standby` returns False. No call is run without a thread behind it that reads: it
+  is refused (``runtime.reactor``). So the last thread that stands by never leaves the reading.
+
+Errors
+------
+*A job that was taken is not lost, whatever raises around it*: it stays with its thread (`_Member.job`) until
+it has been run. What the job itself raises is logged, and told to an :class:`Attempt`. A job of
+:meth:`ThreadPool.soon` is done again, so it is such as can be.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
+from shmdist._firmly import firmly
 from shmdist._log import Log
-from shmdist.runtime.strand import Strand, current
+from shmdist.runtime.daemon_thread import DaemonThread, Job
+from shmdist.runtime.interrupts import ThreadState, current
 
 _PARKED = 2  # threads kept standing by
 _IDLE = 32  # other threads kept for reuse
 _IDLE_TIME = 10.0  # seconds an idle thread waits for work before it ends
+#: Idle threads that stay, for what is to be done when the program ends: Python 3.12.0 and 3.12.1 make
+#: none any more when atexit handlers run.
+_RESERVE = 8 if (3, 12) <= sys.version_info < (3, 12, 2) else 0
+_MOST = 4096  # threads by default: 100 MiB of memory where all of them block
+_STACK = 8 << 20  # bytes of a thread's stack, where no limit says otherwise
+_MOMENT = 0.02  # seconds in which a thread that has answered a call is ready for the next one
+_FIRST_STEPS = 1 << 18  # bytes that a thread needs to begin
+_TRIES = 3  # times that a job is told that it has failed, and that a thread tries to go on
 _log = Log("threads")
 
-Job = Callable[[], None]
+
+def _nothing(*told: object) -> None:
+    """Do nothing: the thread is made to be there."""
 
 
-class _Idle:
-    """A thread kept for reuse: its lock to sleep on, and the job it is woken for."""
+class Attempt:
+    """A job, and what is told of its failure."""
 
-    __slots__ = ("job", "lock")
+    __slots__ = ("_job", "failed")
+
+    def __init__(self, job: Job, failed: Callable[[Exception], None]) -> None:
+        self._job, self.failed = job, failed
+
+    def __call__(self) -> None:
+        """Do it."""
+        self._job()
+
+
+def surely(job: Job) -> Attempt:
+    """Return a job that is done again where it fails: there was no memory, say."""
+    return Attempt(job, lambda error: job())
+
+
+class _Member:
+    """A thread of the crew: its job, and the lock it sleeps on while it is `idle`."""
+
+    __slots__ = ("idle", "job", "lock")
 
     def __init__(self) -> None:
+        self.job: Job | None = None
+        self.idle = False
         self.lock = threading.Lock()
         self.lock.acquire()
-        self.job: Job | None = None
 
 
-class Threads:
+class ThreadPool:
     """A crew of daemon threads that run jobs, stand by, or idle, in this order.
 
     Parameters
     ----------
     stand_by : callable
-        Sleeps until there is something to do, calls :meth:`woken`, and does it.
+        Given its strand and a callable: sleeps until there is something to do, calls that to say that the
+        thread stands by no more, and does what there is to do.
+    wake : callable
+        Wakes a thread that stands by; safe in finalizers.
     """
 
-    def __init__(self, stand_by: Callable[[Strand], None]) -> None:
+    def __init__(
+        self, stand_by: Callable[[ThreadState, Job], None], wake: Callable[[], None] = lambda: None
+    ) -> None:
         self._stand_by = stand_by
+        self._wake = wake
+        self.most = most_threads()
         self._lock = threading.Lock()  # guards all below
-        self.parked = 0  # threads that stand by, or are about to
-        self._idle: list[_Idle] = []
-        self._all: set[threading.Thread] = set()
+        self.parked: set[_Member] = set()  # threads that stand by, or are about to
+        self._idle: list[_Member] = []
+        self._all: set[DaemonThread] = set()
         self._late: deque[Job] = deque()  # jobs that no thread could be made for; the next free one's
         self._serial = 0
+        self._reserved = not _RESERVE
+        self._vain_until = 0.0  # no use to wait for a thread to stand by
         self.closing = False
 
     def __repr__(self) -> str:
-        return f"<Threads {len(self._all)}, {self.parked} standing by, {len(self._idle)} idle>"
+        return f"<ThreadPool {len(self._all)}, {len(self.parked)} standing by, {len(self._idle)} idle>"
 
     def __len__(self) -> int:
         return len(self._all)
 
     def start(self, job: Job) -> None:
-        """Run `job` on another thread; it is inside the runtime there."""
+        """Run `job` on another thread; it is inside the runtime there.
+
+        Raises
+        ------
+        RuntimeError, MemoryError
+            No thread can be had; the job will not be run.
+        """
+        if self.closing and sys.is_finalizing():  # Python would wait for ever for the thread to begin
+            raise RuntimeError("can't start new thread: the program is at its end")
         strand = current()
         strand.enter()  # users' code comes here: an interrupt must not lose the job, or a half-made thread
         try:
@@ -66,9 +137,17 @@ class Threads:
                 idle.job = job
                 idle.lock.release()
             else:
-                self._spawn(job)
+                self._spawn(_Member(), job)
         finally:
             strand.leave()
+
+    def soon(self, job: Job) -> None:
+        """Run a short `job` on another thread; when none can be had, on the one that is free next."""
+        try:
+            self.start(surely(job))
+        except Exception:
+            self._late.append(surely(job))
+            self._wake()
 
     def later(self, delay: float, job: Job) -> None:
         """Run `job` on another thread, `delay` seconds from now at the earliest."""
@@ -79,94 +158,160 @@ class Threads:
 
         self.start(sleep_and_run)
 
-    def ensure_standby(self) -> None:
-        """Make sure that a thread stands by."""
-        if self.parked > 0:
-            return
+    def ensure_standby(self) -> bool:
+        """Make sure that a thread stands by; False when none can be had."""
+        if self.parked:
+            return True
         strand = current()
         strand.enter()  # as in `start`
         try:
+            member = _Member()
             with self._lock:
                 if self.parked or self.closing:
-                    return
-                self.parked += 1  # counted before it runs, so that nobody makes a second one
-            self._spawn(None)
+                    return True
+                self.parked.add(member)  # counted before it runs, so that nobody makes a second one
+            try:
+                self._spawn(member, None)
+            except (RuntimeError, MemoryError):
+                return self._wait_for_standby()
+            return True
         finally:
             strand.leave()
 
-    def woken(self) -> None:
-        """Note that the calling thread stands by no more."""
-        with self._lock:
-            self.parked -= 1
+    def _wait_for_standby(self) -> bool:
+        """Wait a moment for a thread that has just done its job; a shorter one where all of them block."""
+        now = time.monotonic()
+        # Not so long each time, but for as long as a thread takes that has just sent its answer.
+        limit = now + (_MOMENT if now >= self._vain_until else _MOMENT / 10)
+        while not self.parked and time.monotonic() < limit:
+            time.sleep(_MOMENT / 40)
+        if not self.parked:
+            self._vain_until = time.monotonic() + _MOMENT
+        return bool(self.parked)
 
-    def _spawn(self, job: Job | None) -> None:
-        with self._lock:
-            self._serial += 1
-            name = f"shmdist-{self._serial}"
-            # In a list, for a thread keeps its arguments for as long as it lives.
-            thread = threading.Thread(target=self._live, args=([job],), name=name, daemon=True)
-            self._all.add(thread)
+    def _spawn(self, member: _Member, job: Job | None) -> None:
+        """Make a thread that runs `job`, or one that stands by, which is counted already."""
+        thread = None
         try:
+            if len(self._all) >= self.most:
+                raise RuntimeError(
+                    f"can't start new thread: SHMDIST_MAX_THREADS allows {self.most}, and so many calls run"
+                )
+            _probe()
+            with self._lock:
+                self._serial += 1
+                name = f"shmdist-{self._serial}"
+            thread = DaemonThread(job, name, functools.partial(self._live, member))
+            with self._lock:
+                self._all.add(thread)
             thread.start()
-        except RuntimeError as error:  # the system has no room for another one, or:
+        except BaseException as error:
+            late = "shutdown" in str(error)  # Python 3.12.0 and 3.12.1 make none when atexit handlers run
             with self._lock:
                 self._all.discard(thread)
-                self.parked -= job is None
-                if "shutdown" not in str(error):
-                    raise
-                # Python 3.12.0 and 3.12.1 make no threads any more when atexit handlers run.
-                if job is not None:
+                self.parked.discard(member)
+                if late and job is not None:
                     self._late.append(job)
+                elif job is None and self._idle:
+                    self._idle.pop().lock.release()  # it has no job, so it stands by
+            if not late:
+                raise
+            return
+        if not self._reserved:
+            self._reserved = True
+            with contextlib.suppress(RuntimeError, MemoryError):  # `job` has its thread
+                for _ in range(_RESERVE):
+                    self._spawn(_Member(), _nothing)
 
-    def _live(self, first: list[Job | None]) -> None:
+    def _live(self, member: _Member, thread: DaemonThread) -> None:
         """Body of every thread."""
-        job = first.pop()
-        strand = current()
-        strand.depth = 1
-        counted = job is None
+        failures = 0
         try:
-            while not self.closing:
-                if job is not None:
-                    self.guarded(job)
-                    job = None
-                with self._lock:
-                    if self._late and not counted:
-                        job = self._late.popleft()
-                        continue
-                    if not counted and self.parked < _PARKED:
-                        self.parked += 1
-                        counted = True
-                if counted:
-                    counted = False
-                    self._stand_by(strand)
-                    continue
-                idle = _Idle()
-                with self._lock:
-                    if len(self._idle) >= _IDLE or self.closing:
+            try:
+                strand = current()
+                strand.depth = 1
+                stand_by = functools.partial(
+                    self._stand_by, strand, functools.partial(self.parked.discard, member)
+                )
+                member.job = thread.take()
+            except Exception:
+                return  # who started it knows, or is told by the job that is still there
+            finally:
+                firmly(thread.tell)
+            while not self.closing and failures < _TRIES:
+                try:
+                    if not self._go_on(member, stand_by):
                         return
-                    self._idle.append(idle)
-                if not idle.lock.acquire(timeout=_IDLE_TIME):
-                    with self._lock:
-                        if idle in self._idle:
-                            self._idle.remove(idle)
-                            return
-                    idle.lock.acquire()  # a job is on its way
-                job, idle.job = idle.job, None  # it must not outlive its run: it holds what it is given
+                    failures = 0
+                except Exception:
+                    failures += 1  # its job is still with it
         finally:
             with self._lock:
-                self._all.discard(threading.current_thread())
+                self.parked.discard(member)
+                if member in self._idle:
+                    self._idle.remove(member)
+                self._all.discard(thread)
+
+    def _go_on(self, member: _Member, stand_by: Job) -> bool:
+        """Run the thread's job, stand by, or wait for a job; False when the thread is to end."""
+        if member.job is not None:
+            self.guarded(member.job)
+            member.job = None  # it must not outlive its run: it holds what it is given
+        if member.idle:  # an error kept it from its sleep
+            self._sleep(member)
+            return True
+        with self._lock:
+            if self._late and member not in self.parked:
+                member.job = self._late.popleft()
+                return True
+            if len(self.parked) < _PARKED:
+                self.parked.add(member)
+                self._vain_until = 0.0
+        if member in self.parked:
+            self.guarded(stand_by)
+            return True
+        with self._lock:
+            if len(self._idle) >= _IDLE or self.closing:
+                return False
+            self._idle.append(member)
+            member.idle = True
+        return self._sleep(member)
+
+    def _sleep(self, member: _Member) -> bool:
+        """Wait for a job; False when none has come for long."""
+        while not member.lock.acquire(timeout=_IDLE_TIME):
+            with self._lock:
+                if member in self._idle and (self.closing or len(self._idle) > _RESERVE):
+                    self._idle.remove(member)
+                    return False
+                # else a job is on its way, or it stays
+        member.idle = False
+        return True
+
+    def refusal(self, reason: object) -> RuntimeError:
+        """Return the error of a call for which there is no thread."""
+        return RuntimeError(
+            f"there is no thread for this call: {reason} ({len(self._all)} run in this process). Make fewer"
+            " calls that block at once, or raise the limit: ulimit -u or -v, the cgroup's pids.max,"
+            " SHMDIST_MAX_THREADS"
+        )
 
     def guarded(self, job: Job) -> None:
-        """Run `job`; an error in it is logged, and ends nothing else."""
-        try:
-            job()
-        except Exception:
-            if not self.closing:
-                _log.exception("an error in a thread of shmdist")
+        """Run `job`; an error in it is logged, and ends nothing else. The job is told, if it wants to be."""
+        run: Callable[..., None] = job
+        told: tuple[Exception, ...] = ()
+        for _ in range(1 + _TRIES):
+            try:
+                run(*told)
+                return
+            except Exception as error:
+                if not self.closing:
+                    _log.exception("an error in a thread of shmdist")
+                run, told = getattr(job, "failed", _nothing), (error,)
 
     def close(self) -> None:
         """Let all threads end when they have done what they are at."""
-        with self._lock:
+        with current(), self._lock:
             self.closing = True
             idle, self._idle = self._idle, []
         for each in idle:
@@ -176,9 +321,39 @@ class Threads:
         """Wait for the threads' end; False when some are left after `timeout` seconds."""
         me = threading.current_thread()
         deadline = time.monotonic() + timeout
-        with self._lock:
+        with current(), self._lock:
             threads = [thread for thread in self._all if thread is not me]
         for thread in threads:
             with contextlib.suppress(RuntimeError):  # one just being made, which will see that it is to end
                 thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in threads)
+
+
+def most_threads() -> int:
+    """Return how many threads the runtime of a process makes at most."""
+    try:
+        return max(2, int(os.environ.get("SHMDIST_MAX_THREADS", "")))
+    except ValueError:
+        return _MOST
+
+
+def _probe() -> None:
+    """See whether there is memory for a thread, where memory is limited.
+
+    A thread that finds none for its very first steps may die in the C library, and the process with it.
+
+    Raises
+    ------
+    RuntimeError
+        There is none.
+    """
+    try:
+        import resource
+    except ImportError:
+        return
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        stack = threading.stack_size() or resource.getrlimit(resource.RLIMIT_STACK)[0]
+        try:
+            bytearray((stack if 0 < stack < 1 << 40 else _STACK) + _FIRST_STEPS)
+        except MemoryError:
+            raise RuntimeError("can't start new thread: there is no memory for its stack") from None

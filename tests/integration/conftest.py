@@ -59,12 +59,12 @@ def fresh():
         sd.rmprocs(*left)
 
 
-def _states():
+def _states(between_tests=False):
     node = current_node()
-    states = {1: helpers.settled_state()}
+    states = {1: helpers.settled_state(between_tests)}
     for pid in sorted(node.links):
         with contextlib.suppress(sd.ProcessExitedException):  # the test may have ended it
-            states[pid] = sd.remotecall_fetch(helpers.settled_state, pid)
+            states[pid] = sd.remotecall_fetch(helpers.settled_state, pid, between_tests)
     return states
 
 
@@ -92,7 +92,7 @@ def nothing_left(request):
     if "_cluster" in request.fixturenames:
         request.getfixturevalue("_cluster")
     shm = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
-    before = _states()
+    before = _states(between_tests=True)
     if not current_node().links:
         before[1]["descriptors"] = sys.maxsize  # what the first worker brings stays
     children = helpers.children()

@@ -9,7 +9,7 @@ import pytest
 
 import shmdist as sd
 from shmdist.runtime.node import current_node
-from shmdist.wire.messages import Kind
+from shmdist.transport.messages import Kind
 from tests.integration.helpers import until
 
 THREADS = 3
@@ -56,11 +56,11 @@ def die_sending(thing, to):
     link, together = current_node().links[to], threading.Barrier(THREADS)
     send = link.send
 
-    def stop(parts, *rest):
+    def stop(parts, *rest, **options):
         if parts[0][0] == Kind.CALL:
             together.wait()
             os.kill(os.getpid(), signal.SIGKILL)
-        send(parts, *rest)
+        return send(parts, *rest, **options)
 
     link.send = stop
     for _ in range(THREADS):
@@ -83,13 +83,13 @@ def is_told(owner, what, expected):
         raise AssertionError(f"process {owner} counts {found}, not {expected}") from None
 
 
-def teller_dies(what, owner, teller, receiver):
-    """Have `teller` pass on what `owner` owns, twice to the end; then what is left is what was sent."""
+def teller_dies(what, owner, reporter, receiver):
+    """Have `reporter` pass on what `owner` owns, twice to the end; then what is left is what was sent."""
     thing = sd.remotecall_fetch(MAKE[what], owner)
-    sd.remotecall_wait(pass_on, teller, thing, receiver, 2)
-    sd.remote_do(die_sending, teller, thing, receiver)
+    sd.remotecall_wait(pass_on, reporter, thing, receiver, 2)
+    sd.remote_do(die_sending, reporter, thing, receiver)
     del thing
-    until(lambda: teller not in sd.procs())
+    until(lambda: reporter not in sd.procs())
     is_told(owner, what, [{receiver: 2}])
     sd.remotecall_wait(let_go, receiver)
     is_told(owner, what, [])
@@ -113,16 +113,16 @@ def test_a_reference_that_goes_home(cluster, fresh, owner):
 def test_what_the_receiver_has_not_read_yet(cluster, fresh, what):
     """It stands still while the sender is killed, and the owner asks."""
     owner = cluster[0]
-    teller, receiver = fresh(2)
+    reporter, receiver = fresh(2)
     thing = sd.remotecall_fetch(MAKE[what], owner)
-    sd.remotecall_wait(pass_on, teller, thing, receiver, 1)
+    sd.remotecall_wait(pass_on, reporter, thing, receiver, 1)
     ospid = current_node().peers[receiver].ospid
     os.kill(ospid, signal.SIGSTOP)
     try:
-        sd.remotecall_wait(send_without_waiting, teller, thing, receiver, 4)
-        sd.remote_do(die_sending, teller, thing, receiver)
+        sd.remotecall_wait(send_without_waiting, reporter, thing, receiver, 4)
+        sd.remote_do(die_sending, reporter, thing, receiver)
         del thing
-        until(lambda: teller not in sd.procs())
+        until(lambda: reporter not in sd.procs())
         is_told(owner, what, [{receiver: 5 + THREADS}])
     finally:
         os.kill(ospid, signal.SIGCONT)
@@ -134,14 +134,14 @@ def test_what_the_receiver_has_not_read_yet(cluster, fresh, what):
 @pytest.mark.parametrize("what", MAKE)
 def test_a_receiver_that_dies_before_it_answers(cluster, fresh, what):
     owner = cluster[0]
-    teller, receiver = fresh(2)
+    reporter, receiver = fresh(2)
     thing = sd.remotecall_fetch(MAKE[what], owner)
-    sd.remotecall_wait(pass_on, teller, thing, receiver, 1)
+    sd.remotecall_wait(pass_on, reporter, thing, receiver, 1)
     ospid = current_node().peers[receiver].ospid
     os.kill(ospid, signal.SIGSTOP)
-    sd.remote_do(die_sending, teller, thing, receiver)
+    sd.remote_do(die_sending, reporter, thing, receiver)
     del thing
-    until(lambda: teller not in sd.procs())
+    until(lambda: reporter not in sd.procs())
     os.kill(ospid, signal.SIGKILL)
     is_told(owner, what, [])
 
@@ -159,5 +159,5 @@ class _Row(sd.LocalManager):
 @pytest.mark.parametrize("what", MAKE)
 def test_owner_and_receiver_that_are_not_connected(fresh, what):
     """Process 1 carries what they ask and answer."""
-    owner, teller, receiver = fresh(_Row(3), topology="custom")
-    teller_dies(what, owner, teller, receiver)
+    owner, reporter, receiver = fresh(_Row(3), topology="custom")
+    teller_dies(what, owner, reporter, receiver)

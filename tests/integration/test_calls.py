@@ -311,7 +311,7 @@ def test_a_main_thread_that_writes_a_long_answer_is_not_waited_for():
 import os, signal, time
 import numpy as np
 import shmdist as sd
-from shmdist.runtime import dispatch
+from shmdist.runtime import reactor as dispatch
 from shmdist.runtime.node import current_node
 from tests.integration.helpers import until
 
@@ -320,7 +320,12 @@ sd.remotecall_fetch(sd.remotecall_fetch, stopped, abs, writer, -1)
 ospid = current_node().peers[stopped].ospid
 
 def stop():
-    sd.remotecall_fetch(lambda: (os.kill(ospid, signal.SIGSTOP), np.zeros(1 << 23))[1], writer)
+    def writes():
+        from shmdist.transport import link
+        link.most_queued = lambda: 1 << 20  # more is not queued
+        os.kill(ospid, signal.SIGSTOP)
+        return np.zeros(1 << 23)
+    sd.remotecall_fetch(writes, writer)
 
 call = sd.remotecall(stop, stopped)
 def left():

@@ -203,7 +203,7 @@ def test_a_manager_that_leaks_is_found_out(monkeypatch):
 
 def test_an_open_worker_is_found_out(monkeypatch):
     """One whose worker lets anybody in: it runs no handshake of its own."""
-    from shmdist.wire import handshake
+    from shmdist.transport import handshake
 
     class Gullible(LineManager):
         pass

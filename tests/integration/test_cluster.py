@@ -7,6 +7,7 @@ import threading
 import pytest
 
 import shmdist as sd
+from shmdist.runtime.node import current_node
 from tests.integration.helpers import (
     Script,
     cpu_ticks,
@@ -303,6 +304,34 @@ def test_add_from_several_threads():
 def test_not_restricted_workers_listen_by_tcp_too(fresh):
     a, b = fresh(2, restrict=False)
     assert sd.remotecall_fetch(sd.remotecall_fetch, a, sd.myid, b) == b
+    families = [[family for family, _ in current_node().peers[pid].addresses] for pid in (a, b)]
+    assert families == [["unix", "tcp"]] * 2
+    assert all(current_node().links[pid].is_local for pid in (a, b))
+
+
+def test_not_restricted_workers_are_of_this_host(fresh):
+    pids = fresh(2, restrict=False)
+    x = sd.shared.zeros(1000)
+    for pid in pids:
+        sd.remotecall_wait(lambda: x[:500].fill(sd.myid()), pid)
+        assert x[:500].sum() == 500 * pid
+        assert sd.procs(pid) == sd.procs(1) and pid in sd.procs(pid)
+    sd.remotecall_wait(lambda: sd.remotecall_wait(lambda: x[500:].fill(7.0), pids[1]), pids[0])
+    assert x[500:].sum() == 3500
+
+
+def test_where_there_is_no_way_by_unix(fresh):
+    """As where `exename` puts a worker into another network namespace."""
+
+    class Elsewhere(sd.LocalManager):
+        def launch(self, params):
+            for config in super().launch({**params, "restrict": False}):
+                config.connect_at = ("unix", "\0shmdist-nobody-listens-here")
+                yield config
+
+    [pid] = fresh(Elsewhere(1))
+    assert not current_node().links[pid].is_local
+    assert sd.remotecall_fetch(sd.myid, pid) == pid
 
 
 def test_idle_workers_use_no_processor_time(fresh):

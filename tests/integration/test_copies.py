@@ -13,11 +13,11 @@ import pytest
 
 import shmdist as sd
 from shmdist.evaluation import _At
-from shmdist.runtime import copies
+from shmdist.runtime import host_copies
 from shmdist.runtime.node import current_node
-from shmdist.shipping import Shipped
-from shmdist.wire import door
-from shmdist.wire.arrays import LINE
+from shmdist.scheduling.function_broadcast import BroadcastFunction
+from shmdist.serialization.arrays import LINE
+from shmdist.transport import listener
 from tests.integration import helpers
 from tests.integration.helpers import until, within
 from tests.integration.kinds import KINDS, same
@@ -35,7 +35,7 @@ class ByTCP(sd.LocalManager):
         return {**super().default_params(), "restrict": False}
 
     def connect(self, id, config):
-        return door.knock(config.connect_at)
+        return listener.connect(("tcp", (config.bind_addr, config.port)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -212,7 +212,7 @@ def test_workers_without_shared_memory(far):
 
 def when_asked(monkeypatch, verb, action):
     """Do something once, when a process has been asked (`verb` "room") or is about to be."""
-    original, done = copies.Copies._ask, []
+    original, done = host_copies.HostCopySender._ask, []
 
     def ask(self, copy, pid, what, seconds):
         mine = what[0] == verb and not done
@@ -225,7 +225,7 @@ def when_asked(monkeypatch, verb, action):
             action(pid)
         return answer
 
-    monkeypatch.setattr(copies.Copies, "_ask", ask)
+    monkeypatch.setattr(host_copies.HostCopySender, "_ask", ask)
 
 
 def ospid_of(pid):
@@ -235,14 +235,14 @@ def ospid_of(pid):
 def kill(pid):
     ospid = ospid_of(pid)
     os.kill(ospid, signal.SIGKILL)
-    until(lambda: pid in current_node().graves)
+    until(lambda: pid in current_node().lost_processes)
 
 
 class ToAll:
     """Sends one function to workers in their order, and has each run it."""
 
     def __init__(self, function):
-        self._shipped = Shipped(function)
+        self._shipped = BroadcastFunction(function)
 
     def __call__(self, pids):
         """Return the values, and None of the workers that died."""
@@ -327,7 +327,7 @@ def lent():
 
 def test_a_lender_that_stands_still(far, monkeypatch):
     """It holds its interpreter, say: nobody waits for it for long, and the next one lends."""
-    monkeypatch.setattr(copies, "PATIENCE", 0.5)
+    monkeypatch.setattr(host_copies, "PATIENCE", 0.5)
     pids = far(4)
     array = np.zeros(8 * N)
     stopped = []
@@ -453,3 +453,13 @@ def broadcast(pids, array=None):
         return to_all(pids)
     finally:
         to_all.drop()
+
+
+def test_a_shared_array_that_is_copied_warns_once(far, monkeypatch):
+    [pid] = far(1)
+    monkeypatch.setattr(current_node().sharing.copies, "_warned", False)
+    table = sd.shared.zeros(1000)
+    with pytest.warns(UserWarning, match=r"not of this host.*copy of a shared array") as caught:
+        sd.remotecall_fetch(lambda: table.fill(1), pid)
+        assert sd.remotecall_fetch(np.sum, pid, table) == 0
+    assert len(caught) == 1 and caught[0].filename == __file__  # the line that called

@@ -130,8 +130,8 @@ def test_no_item_is_lost_that_came_with_ctrl_c():
         HEAD
         + """
 import signal
-from shmdist.runtime.dispatch import Dispatcher
-real = Dispatcher.wait
+from shmdist.runtime.reactor import Reactor
+real = Reactor.wait
 def wait(self, cell, timeout=None):
     value = real(self, cell, timeout)
     os.kill(os.getpid(), signal.SIGINT)
@@ -139,13 +139,13 @@ def wait(self, cell, timeout=None):
 for where in (2, 1):
     c = sd.RemoteChannel(lambda: sd.Channel(3), where)
     for n in range(3): c.put(n)
-    Dispatcher.wait = wait
+    Reactor.wait = wait
     got = []
     try:
         got.append(c.take())
     except KeyboardInterrupt:
         pass
-    Dispatcher.wait = real
+    Reactor.wait = real
     while len(got) < 3:
         got.append(c.take(timeout=1))
     assert got == [0, 1, 2], got

@@ -1,6 +1,9 @@
 """Errors of what cannot be sent name it as the user knows it, by whichever way it was to go."""
 
+import ctypes
+import multiprocessing.connection
 import operator
+import os
 import threading
 
 import pytest
@@ -106,3 +109,103 @@ def test_arguments(cluster):
     assert path_of(sd.remotecall, abs, cluster[0], {"q": [LOCK]}) == "args[0]['q'][0]"
     assert path_of(sd.remotecall, abs, sd.CachingPool(cluster), {"q": [LOCK]}) == "args[0]['q'][0]"
     assert path_of(sd.remotecall_fetch, abs, cluster[0], x=[LOCK]) == "argument x[0]"
+
+
+class Wrapped:
+    """Holds something in a slot, as objects of users do."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+
+@pytest.fixture
+def connection():
+    first, second = multiprocessing.Pipe()
+    with first, second:
+        yield first
+
+
+def test_connections_on_every_road(cluster, connection):
+    """One that were pickled as a number would close a descriptor of the worker's."""
+
+    def capturing():
+        return connection
+
+    target = cluster[0]
+    channel = sd.RemoteChannel(lambda: sd.Channel(5), target)
+    roads = {
+        "a call": lambda x: sd.remotecall_fetch(len, target, x),
+        "a keyword": lambda x: sd.remotecall_fetch(dict, target, a=x),
+        "a future": lambda x: sd.remotecall(len, target, [1, x]).fetch(),
+        "remote_do": lambda x: sd.remote_do(len, target, x),
+        "pmap": lambda x: sd.pmap(len, [[], [x]]),
+        "pmap, whole batches": lambda x: sd.pmap(len, [[], [x]], batch_size=5),
+        "pgenerate": lambda x: list(sd.pgenerate(len, [[x]])),
+        "a loop": lambda x: sd.distributed(operator.add)(lambda i: 1)([1, x, 2]),
+        "a loop's closure": lambda x: sd.distributed(operator.add)(lambda i: x and 1)(range(4)),
+        "everywhere": lambda x: sd.everywhere("pass", procs=[target], conn=x),
+        "a channel": channel.put,
+        "a future's put": sd.Future(target).put,
+        "an object": lambda x: sd.remotecall_fetch(id, target, Wrapped({"a": (x,)})),
+        "a closure": lambda x: sd.remotecall_fetch(capturing, target),
+    }
+    for name, road in roads.items():
+        with pytest.raises(
+            sd.SerializationError, match=r"a Connection stays where it is.*RemoteChannel"
+        ) as caught:
+            road(connection)
+        assert caught.value.obj_type == "multiprocessing.connection.Connection", name
+    for pid in cluster:
+        assert sd.remotecall_fetch(abs, pid, -1) == 1
+    assert len(channel) == 0
+
+
+def test_connections_in_results(cluster):
+    def make():
+        import multiprocessing
+
+        return list(multiprocessing.Pipe())
+
+    with pytest.raises(sd.SerializationError, match="Connection"):
+        sd.remotecall_fetch(make, cluster[0])
+    with pytest.raises(sd.SerializationError, match="Connection"):
+        sd.remotecall(make, cluster[0]).fetch()
+    with pytest.raises(sd.SerializationError, match="Connection"):
+        sd.pmap(lambda i: make(), range(3))
+    assert sd.remotecall_fetch(abs, cluster[0], -1) == 1
+
+
+def test_locks_and_queues_of_multiprocessing(cluster):
+    context = multiprocessing.get_context("fork")  # the others start a tracker, which stays
+    queue = context.Queue()
+    things = {
+        "Lock": context.Lock(),
+        "Semaphore": context.Semaphore(2),
+        "Event": context.Event(),
+        "Queue": queue,
+        "SimpleQueue": context.SimpleQueue(),
+        "CDLL": ctypes.CDLL(None),
+    }
+    for name, thing in things.items():
+        with pytest.raises(sd.SerializationError, match=f"an? {name} stays where it is: ") as caught:
+            sd.remotecall_fetch(len, cluster[0], [1, thing])
+        assert caught.value.path == "args[0][1]"
+    queue.close()
+    queue.join_thread()
+
+
+class Reopened(multiprocessing.connection.Connection):
+    """A connection that knows how to travel."""
+
+    def __reduce__(self):
+        return str, ("reopened",)
+
+
+def test_who_pickles_itself_is_sent(cluster):
+    first, second = multiprocessing.Pipe()
+    with first, second:
+        reopened = Reopened(os.dup(first.fileno()))
+        with reopened:
+            assert sd.remotecall_fetch(str.upper, cluster[0], reopened) == "REOPENED"

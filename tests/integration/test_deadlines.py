@@ -10,7 +10,7 @@ import time
 import pytest
 
 import shmdist as sd
-from shmdist import references
+from shmdist.references import base
 from shmdist.runtime.node import current_node
 from tests.integration.helpers import until, within
 
@@ -234,7 +234,7 @@ def test_a_large_put_to_an_owner_that_stands_still(fresh, monkeypatch, limit):
         with within(5), pytest.raises(TimeoutError):
             channel.put("small", timeout=0.05)  # behind what has begun
         with within(5), pytest.raises(TimeoutError):
-            channel.put([future, channel], timeout=0.05)  # references, which are counted first
+            channel.put([future, channel], timeout=0.05)  # base, which are counted first
         with within(5), pytest.raises(TimeoutError):
             channel.take(timeout=0)
     channel.put("last", timeout=10)
@@ -274,7 +274,7 @@ def _waiting():
 
 
 def test_an_interrupt_while_the_answer_is_awaited(fresh, monkeypatch):
-    monkeypatch.setattr(references, "GRACE", 60)
+    monkeypatch.setattr(base, "GRACE", 60)
     [pid] = fresh()
     channel = sd.RemoteChannel(lambda: sd.Channel(5), pid)
     channel.put("item")

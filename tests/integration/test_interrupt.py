@@ -23,6 +23,15 @@ def assert_interrupted(future, timeout=2.0):
     assert type(caught.value.captured.ex) is KeyboardInterrupt
 
 
+def test_calls_that_have_not_begun_are_interrupted_too(cluster):
+    for _ in range(10):
+        futures = [sd.remotecall(sleep_long, cluster[0]) for _ in range(3)]
+        sd.interrupt(cluster[0])
+        for future in futures:
+            assert_interrupted(future)
+        assert sd.remotecall_fetch(abs, cluster[0], -1) == 1
+
+
 def test_idle_workers_are_unharmed(cluster):
     for _ in range(20):
         sd.interrupt(cluster[0])
@@ -164,7 +173,7 @@ def test_cancelled_calls_free_what_they_held(cluster, started):
 def _lose_the_first(lost):
     """Let this process's next signal to a call come to nothing."""
     strand = current_node().dispatcher._main
-    strike = type(strand).strike
+    strike = type(strand).interrupt_call
 
     def lossy(self, task):
         if lost:
@@ -172,7 +181,7 @@ def _lose_the_first(lost):
         else:
             lost.append(task)
 
-    type(strand).strike = lossy
+    type(strand).interrupt_call = lossy
 
 
 def test_a_signal_that_comes_just_before_a_system_call_is_repeated(fresh, started):

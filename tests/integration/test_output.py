@@ -40,12 +40,18 @@ def by_logging():
     logging.warning("needle")
 
 
-def unfinished():
+def in_pieces():
     print("needle", end="")
     print()
 
 
-@pytest.mark.parametrize("function", [by_print, by_stderr, by_write, by_c, by_child, by_logging, unfinished])
+def unfinished():
+    print("needle", end="")
+
+
+@pytest.mark.parametrize(
+    "function", [by_print, by_stderr, by_write, by_c, by_child, by_logging, in_pieces, unfinished]
+)
 def test_shown_before_the_result(cluster, capsys, function):
     pid = cluster[0]
     for call in (
@@ -56,8 +62,10 @@ def test_shown_before_the_result(cluster, capsys, function):
     ):
         for _ in range(10):
             call()
-            text = capsys.readouterr().out
+            out, err = capsys.readouterr()
+            text, other = (err, out) if function in (by_stderr, by_logging) else (out, err)
             assert "needle" in text and f"From worker {pid}:" in text and text.endswith("\n"), repr(text)
+            assert not other
 
 
 def test_failed_calls_show_theirs_too(cluster, capsys):
@@ -125,30 +133,37 @@ def test_text_of_all_kinds(cluster, capsys):
     assert "broken" in capsys.readouterr().out
 
 
-def test_through_sys_stdout_alone():
-    """To the real one when nobody replaced it; nothing of it on stderr."""
-    out = run_script(
+def test_each_stream_to_its_own():
+    """To the real ones when nobody replaced them; what the program prints stays in its place."""
+    ended = run_script(
         """
-import io, sys, contextlib, shmdist as sd
+import io, sys, contextlib, warnings, shmdist as sd
 sd.addprocs(1)
+print("zero")
 sd.remotecall_fetch(print, 2, "one", file=None)
 buffer = io.StringIO()
 with contextlib.redirect_stdout(buffer):
     sd.remotecall_fetch(print, 2, "two")
 print([buffer.getvalue()])
+with contextlib.redirect_stderr(io.StringIO()) as errors:
+    sd.remotecall_fetch(lambda: warnings.warn("careful"), 2)
+print("careful" in errors.getvalue())
 sd.remotecall_fetch(lambda: print("three", file=__import__("sys").stderr), 2)
 """
-    ).clean()
-    lines = out.splitlines()
-    assert lines[0].split(None, 3)[-1].endswith("one") and "From worker 2:" in lines[0]
-    assert "two" in lines[1] and lines[1].startswith("[")
-    assert lines[2].endswith("three")
+    )
+    assert ended.out == "zero\n      From worker 2:\tone\n['      From worker 2:\\ttwo\\n']\nTrue\n"
+    assert ended.err == "      From worker 2:\tthree\n"
+
+
+def test_without_prefixes():
+    code = "import shmdist as sd; sd.addprocs(1); sd.remotecall_fetch(print, 2, '1,2,3')"
+    assert run_script(code, env={"SHMDIST_PREFIX": "0"}).clean() == "1,2,3\n"
 
 
 def test_the_last_words_of_a_worker(fresh, capsys):
     [pid] = fresh()
 
-    def last_words():
+    def last_progress():
         import os
         import sys
 
@@ -158,7 +173,7 @@ def test_the_last_words_of_a_worker(fresh, capsys):
         os._exit(1)
 
     with pytest.raises(sd.ProcessExitedException) as caught:
-        sd.remotecall_fetch(last_words, pid)
+        sd.remotecall_fetch(last_progress, pid)
     assert "and without an end" in str(caught.value)
     seen = []
     until(lambda: seen.append(capsys.readouterr().out) or "said at last" in "".join(seen))

@@ -8,28 +8,28 @@ import numpy as np
 import pytest
 
 import shmdist as sd
-from shmdist.wire import native
+from shmdist.transport import native
 
 PROGRAM = """
 import operator, time
 import numpy as np
 import shmdist as sd
-from shmdist.wire import mailbox, messages, native, slots
+from shmdist.transport import ring as mailbox, messages, native, ring_slots as slots
 
 def kind():
     from shmdist.runtime.node import current_node
-    from shmdist.wire import mailbox
+    from shmdist.transport import ring as mailbox
     box = current_node().dispatcher.mail.box
-    return mailbox.Sender.__module__, box is not None
+    return mailbox.RingWriter.__module__, box is not None
 
-assert native.module is None and mailbox.Sender is slots.Sender and messages.Record is messages._Record
+assert native.module is None and mailbox.RingWriter is slots.RingWriter and messages.Record is messages._Record
 first, second = sd.addprocs(2)
 for number in range(500):
     assert sd.remotecall_fetch(operator.neg, first, number) == -number
     if not number % 100:
         time.sleep(0.01)  # who reads goes to sleep, and must be woken
-assert kind() == ("shmdist.wire.slots", True)
-assert sd.remotecall_fetch(kind, first) == ("shmdist.wire.slots", True)
+assert kind() == ("shmdist.transport.ring_slots", True)
+assert sd.remotecall_fetch(kind, first) == ("shmdist.transport.ring_slots", True)
 assert sd.pmap(abs, range(-1000, 0)) == list(range(1000, 0, -1))
 array = np.arange(1 << 17)
 assert sd.remotecall_fetch(np.sum, second, array) == array.sum()
@@ -51,7 +51,7 @@ def test_all_of_it_in_python():
 
 
 def has_c():
-    from shmdist.wire import native
+    from shmdist.transport import native
 
     return native.module is not None
 

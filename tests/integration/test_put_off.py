@@ -10,9 +10,9 @@ import shmdist as sd
 
 def watch():
     """Have the runtime note what it does on a thread of the user's while nothing puts interrupts off."""
-    from shmdist.runtime.ownership import Ownership
-    from shmdist.runtime.strand import current
-    from shmdist.wire.link import Link
+    from shmdist.runtime.counts import ReferenceCounts
+    from shmdist.runtime.interrupts import current
+    from shmdist.transport.link import Link
 
     bare = []
 
@@ -29,7 +29,7 @@ def watch():
         return lambda: setattr(kind, name, function)
 
     names = [(Link, name) for name in ("send", "leave", "post", "flush")]
-    names += [(Ownership, name) for name in ("create", "set_value", "flush_released")]
+    names += [(ReferenceCounts, name) for name in ("create", "set_value", "flush_released")]
     undo = [watched(*name) for name in names]
     return bare, undo
 
@@ -88,7 +88,7 @@ def test_on_a_worker(fresh):
 
 def test_the_watch_itself(cluster):
     from shmdist.runtime.node import current_node
-    from shmdist.wire.link import Link
+    from shmdist.transport.link import Link
 
     bare, undo = watch()
     try:

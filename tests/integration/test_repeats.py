@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import shmdist as sd
-from shmdist.repeats import find_repeated
 from shmdist.runtime.node import current_node
 from shmdist.runtime.sharing import LINE
+from shmdist.scheduling.repeated_arrays import find_repeated
 
 N = LINE // 8  # items of 8 bytes of an array that goes through a block
 

@@ -13,8 +13,8 @@ import pytest
 
 import shmdist as sd
 from shmdist.runtime.node import current_node
-from shmdist.wire import door
-from shmdist.wire.handshake import Connector
+from shmdist.transport import listener
+from shmdist.transport.handshake import Connector
 from tests.integration.helpers import ROOT, run_script, until, within
 
 
@@ -41,8 +41,8 @@ def dial(address):
 
 def test_the_right_cookie_is_let_in(address):
     _, where = address
-    connection = door.knock(where)
-    door.prove(connection, current_node().cookie, 99)
+    connection = listener.connect(where)
+    listener.authenticate_as_client(connection, current_node().cookie, 99)
     connection.close()
 
 
@@ -50,7 +50,7 @@ def test_a_wrong_cookie_is_refused(address):
     _, where = address
     for cookie in (b"wrong", b"", b"x" * 10_000):
         with within(3), pytest.raises((sd.ShmdistError, OSError, ValueError)):
-            door.prove(door.knock(where), cookie, 99)
+            listener.authenticate_as_client(listener.connect(where), cookie, 99)
 
 
 class _Bomb:
@@ -65,7 +65,7 @@ class _Bomb:
 )
 def test_junk(address, junk):
     pid, where = address
-    sd.remotecall_eval("shmdist.wire.door", pid, "DEADLINE = 0.3")
+    sd.remotecall_eval("shmdist.transport.listener", pid, "DEADLINE = 0.3")
     with contextlib.suppress(OSError), dial(where) as sock:
         sock.sendall(junk)
         with within(13):
@@ -98,7 +98,7 @@ def test_silent_strangers_hold_up_nobody(address):
     # When they have left, others are let in again.
     def let_in():
         with contextlib.suppress(sd.ShmdistError, OSError):
-            _ = door.prove(door.knock(where), current_node().cookie, 99).done
+            _ = listener.authenticate_as_client(listener.connect(where), current_node().cookie, 99).done
             return True
 
     until(let_in, 5)
@@ -169,7 +169,7 @@ def test_refusals_are_counted_in_the_log(fresh):
     where = current_node().peers[pid].addresses[0]
     for _ in range(3):
         with pytest.raises((sd.ShmdistError, OSError)):
-            door.prove(door.knock(where), b"wrong", 99)
+            listener.authenticate_as_client(listener.connect(where), b"wrong", 99)
 
     def logged():
         return len(sd.remotecall_eval("__main__", pid, "list(logged)")) == 3
@@ -203,8 +203,8 @@ def test_a_recorded_handshake_opens_nothing(address):
             sent.append(super().feed(data))
             return sent[-1]
 
-    connection, machine = door.knock(where), Recorder(current_node().cookie, 99)
-    door._exchange(connection, machine, machine.start(), 5)
+    connection, machine = listener.connect(where), Recorder(current_node().cookie, 99)
+    listener._exchange(connection, machine, machine.start(), 5)
     connection.close()
     with dial(where) as sock:
         sock.sendall(sent[0])
@@ -217,7 +217,7 @@ def test_a_recorded_handshake_opens_nothing(address):
 
 def test_half_open_ones_are_given_up(address):
     pid, where = address
-    sd.remotecall_eval("shmdist.wire.door", pid, "DEADLINE = 0.3")
+    sd.remotecall_eval("shmdist.transport.listener", pid, "DEADLINE = 0.3")
     for sent in (b"", Connector(b"x", 99).start()[:64], Connector(b"x", 99).start()):
         with dial(where) as sock:
             sock.sendall(sent)

@@ -37,6 +37,24 @@ def test_calls_arrays_and_maps(sshd, tunnel):
     assert not set(pids) & set(sd.procs())
 
 
+def test_what_a_host_shares_with_the_program(sshd, cluster):
+    """Texts have one hash there, too, and multiprocessing's secret is process 1's."""
+
+    def look():
+        import multiprocessing
+
+        return (
+            hash("needle"),
+            os.environ.get("PYTHONHASHSEED"),
+            multiprocessing.current_process().authkey.hex(),
+        )
+
+    with within(30), sd.addprocs([sshd.text], **sshd.params()) as pids:
+        assert sd.remotecall_fetch(look, pids[0]) == sd.remotecall_fetch(look, cluster[0])
+    with within(30), sd.addprocs([sshd.text], env={"PYTHONHASHSEED": "5"}, **sshd.params()) as pids:
+        assert sd.remotecall_fetch(look, pids[0])[1] == "5"
+
+
 def addresses():
     from shmdist.runtime.node import current_node
 

@@ -11,9 +11,9 @@ import time
 import pytest
 
 import shmdist as sd
-from shmdist.managers import ssh
+from shmdist.managers.ssh import manager
 from shmdist.runtime.node import current_node
-from shmdist.wire import door
+from shmdist.transport import listener
 from tests.integration import helpers
 from tests.integration.helpers import until
 from tests.integration.sshd import FakeServer, descriptors, needs_sshd, threads_of_logins
@@ -137,7 +137,7 @@ def test_at_any_moment(warm, seconds):
     )
 
 
-@pytest.mark.parametrize("step", ["connect", "prove"])
+@pytest.mark.parametrize("step", ["connect", "authenticate_as_client"])
 def test_while_process_1_connects(warm, monkeypatch, step):
     """To workers whose host answers nothing."""
     reached = threading.Event()
@@ -148,9 +148,9 @@ def test_while_process_1_connects(warm, monkeypatch, step):
 
     with monkeypatch.context() as patch:
         if step == "connect":
-            patch.setattr(ssh.SSHManager, "connect", wait)
+            patch.setattr(manager.SSHManager, "connect", wait)
         else:
-            patch.setattr(door, "prove", wait)
+            patch.setattr(listener, "authenticate_as_client", wait)
         later = threading.Thread(target=lambda: (reached.wait(20), time.sleep(0.1), patch.undo()))
         later.start()
         try:

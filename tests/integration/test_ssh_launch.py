@@ -1,6 +1,7 @@
 """What happens on the remote host: login shells, interpreters, the package, and the end of a worker."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -69,7 +70,7 @@ def test_a_shell_that_ends_by_itself(sshd, user, tmp_path):
     error = refused([f"{name}@127.0.0.1:{sshd.port}"], **sshd.params())
     assert (error.phase, error.exitcode) == ("launch", 127)
     assert error.stderr_tail == ("this account is closed",)
-    assert error.command.startswith(f"exec '{sys.executable}' '-c'")
+    assert re.match(rf"exec 'env' 'PYTHONHASHSEED=\d+' '{re.escape(sys.executable)}' '-c' ", error.command)
     assert name in error.host
 
 
@@ -141,7 +142,7 @@ def test_directory_and_environment(sshd, tmp_path, monkeypatch, capsys):
         assert sd.remotecall_fetch(os.getenv, second, "MINE") == "2"
         assert sd.remotecall_fetch(os.getcwd, first) == str(tmp_path)
         assert sd.remotecall_fetch(os.getcwd, second) == os.path.expanduser("~")
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert f"From worker {second}:\tshmdist: [Errno 2]" in shown and "working in" in shown
     with pytest.raises(ValueError, match=r"dir names the host 'nobody', which is not among the machines"):
         sd.addprocs([a], **sshd.params(dir={"nobody": "/"}))
@@ -170,14 +171,14 @@ def bare_interpreter(tmp_path):
 def hidden(tmp_path, monkeypatch):
     """A worker's interpreter that has no shmdist, and cannot see this one's."""
     python = bare_interpreter(tmp_path)
-    from shmdist.managers import sshlaunch
+    from shmdist.managers.ssh import launch
 
-    original = sshlaunch.Launching._settings
+    original = launch.Launching._settings
 
     def settings(self, machine):
         return {**original(self, machine), "path": [], "root": "/no/such/folder"}
 
-    monkeypatch.setattr(sshlaunch.Launching, "_settings", settings)
+    monkeypatch.setattr(launch.Launching, "_settings", settings)
     return python
 
 
@@ -190,7 +191,7 @@ def test_the_package_is_sent_where_it_is_missing(sshd, hidden, capsys):
         with pytest.raises(ZeroDivisionError) as caught:
             sd.remotecall_fetch(lambda: 1 / 0, pids[0])
         assert "1 / 0" in str(caught.value)
-    assert "none on" in capsys.readouterr().out, "numpy is missing there, and that is said"
+    assert "none on" in capsys.readouterr().err, "numpy is missing there, and that is said"
 
 
 def test_the_package_is_missing_and_not_sent(sshd, hidden):
@@ -212,20 +213,20 @@ def print_much():
 def test_output_appears_here(sshd, capsys, tunnel):
     with sd.addprocs([sshd.text], tunnel=tunnel, **sshd.params()) as (pid,):
         sd.remotecall_fetch(print_much, pid)
-        shown = ""
+        shown = errors = ""
 
         def there():
-            nonlocal shown
-            sd.remotecall_fetch(int, pid)  # what has come is shown
-            shown += capsys.readouterr().out
-            return "and an error" in shown and "line 1999" in shown
+            nonlocal shown, errors
+            out, err = capsys.readouterr()
+            shown, errors = shown + out, errors + err
+            return "and an error" in errors and "line 1999" in shown
 
         until(there)
     lines = [line.strip() for line in shown.splitlines()]
     assert [line for line in lines if ":\tline" in line] == [
         f"From worker {pid}:\tline {number}" for number in range(2000)
     ]
-    assert f"From worker {pid}:\tand an error" in lines
+    assert errors == f"      From worker {pid}:\tand an error\n"
 
 
 def exit_with_words(code):

@@ -43,6 +43,9 @@ def test_keys(sshd, tmp_path, start):
     params = server.params(key_filename=[other, secret], passphrase="open sesame")
     with sd.addprocs([server.text], **params) as pids:
         assert sd.remotecall_fetch(sd.myid, pids[0]) == pids[0]
+    plain = sshd.params(passphrase="for another key")  # the server's key needs none
+    with sd.addprocs([sshd.text], **plain) as pids:
+        assert sd.remotecall_fetch(sd.myid, pids[0]) == pids[0]
 
 
 @pytest.mark.parametrize("kind", ["rsa", "ecdsa"])

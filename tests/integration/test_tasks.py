@@ -10,6 +10,20 @@ import shmdist as sd
 from tests.integration.helpers import within
 
 
+def test_waits_that_time_out_leave_nothing():
+    gate = threading.Event()
+    task = sd.async_(gate.wait)
+    for _ in range(20):
+        with pytest.raises(TimeoutError):
+            task.fetch(timeout=0.001)
+        with pytest.raises(TimeoutError):
+            task.wait(timeout=0)
+    assert len(task._done_callbacks) == 1 and not task._cell.locks
+    others = [sd.async_(task.fetch) for _ in range(3)]
+    gate.set()
+    assert [other.fetch(timeout=5) for other in others] == [True] * 3
+
+
 def test_a_task_has_every_face():
     task = sd.async_(divmod, 7, 2)
     assert task.fetch() == (3, 1) == task.result(timeout=1) == sd.fetch(task)

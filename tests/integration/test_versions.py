@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import shmdist as sd
-from shmdist.wire import handshake, versions
+from shmdist.transport import handshake, versions
 from tests.integration.helpers import within
 
 

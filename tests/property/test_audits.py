@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from shmdist.memory.arena import Arena
-from shmdist.memory.receipts import Receipts
-from shmdist.runtime.reftable import RRID, RefTable
+from shmdist.refcount.receipts import Receipts
+from shmdist.refcount.table import RRID, RefTable
 
 OWNER = 1
 PEERS = (2, 3, 4)
@@ -40,8 +40,8 @@ class Blocks:
     def counts(self) -> dict[object, dict[int, int]]:
         return {serial: dict(block.counts) for serial, block in self.table.blocks.items()}
 
-    def change(self, thing: int, pid: int, delta: int, teller: int) -> None:
-        self.table.change(thing, pid, delta, teller)
+    def change(self, thing: int, pid: int, delta: int, reporter: int) -> None:
+        self.table.change(thing, pid, delta, reporter)
 
     def lose(self, pid: int) -> None:
         self.table.lose(pid)
@@ -63,8 +63,8 @@ class References:
     def counts(self) -> dict[object, dict[int, int]]:
         return {rrid: dict(entry.counts) for rrid, entry in self.table.entries.items()}
 
-    def change(self, thing: RRID, pid: int, delta: int, teller: int) -> None:
-        self.table.add(thing, pid, delta, teller)
+    def change(self, thing: RRID, pid: int, delta: int, reporter: int) -> None:
+        self.table.add(thing, pid, delta, reporter)
 
     def lose(self, pid: int) -> None:
         self.table.peer_lost(pid)
@@ -79,7 +79,7 @@ class Cluster(RuleBasedStateMachine):
         self.alive = set(EVERYBODY)
         self.holds = {pid: Counter() for pid in EVERYBODY}
         self.receipts = {pid: Receipts() for pid in EVERYBODY}
-        self.graves: dict[int, set[int]] = {pid: set() for pid in EVERYBODY}
+        self.lost_processes: dict[int, set[int]] = {pid: set() for pid in EVERYBODY}
         self.asked: dict[int, set[int]] = {pid: set() for pid in EVERYBODY}  # of tellers not lost there yet
         self.links: dict[tuple[int, int], deque] = {}
         self.unwritten: dict[int, list] = {pid: [] for pid in EVERYBODY}  # by threads that are not so far
@@ -109,18 +109,18 @@ class Cluster(RuleBasedStateMachine):
         elif word == "eof":
             self.lost(src, dst)
         elif word == "ask":
-            [teller] = about
-            if teller in self.graves[dst]:
-                self.answer(dst, teller)
+            [reporter] = about
+            if reporter in self.lost_processes[dst]:
+                self.answer(dst, reporter)
             else:
-                self.asked[dst].add(teller)
+                self.asked[dst].add(reporter)
         else:
-            teller, found = about
-            self.owner.table.audited(src, teller, found)
+            reporter, found = about
+            self.owner.table.audited(src, reporter, found)
 
     def frame(self, src, dst, thing):
         if src != OWNER and (dst != OWNER or self.owner.comes_home):
-            if src in self.graves[dst]:
+            if src in self.lost_processes[dst]:
                 return  # refused
             self.receipts[dst].note(OWNER, thing, src)
         elif src != OWNER:
@@ -128,12 +128,12 @@ class Cluster(RuleBasedStateMachine):
         self.holds[dst][thing] += 1
 
     def lost(self, pid, at):
-        if pid in self.graves[at]:
+        if pid in self.lost_processes[at]:
             return
-        self.graves[at].add(pid)
+        self.lost_processes[at].add(pid)
         if at == OWNER:
             self.owner.lose(pid)
-            for holder in self.owner.table.told_by(pid):
+            for holder in self.owner.table.holders_reported_by(pid):
                 if holder == OWNER:
                     self.answer(OWNER, pid)
                 else:
@@ -141,8 +141,8 @@ class Cluster(RuleBasedStateMachine):
         elif pid in self.asked[at]:
             self.answer(at, pid)
 
-    def answer(self, pid, teller):
-        self.unwritten[pid].append((OWNER, "answer", teller, self.receipts[pid].take(OWNER, teller)))
+    def answer(self, pid, reporter):
+        self.unwritten[pid].append((OWNER, "answer", reporter, self.receipts[pid].take(OWNER, reporter)))
 
     # --- what processes do -------------------------------------------------------------------
 
@@ -241,7 +241,7 @@ class Cluster(RuleBasedStateMachine):
     def from_the_dead(self):
         """Return the links between peers by which frames of dead ones are on their way."""
         links = [link for link in self.busy() if link[0] not in self.alive and link[1] in self.alive]
-        return [(src, dst) for src, dst in links if dst != OWNER and src not in self.graves[dst]]
+        return [(src, dst) for src, dst in links if dst != OWNER and src not in self.lost_processes[dst]]
 
     @precondition(lambda self: self.from_the_dead())
     @rule(data=st.data())
@@ -266,7 +266,7 @@ class Cluster(RuleBasedStateMachine):
                 about[2] for about in self.unwritten[pid] if about[1] == "frame" and about[0] in self.alive
             }
         for (src, dst), queue in self.links.items():
-            if dst in self.alive and src not in self.graves[dst]:
+            if dst in self.alive and src not in self.lost_processes[dst]:
                 needed |= {about[1] for about in queue if about[0] == "frame"}
         assert needed <= self.owner.counts().keys()
 

@@ -15,8 +15,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from shmdist.channels import Channel, LocalCell
 from shmdist.errors import ChannelClosed
+from shmdist.references.channel import Channel, ResultWaiter
 
 
 class Waiting:
@@ -24,7 +24,7 @@ class Waiting:
 
     def __init__(self, channel: Channel, local: bool) -> None:
         self.channel = channel
-        self.cell = LocalCell() if local else None
+        self.cell = ResultWaiter() if local else None
         self.told: tuple[str, Any] | None = None
 
     @property

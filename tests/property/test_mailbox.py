@@ -21,17 +21,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shmdist.memory.segment import PAGE
-from shmdist.wire import mailbox, messages, native, slots
-from shmdist.wire.link import Link, LinkClosed
-from shmdist.wire.mailbox import LEFT, MOST, REFUSED, RING, SLOTS, Keeping
-from shmdist.wire.messages import Kind
-from shmdist.wire.poller import Kick
+from shmdist.transport import messages, native, ring, ring_slots
+from shmdist.transport.link import Link, LinkClosed
+from shmdist.transport.messages import Kind
+from shmdist.transport.poller import WakeupFd
+from shmdist.transport.ring import LEFT, MOST, REFUSED, RING, SLOTS, Keeping
 from tests.unit.test_link import contents, encode, pattern
 
-#: The sides of a mailbox, in Python and, where it was compiled, in C.
-MODULES = {"python": slots} | ({"c": native.module} if native.module else {})
+#: The sides of a ring, in Python and, where it was compiled, in C.
+MODULES = {"python": ring_slots} | ({"c": native.module} if native.module else {})
 BOXES = {
-    name: type("Box", (Keeping, module.Lookout), {"receiver_type": module.Receiver})
+    name: type("Box", (Keeping, module.RingScanner), {"receiver_type": module.RingReader})
     for name, module in MODULES.items()
 }
 SIDES = [(sender, receiver) for sender in MODULES for receiver in MODULES]
@@ -61,15 +61,15 @@ class World:
         self.a, self.b = Link(Connection(a.detach()), 2), Link(Connection(b.detach()), 1)
         self.box = BOXES[self.receiver].make(1)
         self.b.mail_in = self.box.open_slot(self.b)
-        self.a.mail_out = MODULES[self.sender].Sender(self.box.segment, self.b.mail_in.slot)
-        self.kick = Kick()
+        self.a.mail_out = MODULES[self.sender].RingWriter(self.box.segment, self.b.mail_in.slot)
+        self.kick = WakeupFd()
         self.a.kick_out = os.dup(self.kick.setter) if with_kick else -1
         self.sent, self.got, self.number = [], [], 0
         self.awake = False
         self.roads = set()
         self.at_sender = self.at_receiver = ()  # what the other side does at the next fences
         self.before_sending = ()
-        self.unwoken = []  # links with somebody at the other end who is to be woken
+        self.wakeups = []  # links with somebody at the other end who is to be woken
         self.box.fence = lambda: self.during("at_receiver")
         self.a.mail_out.fence = self.at_fence
 
@@ -96,7 +96,7 @@ class World:
         if post or size > MOST:
             self.a.post([frame])
         else:
-            if self.sender == "python" and not slots._WEAK:  # it has no fence before the head is moved
+            if self.sender == "python" and not ring_slots._WEAK:  # it has no fence before the head is moved
                 frame = Watched(frame)
                 frame.then = lambda: self.during("before_sending")
             self.a.send([frame], interrupted=self.make_room)
@@ -107,11 +107,11 @@ class World:
         self.number += 1
         self.sent.append((self.number, size))
         frame = b"".join(encode(pattern(size), call_id=self.number))
-        self.a.send([frame], interrupted=self.make_room, unwoken=self.unwoken)
+        self.a.send([frame], interrupted=self.make_room, wakeups=self.wakeups)
 
     def ring(self):
-        while self.unwoken:
-            self.unwoken.pop().wake()
+        while self.wakeups:
+            self.wakeups.pop().wake()
 
     def make_room(self):
         """The receiver reads while the sender waits for room."""
@@ -160,7 +160,7 @@ class World:
 
     def check(self):
         assert self.got == self.sent[: len(self.got)], "not in the order in which they were sent"
-        if not self.awake and len(self.got) < len(self.sent) and not self.a._outbox and not self.unwoken:
+        if not self.awake and len(self.got) < len(self.sent) and not self.a._outbox and not self.wakeups:
             poller = select.poll()
             poller.register(self.b.fd, select.POLLIN)
             poller.register(self.kick.fileno(), select.POLLIN)
@@ -205,7 +205,7 @@ STEPS = st.lists(PLAIN | st.tuples(st.just("post"), SIZES), max_size=60) | st.li
 @given(looking=st.booleans(), steps=STEPS)
 def test_every_interleaving(sides, weak, with_kick, looking, steps):
     world = World(sides, with_kick)
-    before, slots._WEAK = slots._WEAK, weak
+    before, ring_slots._WEAK = ring_slots._WEAK, weak
     try:
         if looking:
             world.wake()
@@ -224,7 +224,7 @@ def test_every_interleaving(sides, weak, with_kick, looking, steps):
             world.check()
         world.finish()
     finally:
-        slots._WEAK = before
+        ring_slots._WEAK = before
         world.close()
 
 
@@ -397,7 +397,7 @@ def test_slots_are_had_once(sides):
     box.remove(receivers[5])
     again = box.open_slot(None)
     assert again.slot == 5
-    last = MODULES[sides[0]].Sender(box.segment, SLOTS - 1)
+    last = MODULES[sides[0]].RingWriter(box.segment, SLOTS - 1)
     box.wake()
     assert box.take([]) == []
     assert not box.stirred()
@@ -417,7 +417,7 @@ def test_a_slot_that_is_used_again_goes_on_where_it_was(sides):
     box.wake()
     for turn in range(3):
         receiver = box.open_slot(None)
-        sender = MODULES[sides[0]].Sender(box.segment, receiver.slot)
+        sender = MODULES[sides[0]].RingWriter(box.segment, receiver.slot)
         assert sender.put(b"stale", 0) == REFUSED  # until the socket has been read
         receiver.seen(7)
         assert sender.put(bytearray(b"x" + b"y" * turn), 7) == LEFT
@@ -430,24 +430,24 @@ def test_a_slot_that_is_used_again_goes_on_where_it_was(sides):
 @pytest.mark.skipif(native.module is None, reason="it was not compiled here")
 class TestInC:
     def test_it_is_what_lies_beside_it(self):
-        folder = Path(slots.__file__).parent
+        folder = Path(ring_slots.__file__).parent
         sources = b"".join(path.read_bytes() for path in sorted(folder.glob("_native*.[ch]")))
         assert hashlib.sha256(sources).hexdigest() == native.module.SOURCE, "compile it: tools/venv does"
-        assert native.module.LAYOUT == (SLOTS, RING, MOST, REFUSED, LEFT, slots.UNSEEN)
-        assert mailbox.Sender is native.module.Sender
+        assert native.module.LAYOUT == (SLOTS, RING, MOST, REFUSED, LEFT, ring_slots.UNSEEN)
+        assert ring.RingWriter is native.module.RingWriter
 
     def test_bad_arguments_are_errors(self):
         c = native.module
         box = BOXES["c"].make(1)
         for slot in (-1, SLOTS):
             with pytest.raises(ValueError, match="no such slot"):
-                c.Sender(box.segment, slot)
+                c.RingWriter(box.segment, slot)
             with pytest.raises(ValueError, match="no such slot"):
-                c.Receiver(box.segment, slot, None)
-        sender, receiver = c.Sender(box.segment, 0), c.Receiver(box.segment, 0, None)
+                c.RingReader(box.segment, slot, None)
+        sender, receiver = c.RingWriter(box.segment, 0), c.RingReader(box.segment, 0, None)
         for make in (
-            lambda: c.Sender(object(), 0),
-            lambda: c.Sender(box.segment),
+            lambda: c.RingWriter(object(), 0),
+            lambda: c.RingWriter(box.segment),
             lambda: box.add(object()),
             lambda: box.take(()),
             lambda: sender.put(b""),
@@ -467,15 +467,15 @@ class TestInC:
             view = memoryview(bytearray(PAGE))
 
         with pytest.raises(ValueError, match="too small"):
-            c.Sender(Small, 0)
+            c.RingWriter(Small, 0)
 
     def test_what_was_not_made_does_nothing(self):
         c = native.module
-        assert c.Sender.__new__(c.Sender).put(b"x", 0) == REFUSED
-        assert c.Receiver.__new__(c.Receiver).open() == []
-        c.Receiver.__new__(c.Receiver).done()
-        c.Receiver.__new__(c.Receiver).seen(1)
-        lookout = c.Lookout.__new__(c.Lookout)
+        assert c.RingWriter.__new__(c.RingWriter).put(b"x", 0) == REFUSED
+        assert c.RingReader.__new__(c.RingReader).open() == []
+        c.RingReader.__new__(c.RingReader).done()
+        c.RingReader.__new__(c.RingReader).seen(1)
+        lookout = c.RingScanner.__new__(c.RingScanner)
         for step in (lookout.wake, lookout.sleep, lookout.stirred, lookout.watch, lambda: lookout.take([])):
             with pytest.raises(RuntimeError):
                 step()
@@ -484,7 +484,7 @@ class TestInC:
         box = BOXES["c"].make(1)
         receiver = box.open_slot(None)
         receiver.seen(0)
-        sender = native.module.Sender(box.segment, receiver.slot)
+        sender = native.module.RingWriter(box.segment, receiver.slot)
         sender.fence = box.fence = lambda: 1 / 0
         with pytest.raises(ZeroDivisionError):
             sender.put(b"x", 0)

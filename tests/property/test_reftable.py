@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from shmdist.runtime.reftable import RRID, RefTable, State
+from shmdist.refcount.table import RRID, RefTable, State
 
 OWNER = 1
 PEERS = (2, 3, 4)

@@ -79,7 +79,7 @@ def whole(dead):
     state = current_node().sharing.state()
     text = [f"lent {serial} to {counts}" for serial, counts in state["lent"].items() if dead & counts.keys()]
     text += [lease for lease in state["held"] if any(f"of process {pid}," in lease for pid in dead)]
-    return text + [f"owed to {pid}" for pid in dead & state["owed"].keys()]
+    return text + [f"owed to {pid}" for pid in dead & state["unsent_releases"].keys()]
 
 
 # ---------------------------------------------------------------------- here

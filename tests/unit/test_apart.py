@@ -6,10 +6,10 @@ import threading
 import numpy as np
 import pytest
 
-from shmdist.batches import BatchRunner, divide
-from shmdist.sizes import Sizes, positive_integer
-from shmdist.wire import codec
-from shmdist.wire.apart import Apart, Partial, Unreadable, pack
+from shmdist.scheduling.batch import BatchRunner, divide
+from shmdist.scheduling.batch_sizing import BatchSizer, positive_integer
+from shmdist.serialization import codec
+from shmdist.serialization.isolated_items import IsolatedItems, LoadFailure, PartialList, pack
 
 
 def there_and_back(items):
@@ -83,12 +83,12 @@ class Broken:
 
 def test_what_cannot_be_read_costs_itself_alone():
     got = there_and_back([1, Broken(), [2]])
-    assert type(got) is Partial and got[0] == 1 and got[2] == [2]
-    assert type(got[1]) is Unreadable and isinstance(got[1].error, ValueError)
+    assert type(got) is PartialList and got[0] == 1 and got[2] == [2]
+    assert type(got[1]) is LoadFailure and isinstance(got[1].error, ValueError)
 
 
 def test_what_cannot_be_sent_is_an_error_as_ever():
-    assert type(pack([threading.Lock()])) is Apart
+    assert type(pack([threading.Lock()])) is IsolatedItems
     with pytest.raises(codec.SerializationError):
         codec.dumps(pack([1, threading.Lock()]))
 
@@ -128,7 +128,7 @@ def test_errors_end_an_element_and_others_the_batch():
 
 
 def test_the_rest_goes_out_in_equal_parts():
-    sizes = Sizes(10_000, None, cheap=True)
+    sizes = BatchSizer(10_000, None, cheap=True)
     assert sizes.next(0, 2) == 2500
     sizes.learn(1e-4, 2500)
     first = sizes.next(2500, 3)

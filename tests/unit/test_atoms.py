@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shmdist.wire import atoms
+from shmdist.serialization import atoms
 
 
 def dumps(value: Any) -> bytes:

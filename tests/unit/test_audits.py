@@ -5,12 +5,12 @@ import pickle
 import pytest
 
 from shmdist.memory.arena import Arena
-from shmdist.memory.receipts import Receipts
 from shmdist.memory.segment import PAGE
+from shmdist.refcount.receipts import Receipts
+from shmdist.refcount.table import RRID, RefTable
 from shmdist.runtime.node import Node
-from shmdist.runtime.reftable import RRID, RefTable
-from shmdist.wire import codec
-from shmdist.wire.messages import Frame, Kind
+from shmdist.serialization import codec
+from shmdist.transport.messages import Frame, Kind
 
 OWNER, HOLDER, TELLER, OTHER = 1, 2, 3, 4
 
@@ -52,9 +52,9 @@ def test_what_was_told_and_never_sent_is_taken_off(owner):
     for _ in range(3):
         owner.change(owner.thing, HOLDER, +1, TELLER)
     owner.lose(TELLER)
-    assert owner.table.told_by(TELLER) == {HOLDER}
+    assert owner.table.holders_reported_by(TELLER) == {HOLDER}
     owner.table.audited(HOLDER, TELLER, {owner.thing: 2})
-    assert owner.counts() == {OWNER: 1, HOLDER: 2} and not owner.table.told_by(TELLER)
+    assert owner.counts() == {OWNER: 1, HOLDER: 2} and not owner.table.holders_reported_by(TELLER)
 
 
 def test_the_last_count_may_be_one_of_those(owner):
@@ -98,7 +98,7 @@ def test_a_teller_that_took_its_word_back_is_not_audited(owner):
     owner.change(owner.thing, HOLDER, +1, TELLER)
     owner.change(owner.thing, HOLDER, -1, TELLER)
     owner.lose(TELLER)
-    assert not owner.table.told_by(TELLER)
+    assert not owner.table.holders_reported_by(TELLER)
 
 
 def test_a_holder_that_is_lost_first(owner):
@@ -106,7 +106,7 @@ def test_a_holder_that_is_lost_first(owner):
     owner.change(owner.thing, OTHER, +1, TELLER)
     owner.lose(HOLDER)
     owner.lose(TELLER)
-    assert owner.table.told_by(TELLER) == {OTHER}
+    assert owner.table.holders_reported_by(TELLER) == {OTHER}
     owner.table.audited(HOLDER, TELLER, {owner.thing: 1})
     assert owner.counts() == {OWNER: 1, OTHER: 1}
     owner.table.audited(OTHER, TELLER, {})
@@ -134,14 +134,15 @@ class _Link:
         self.pid = pid
         self.sent = []
 
-    def send(self, parts, interrupted=None):
+    def send(self, parts, interrupted=None, patience=None):
         self.sent.append(pickle.loads(b"".join(parts)[codec.HEADER.size :]))
+        return True
 
 
 @pytest.fixture
 def node():
     node = Node(HOLDER)
-    node.dispatcher.start = lambda job: job()
+    node.dispatcher.start = node.dispatcher.soon = lambda job: job()
     node.links[OWNER] = _Link(OWNER)
     yield node
     node.dispatcher.close()
@@ -155,8 +156,8 @@ def references_from(sender, *refs):
     return frame
 
 
-def question(teller):
-    frame = Frame(int(Kind.AUDIT), 0, 0, HOLDER, pickle.dumps((teller, OWNER)), [])
+def question(reporter):
+    frame = Frame(int(Kind.AUDIT), 0, 0, HOLDER, pickle.dumps((reporter, OWNER)), [])
     frame.link = _Link(OWNER)
     return frame
 
@@ -188,9 +189,8 @@ def test_references_of_their_sender_need_no_receipt(node):
 
 def test_what_is_dropped_is_given_back_in_the_name_of_who_sent_it(node):
     ref = RRID(OTHER, 7)
-    node.arrived(references_from(TELLER, (ref, OWNER)))
-    node.release(OWNER, ref)
-    node.release(OWNER, ref)
+    node.arrived(references_from(TELLER, (ref, OWNER)))  # and the frame is dropped unread
+    node.give_back([(ref, OWNER)])
     node.flush_released()
     assert node.links[OWNER].sent == [[(OTHER, 7, HOLDER, -1, TELLER), (OTHER, 7, HOLDER, -1, 0)]]
 

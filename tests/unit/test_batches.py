@@ -7,11 +7,12 @@ from array import array
 
 import pytest
 
-from shmdist import batches
-from shmdist.wire import apart, native
+from shmdist.scheduling import batch
+from shmdist.serialization import isolated_items
+from shmdist.transport import native
 
-LOOPS = {"python": batches._advance_in_python} | ({"c": native.module.advance} if native.module else {})
-KINDS = {"python": apart._kinds_in_python} | ({"c": native.module.kinds} if native.module else {})
+LOOPS = {"python": batch._advance_in_python} | ({"c": native.module.advance} if native.module else {})
+KINDS = {"python": isolated_items._kinds_in_python} | ({"c": native.module.kinds} if native.module else {})
 
 
 @pytest.fixture(params=LOOPS)

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-import shmdist.channels as module
-from shmdist.channels import Channel, LocalCell
+import shmdist.references.channel as module
 from shmdist.errors import ChannelClosed
+from shmdist.references.channel import Channel, ResultWaiter
 
 
 class Recorder:
-    """A completion that is no LocalCell: it keeps what it was told, and that the lock was free then."""
+    """A completion that is no ResultWaiter: it keeps what it was told, and that the lock was free then."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
@@ -422,8 +422,8 @@ class TestTexts:
     def test_repr(self, make: Make) -> None:
         channel = make(inf)
         assert repr(channel) == "<Channel size=inf open items=0 takers=0 putters=0 watchers=0>"
-        channel.take_async(LocalCell())
-        channel.wait_async(LocalCell())
+        channel.take_async(ResultWaiter())
+        channel.wait_async(ResultWaiter())
         assert repr(channel) == "<Channel size=inf open items=0 takers=1 putters=0 watchers=1>"
         channel.close()
         assert repr(channel) == "<Channel size=inf closed items=0 takers=0 putters=0 watchers=0>"
@@ -438,7 +438,7 @@ class TestTexts:
 
     def test_check_finds_what_is_broken(self) -> None:
         channel = Channel(1)
-        channel.take_async(LocalCell())
+        channel.take_async(ResultWaiter())
         channel._items.append("a")
         with pytest.raises(AssertionError, match="takers empty while there are items"):
             channel._check()

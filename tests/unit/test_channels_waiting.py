@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from shmdist.channels import Channel, LocalCell
 from shmdist.errors import ChannelClosed
+from shmdist.references.channel import Channel, ResultWaiter
 from tests.unit.test_channels import Recorder, Threads
 
 
@@ -44,11 +44,11 @@ def make() -> Iterator[Callable[..., Channel]]:
 Make = Callable[..., Channel]
 
 
-def on_block(monkeypatch: pytest.MonkeyPatch, f: Callable[[LocalCell], None]) -> None:
+def on_block(monkeypatch: pytest.MonkeyPatch, f: Callable[[ResultWaiter], None]) -> None:
     """Have `f` run when a thread is about to wait, its operation queued."""
     real = Channel._block  # not `cell.sleep`: inside the runtime a signal wakes only what waits there
 
-    def block(cell: LocalCell, timeout: float | None) -> None:
+    def block(cell: ResultWaiter, timeout: float | None) -> None:
         f(cell)
         real(cell, timeout)
 
@@ -147,7 +147,7 @@ class TestCompletions:
         bad, good = Bad(channel), Recorder(channel)
         channel.take_async(bad)
         channel.take_async(good)
-        with caplog.at_level(logging.ERROR, "shmdist.channels"):
+        with caplog.at_level(logging.ERROR, "shmdist.references.channel"):
             channel.close()
         assert isinstance(good.error, ChannelClosed)
         assert "no link" in caplog.text
@@ -167,8 +167,8 @@ class TestCompletions:
         assert isinstance(second.error, ChannelClosed)
 
     def test_cell(self) -> None:
-        cell = LocalCell()
-        assert repr(cell) == "<LocalCell waiting>"
+        cell = ResultWaiter()
+        assert repr(cell) == "<ResultWaiter waiting>"
         cell.wake()
         cell.sleep(0)
         cell.wake()
@@ -177,10 +177,10 @@ class TestCompletions:
         assert not cell.done
         cell.resolve(1)
         cell.sleep(None)
-        assert (cell.done, cell.value, repr(cell)) == (True, 1, "<LocalCell resolved>")
-        failed = LocalCell()
+        assert (cell.done, cell.value, repr(cell)) == (True, 1, "<ResultWaiter resolved>")
+        failed = ResultWaiter()
         failed.fail(KeyError())
-        assert (failed.done, repr(failed)) == (True, "<LocalCell failed>")
+        assert (failed.done, repr(failed)) == (True, "<ResultWaiter failed>")
 
 
 class TestInterrupt:
@@ -190,7 +190,7 @@ class TestInterrupt:
     def test_withdraws(self, make: Make, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
         channel = make(1)
 
-        def interrupt(cell: LocalCell) -> None:
+        def interrupt(cell: ResultWaiter) -> None:
             raise KeyboardInterrupt
 
         on_block(monkeypatch, interrupt)
@@ -203,7 +203,7 @@ class TestInterrupt:
     def test_withdraws_a_put(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         channel = make()
 
-        def interrupt(cell: LocalCell) -> None:
+        def interrupt(cell: ResultWaiter) -> None:
             raise KeyboardInterrupt
 
         on_block(monkeypatch, interrupt)
@@ -214,7 +214,7 @@ class TestInterrupt:
     def test_item_that_was_given_already_goes_back(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         channel = make(2)
 
-        def give_then_interrupt(cell: LocalCell) -> None:
+        def give_then_interrupt(cell: ResultWaiter) -> None:
             channel.put("a")
             channel.put("b")
             assert cell.done
@@ -231,7 +231,7 @@ class TestInterrupt:
         channel = make(2)
         second = Recorder(channel)
 
-        def give_then_interrupt(cell: LocalCell) -> None:
+        def give_then_interrupt(cell: ResultWaiter) -> None:
             channel.take_async(second)
             channel.put("a")
             raise KeyboardInterrupt
@@ -247,7 +247,7 @@ class TestInterrupt:
         channel = make()
         taker = Recorder(channel)
 
-        def take_then_interrupt(cell: LocalCell) -> None:
+        def take_then_interrupt(cell: ResultWaiter) -> None:
             channel.take_async(taker)
             raise KeyboardInterrupt
 
@@ -286,7 +286,7 @@ class TestInterrupt:
         channel = make()
         calls = iter(range(3))
 
-        def block(cell: LocalCell, timeout: float | None) -> None:
+        def block(cell: ResultWaiter, timeout: float | None) -> None:
             if next(calls, None) is None:
                 channel.untake("a")
 
@@ -399,7 +399,7 @@ class TestThreads:
         channel, n_items = make(1), 500
         interrupted = threading.local()
 
-        def interrupt(cell: LocalCell) -> None:
+        def interrupt(cell: ResultWaiter) -> None:
             if getattr(interrupted, "by_me", False):
                 cell.sleep(1e-5)
                 raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What arrives of what is sent: values, functions and classes, references, and errors that name the culprit.
+"""What arrives of what is sent: pickled_functions, functions and classes, references, and errors that name the culprit.
 
 Arrays are in test_codec_arrays.
 """
@@ -28,9 +28,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shmdist.errors import SerializationError
-from shmdist.wire import codec, names, picklers, values
-from shmdist.wire.codec import INLINE, Payload
-from shmdist.wire.messages import BROKEN, BY_NAME, BY_VALUE, HAS_REFS, HEADER, Frame
+from shmdist.serialization import arrays, codec, function_names, pickled_functions, pickler
+from shmdist.serialization.codec import INLINE, Payload
+from shmdist.transport.messages import BROKEN, BY_NAME, BY_VALUE, HAS_REFS, HEADER, Frame
 
 
 def receive(parts: list[Any]) -> Frame:
@@ -168,9 +168,11 @@ class TestRoundTrips:
         frame = receive(codec.frame(1, 0, 0, 0, payload))
         by_name = frame.flags & BY_NAME
         if frame.flags & BY_VALUE:
-            function, *rest = values.load(frame.body)
+            function, *rest = pickled_functions.load(frame.body)
         else:
-            function, *rest = names.load(frame.body) if by_name else codec.loads(frame, no_references)
+            function, *rest = (
+                function_names.load(frame.body) if by_name else codec.loads(frame, no_references)
+            )
         assert rest == [args, kwargs]
         assert not by_name or f in (importable, len)
         assert function is f or function.__name__ == "<lambda>"
@@ -315,16 +317,16 @@ def missing(): return nowhere
             missing()
 
     def test_functions_seen_are_not_kept_alive(self) -> None:
-        names._heads.clear()
+        function_names._heads.clear()
 
         def closure() -> None:
             pass
 
         codec.dumps_call(closure, (), {})
         codec.dumps_call([].append, (1,), {})
-        assert not names._heads
+        assert not function_names._heads
         codec.dumps_call(importable, (1,), {})
-        assert set(names._heads) == {importable}
+        assert set(function_names._heads) == {importable}
 
     def test_a_function_that_is_not_importable_any_more(self, monkeypatch: pytest.MonkeyPatch) -> None:
         old = importable
@@ -332,34 +334,34 @@ def missing(): return nowhere
         monkeypatch.setattr(sys.modules[__name__], "importable", lambda x: 0)
         function, _, _ = pickle.loads(b"".join(codec.dumps_call(old, (1,), {}).parts))
         assert function(1) == 2
-        assert old not in names._heads
+        assert old not in function_names._heads
 
     def test_what_a_name_means_is_looked_up_each_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         body = b"".join(codec.dumps_call(importable, (1,), {}).parts)
-        assert names.load(body) == (importable, (1,), {})
+        assert function_names.load(body) == (importable, (1,), {})
         monkeypatch.setattr(sys.modules[__name__], "importable", len)
-        assert names.load(body)[0] is len
+        assert function_names.load(body)[0] is len
         module: Any = types.ModuleType(__name__)
         monkeypatch.setitem(sys.modules, __name__, module)
         with pytest.raises(AttributeError, match="Can't get attribute 'importable' on <module"):
-            names.load(body)
+            function_names.load(body)
         module.importable = abs
-        assert names.load(body)[0] is abs
+        assert function_names.load(body)[0] is abs
 
     def test_a_name_that_is_nowhere(self) -> None:
         text = b"no_such_module_at_all\0f"
         with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):
-            names.load(len(text).to_bytes(2, "little") + text + pickle.dumps(((), {})))
+            function_names.load(len(text).to_bytes(2, "little") + text + pickle.dumps(((), {})))
 
     def test_names_are_not_kept_without_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(names, "_MOST", 2)
-        monkeypatch.setattr(names, "_heads", {})
-        monkeypatch.setattr(names, "_found", {})
+        monkeypatch.setattr(function_names, "_MOST", 2)
+        monkeypatch.setattr(function_names, "_heads", {})
+        monkeypatch.setattr(function_names, "_found", {})
         for f in (len, abs, max, min, importable):
             body = b"".join(codec.dumps_call(f, (1,), {}).parts)
-            assert names.load(body)[0] is f
-            assert len(names._heads) <= 2
-            assert len(names._found) <= 2
+            assert function_names.load(body)[0] is f
+            assert len(function_names._heads) <= 2
+            assert len(function_names._found) <= 2
 
     def test_exceptions_inside(self) -> None:
         error = Odd(1, 2)
@@ -411,7 +413,7 @@ class Ref:
 
 
 def _make_ref(key: tuple[int, int]) -> Ref:
-    codec.note_made(key)
+    codec.note_created_reference(key)
     return Ref(key)
 
 
@@ -502,7 +504,7 @@ class TestReferences:
         assert codec._loading.made is None
 
     def test_outside_a_load(self) -> None:
-        codec.note_made((1, 2))
+        codec.note_created_reference((1, 2))
         assert self.load([Grenade(), Ref((1, 2))])[1] == [(1, 2)]
 
     def test_inert_in_pickle_whole(self) -> None:
@@ -531,7 +533,7 @@ def test_unreadable() -> None:
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, lambda body: memoryview(bytearray(body))])
-@pytest.mark.parametrize("name", [b"numpy.core", b"numpy._core", b"shmdist.wire.arrays"])
+@pytest.mark.parametrize("name", [b"numpy.core", b"numpy._core", arrays.__name__.encode()])
 def test_a_body_that_names_numpy_is_found_wherever_it_does(name, kind, monkeypatch):
     monkeypatch.setattr(codec, "sys", SimpleNamespace(modules={}))
     for start in (0, 65_500, 65_530, 65_536, 65_560, 200_000):
@@ -539,7 +541,7 @@ def test_a_body_that_names_numpy_is_found_wherever_it_does(name, kind, monkeypat
         codec.prepare(kind(b"n" * start + name))
         assert codec._numpy_ready, start
     monkeypatch.setattr(codec, "_numpy_ready", False)
-    codec.prepare(kind(b"numpy and shmdist.wire" * 10_000))
+    codec.prepare(kind(b"numpy and shmdist.transport" * 10_000))
     assert not codec._numpy_ready
 
 
@@ -547,10 +549,12 @@ def test_no_body_is_searched_where_numpy_is_imported(monkeypatch):
     monkeypatch.setattr(codec, "_numpy_ready", False)
     spec = SimpleNamespace(_initializing=True)
     monkeypatch.setattr(codec, "sys", SimpleNamespace(modules={"numpy": SimpleNamespace(__spec__=spec)}))
-    codec.prepare(b"something")
+    codec.prepare(b"something" * 100)
     assert not codec._numpy_ready, "half imported"
     spec._initializing = False
-    codec.prepare(b"something")
+    codec.prepare(b"something")  # which is looked through, being short
+    assert not codec._numpy_ready
+    codec.prepare(b"something" * 100)
     assert codec._numpy_ready
 
 
@@ -558,9 +562,9 @@ def test_an_array_among_the_arguments_of_a_call_by_name() -> None:
     for array in (np.ones(3), np.zeros((0, 2), ">i4"), np.ones((2, 1, 3), "c16"), np.array(7, "?")):
         codec.dumps(array)  # numpy is known from here on
         payload = codec.dumps_call(operator.mul, (2, array), {})
-        assert type(payload) is picklers.Named
+        assert type(payload) is pickler.Named
         assert len(payload.parts[0]) < 100 + array.nbytes
-        f, (two, arrived), kwargs = names.load(payload.parts[0])
+        f, (two, arrived), kwargs = function_names.load(payload.parts[0])
         assert (f, two, kwargs) == (operator.mul, 2, {})
         assert (arrived.dtype, arrived.shape) == (array.dtype, array.shape)
         assert (arrived == array).all()
@@ -583,7 +587,10 @@ def test_the_bytes_of_an_array_are_the_last_of_a_call(letters, shape) -> None:
     for _ in range(2):  # from the second time on, its bytes are kept
         codec.dumps_call(local, (1,), {})
     for args in ([array], [array, "after"], [b"before", array], [1, None, array, 2.0, "([\x80"]):
-        for f, kind, module in ((operator.mul, picklers.Named, names), (local, picklers.Valued, values)):
+        for f, kind, module in (
+            (operator.mul, pickler.Named, function_names),
+            (local, pickler.Valued, pickled_functions),
+        ):
             payload = codec.dumps_call(f, tuple(args), {})
             assert type(payload) is kind and payload.parts[0].endswith(before)
             called, arrived, kwargs = module.load(payload.parts[0])
@@ -614,8 +621,8 @@ def test_the_bytes_of_an_array_are_the_last_of_a_call(letters, shape) -> None:
 )
 def test_other_arrays_are_not_taken_apart(array) -> None:
     codec.dumps(np.ones(3))
-    assert type(codec.dumps_call(operator.mul, (2, array), {})) is not picklers.Named
+    assert type(codec.dumps_call(operator.mul, (2, array), {})) is not pickler.Named
     read_only = np.ones(3)
     read_only.flags.writeable = False
-    assert type(codec.dumps_call(operator.mul, (2, read_only), {})) is not picklers.Named
-    assert type(codec.dumps_call(operator.mul, (np.ones(3), np.ones(3)), {})) is not picklers.Named
+    assert type(codec.dumps_call(operator.mul, (2, read_only), {})) is not pickler.Named
+    assert type(codec.dumps_call(operator.mul, (np.ones(3), np.ones(3)), {})) is not pickler.Named

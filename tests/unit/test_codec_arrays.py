@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shmdist.wire import codec
-from shmdist.wire.codec import INLINE
+from shmdist.serialization import codec
+from shmdist.serialization.codec import INLINE
 from tests.unit.test_codec import no_references, receive, ship
 
 Array = np.ndarray[Any, Any]

@@ -1,4 +1,4 @@
-"""Errors of what cannot be sent: the text names the way to the culprit, and nothing hides the error itself."""
+"""Errors of what cannot be sent: the text names the way to the diagnosis, and nothing hides the error itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from shmdist.errors import SerializationError
-from shmdist.wire import codec, culprit
+from shmdist.serialization import codec, diagnosis
 
 LOCK = threading.Lock()
 
@@ -147,7 +147,7 @@ class TestPaths:
             deep = deep[0]
 
     def test_wide_ones_are_not_looked_through_for_ever(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(culprit, "_MOST", 20)
+        monkeypatch.setattr(diagnosis, "_MOST", 20)
         assert failure([*range(50), LOCK]).path == "args[0]"
 
 

@@ -10,7 +10,7 @@ import cloudpickle
 import pytest
 
 from shmdist.errors import SerializationError
-from shmdist.wire import codec, values
+from shmdist.serialization import codec, pickled_functions
 
 SOURCE = """
 import collections.abc
@@ -75,6 +75,24 @@ class A:
     def _(self, x: int):
         return "int"
 
+    @kind.register
+    def _(self, x: list):
+        return [visit(each) for each in x]
+
+    @functools.singledispatchmethod
+    @classmethod
+    def made(cls, x):
+        return cls(x)
+
+class OwnMethod(functools.singledispatchmethod):
+    pass
+
+class B(A):
+    kind = OwnMethod(lambda self, x: "object")
+    kind.register(str, lambda self, x: self.n)
+
+visit = A(0).kind  # captures what captures it
+
 @functools.singledispatch
 def kind(x):
     "Of x."
@@ -107,7 +125,7 @@ def uses():
 @pytest.fixture
 def main(monkeypatch):
     """The namespace of a program."""
-    monkeypatch.setattr(values, "_kept", {})
+    monkeypatch.setattr(pickled_functions, "_kept", {})
     program = types.ModuleType("__main__")
     monkeypatch.setitem(sys.modules, "__main__", program)
     exec(SOURCE, program.__dict__)
@@ -160,7 +178,7 @@ def test_those_that_a_function_uses(main):
         payload = codec.dumps_call(main.uses, (), {})
         function, args, kwargs = pickle.loads(b"".join(payload.parts))
         assert function(*args, **kwargs) == (4, 6, 6765, ["int", "object"])
-        assert values.kept(main.uses) is None  # a cached function is nothing that cannot change
+        assert pickled_functions.kept(main.uses) is None  # a cached function is nothing that cannot change
 
 
 def test_a_cached_lambda_and_caches_within_others(main):
@@ -192,6 +210,23 @@ def test_a_class(main):
     assert sent(main.A(5).plus)(1) == 6
     assert sent(main.A.name)() == "A"
     assert sent(main.A(5).kind)(1) == "int"
+
+
+def test_methods_with_singledispatch(main):
+    """Sent after they were called, for Python 3.13 keeps what it has bound."""
+    a, b = main.A(5), main.B(6)
+    for _ in range(2):
+        assert (a.kind(1), a.kind([1, ""]), main.A.made(3).n) == ("int", ["int", "object"], 3)
+        assert sent(a.kind)([2, "", [3]]) == sent(main.visit)([2, "", [3]]) == ["int", "object", ["int"]]
+        assert sent(main.A.made)(7).kind(8) == "int"
+        assert (sent(b).kind("s"), sent(b.kind)("s")) == (6, 6)
+    kind, there = sent((a.kind, a))
+    assert (kind.__name__, kind.__doc__, kind.__module__) == ("kind", None, "__main__")
+    kind.register(bytes, lambda self, x: self.n)
+    assert kind(b"") == there.kind(b"") == sent(kind)(b"") == 5  # it is a part of the object's class
+    assert a.kind(b"") == "object"
+    a.bound = a.kind
+    assert sent(a).bound(1) == sent(a.bound)(1) == "int"
 
 
 def test_a_function_with_singledispatch(main):
@@ -226,3 +261,7 @@ def test_the_culprit_behind_a_decorator(main):
     with pytest.raises(SerializationError) as caught:
         codec.dumps(kind)
     assert caught.value.path == ".dispatch(str) uses global K"
+    bound = main.A(threading.Lock()).kind
+    with pytest.raises(SerializationError) as caught:
+        codec.dumps(bound)
+    assert caught.value.path == " captures obj.n"

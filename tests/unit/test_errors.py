@@ -1,5 +1,6 @@
 import abc
 import copy
+import dataclasses
 import doctest
 import io
 import os
@@ -27,6 +28,7 @@ from shmdist.errors import (
     VersionMismatch,
     capture,
     describe_exit,
+    local_exception,
     rebuild_exception,
     reduce_exception,
     remote_exception,
@@ -199,6 +201,23 @@ class Lying(Exception, metaclass=LyingMeta):
     pass
 
 
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    unit: str
+
+
+class Immutable(Exception):
+    def __setattr__(self, name, value):
+        raise TypeError("immutable")
+
+    def __delattr__(self, name):
+        raise TypeError("immutable")
+
+
+class OwnStop(StopIteration):
+    """Never has a value."""
+
+
 class HostileAttributes(Exception):
     def __getattribute__(self, name):
         raise RuntimeError("hostile")
@@ -223,6 +242,11 @@ class OwnReduce(Exception):
 
     def __reduce__(self):
         return OwnReduce, (self.a, self.b)
+
+
+class RefusesPickling(Exception):
+    def __reduce_ex__(self, protocol):
+        raise TypeError("no pickling")
 
 
 class OwnReduceEx(OwnReduce):
@@ -283,8 +307,6 @@ EXCEPTIONS = {
     "UnicodeDecodeError": (unicode_error, ("encoding", "object", "start", "end", "reason")),
     "ImportError": (lambda: ImportError("no", name="foo", path="p"), ("name", "path", "msg")),
     "ModuleNotFoundError": (lambda: ModuleNotFoundError("no", name="foo"), ("name", "path", "msg")),
-    "StopIteration": (lambda: StopIteration(5), ("value",)),
-    "StopAsyncIteration": (lambda: StopAsyncIteration(5), ()),
     "SyntaxError": (syntax_error, ("filename", "lineno", "offset", "text", "msg", "end_offset")),
     "AttributeError": (attribute_error, ("name",)),
     "NameError": (lambda: NameError("no x", name="x"), ("name",)),
@@ -306,6 +328,10 @@ EXCEPTIONS = {
     "OwnReduce": (lambda: OwnReduce(1, 2), ("a", "b")),
     "OwnReduceEx": (lambda: OwnReduceEx(1, 2), ("a", "b")),
     "OwnSetState": (lambda: OwnSetState("s"), ()),
+    "Final": (lambda: Final(1, 2), ()),
+    "Lying": (lambda: Lying("l"), ()),
+    "Frozen": (lambda: Frozen("metre"), ("unit",)),
+    "Immutable": (lambda: Immutable("i"), ()),
     "with notes": (with_notes, ("__notes__", "a")),
     "ProcessExited": (lambda: ProcessExitedException(5, exitcode=3), ("exitcode", "host")),
     "Composite": (lambda: CompositeException("c", [ValueError("v")]), ("message",)),
@@ -316,9 +342,9 @@ ALONE = {
     "GeneratorExit": GeneratorExit,
     "BaseExceptionGroup": lambda: BaseExceptionGroup("b", [KeyboardInterrupt()]),
     "bare BaseException": lambda: BaseException("bare"),
-    "Final": lambda: Final(1, 2),
-    "Lying": lambda: Lying("l"),
-    "HostileAttributes": lambda: HostileAttributes("h"),
+    "StopIteration": lambda: StopIteration(5),
+    "StopAsyncIteration": lambda: StopAsyncIteration(5),
+    "OwnStop": OwnStop,
 }
 
 every = pytest.mark.parametrize(("make", "fields"), EXCEPTIONS.values(), ids=EXCEPTIONS)
@@ -370,7 +396,33 @@ class TestTwoFaced:
         assert error.args == vars(BaseException)["args"].__get__(original)
         assert "Raised on process 3 (as " in str(error)
 
-    @pytest.mark.parametrize("name", [n for n in ALONE if n != "HostileAttributes"])
+    def test_of_an_original_that_guards_its_attributes(self):
+        error = remote_exception(3, capture(raised(HostileAttributes("h"))))
+        assert isinstance(error, HostileAttributes)
+        assert (error.pid, error.args) == (3, ("h",))
+
+    @pytest.mark.parametrize("kind", [Frozen, Immutable])
+    def test_may_be_changed(self, kind):
+        error = remote_exception(3, capture(raised(kind("x"))))
+        error.index = 4
+        error.add_note("note")
+        error.__cause__ = ValueError("v")
+        del error.index
+        assert error.__notes__ == ["note"]
+        assert not hasattr(error, "index")
+
+    def test_what_was_set_on_it_goes_with_it(self):
+        error = remote_exception(3, capture(with_notes()))
+        error.index = 4
+        error.add_note("another")
+        for other in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+            assert other.index == 4
+            assert other.__notes__ == ["a note", "another"]
+            assert other.captured.ex.__notes__ == ["a note"]
+            other.add_note("third")
+        assert error.__notes__ == ["a note", "another"]
+
+    @pytest.mark.parametrize("name", ALONE)
     def test_alone_pickles(self, name):
         error = remote_exception(3, capture(raised(ALONE[name]())))
         for other in (pickle.loads(pickle.dumps(error)), through_reducer(error), copy.copy(error)):
@@ -382,7 +434,7 @@ class TestTwoFaced:
         import builtins
 
         kinds = {k for k in vars(builtins).values() if isinstance(k, type) and issubclass(k, Exception)}
-        for kind in kinds - {ExceptionGroup}:
+        for kind in kinds - {ExceptionGroup, StopIteration, StopAsyncIteration}:
             ex = rebuild_exception(kind, ("text",))
             error = remote_exception(2, CapturedException(ex, kind.__name__, "text", "tb"))
             assert isinstance(error, kind), kind
@@ -504,8 +556,35 @@ class TestCapture:
             namespace["call"](user)
         error = caught.value.with_traceback(caught.value.__traceback__.tb_next)
         text = capture(error).traceback_text
-        assert text.count("machinery.py") == 1  # Only the one the user's own code went through.
+        assert text.count("machinery.py") == 0
+        assert text.count("in user") == text.count("in <lambda>") == 1
         assert capture(error, skip_internal=False).traceback_text.count("machinery.py") == 2
+
+    def test_internal_frames_may_be_shown(self, monkeypatch):
+        path = os.path.join(os.path.dirname(errors.__file__), "machinery.py")
+        namespace = {}
+        exec(compile("def call(f):\n    return f()", path, "exec"), namespace)
+        with pytest.raises(ZeroDivisionError) as caught:
+            namespace["call"](lambda: 1 / 0)
+        assert "machinery.py" not in capture(caught.value).traceback_text
+        monkeypatch.setenv("SHMDIST_FULL_TRACEBACK", "1")
+        assert "machinery.py" in capture(caught.value).traceback_text
+        monkeypatch.setenv("SHMDIST_FULL_TRACEBACK", "0")
+        assert "machinery.py" not in capture(caught.value).traceback_text
+
+    def test_internal_frames_of_what_it_came_of(self):
+        path = os.path.join(os.path.dirname(errors.__file__), "machinery.py")
+        namespace = {}
+        exec(compile("def call(f):\n    return f()", path, "exec"), namespace)
+        try:
+            try:
+                namespace["call"](lambda: 1 / 0)
+            except ZeroDivisionError as error:
+                raise ExceptionGroup("g", [error, KeyError("k")]) from error
+        except ExceptionGroup as group:
+            text = capture(group).traceback_text
+        assert "machinery.py" not in text
+        assert text.count("in <lambda>") == 2
 
     def test_internal_frames_stay_where_there_are_no_others(self):
         path = os.path.join(os.path.dirname(errors.__file__), "runtime", "machinery.py")
@@ -546,6 +625,7 @@ class TestCapture:
             (ValueError(threading.Lock()), ValueError),
             (OddOS("p", "r"), OSError),
             (OddUnicode(2), UnicodeDecodeError),
+            (OwnStop(threading.Lock()), StopIteration),
             (ExceptionGroup("g", [ValueError(threading.Lock())]), Exception),
             (SystemExit(threading.Lock()), SystemExit),
         ],
@@ -557,6 +637,99 @@ class TestCapture:
         assert other.ex.args == (captured.message,)
         assert (other.type_name, other.traceback_text) == (captured.type_name, captured.traceback_text)
         assert isinstance(remote_exception(2, other), RemoteException)
+        for field in ("errno", "encoding", "start", "reason"):
+            assert getattr(other.ex, field, None) == getattr(ex, field, None)
+
+    def test_by_fields(self):
+        """What pickles itself, and fails; and what has fields that no pickler takes."""
+
+        def sendable(value):
+            try:
+                pickle.dumps(value)
+            except Exception:
+                return False
+            return True
+
+        error = raised(RefusesPickling("text", threading.Lock()))
+        error.code, error.lock = 4, threading.Lock()
+        other = pickle.loads(pickle.dumps(capture(error).by_fields(sendable))).ex
+        assert type(other) is RefusesPickling
+        assert (other.args[0], other.code, hasattr(other, "lock")) == ("text", 4, False)
+        assert "lock" in other.args[1]
+        group = raised(ExceptionGroup("g", [error, KeyError("k")]))
+        assert [type(e) for e in capture(group).by_fields(sendable).ex.exceptions] == [Exception, KeyError]
+        far = raised(remote_exception(3, capture(error)))
+        again = pickle.loads(pickle.dumps(capture(far).by_fields(sendable))).ex
+        assert isinstance(again, RefusesPickling)
+        assert (again.pid, again.code) == (3, 4)
+
+
+def nested(levels, call):
+    """Raise through so many calls of one process within each other."""
+    try:
+        if levels:
+            nested(levels - 1, call)
+        else:
+            1 / 0  # noqa: B018
+    except ZeroDivisionError as error:
+        call(error)
+
+
+class TestChains:
+    """A text grows by lines with each call that an error passes, and not by doubling."""
+
+    def test_on_one_process(self):
+        def call(error):
+            told = local_exception(1, error)
+            if told is error:
+                raise
+            raise told from None
+
+        with pytest.raises(ZeroDivisionError) as caught:
+            nested(20, call)
+        error = caught.value
+        assert (error.pid, type(error.captured.ex)) == (1, ZeroDivisionError)
+        assert len(str(error)) < 1000
+        assert error.__cause__ is None
+        *_, last = traceback.walk_tb(error.__traceback__)
+        assert (last[0].f_code.co_name, last[0].f_locals["levels"]) == ("nested", 0)
+        sent = capture(error)
+        assert type(sent.ex) is ZeroDivisionError
+        assert sent.traceback_text.endswith("\nZeroDivisionError: division by zero\n")
+        assert "Raised on" not in sent.traceback_text
+
+    def test_through_processes(self):
+        sizes = []
+        for levels in (1, 2, 12):
+            pids = iter(range(2, 40))
+
+            def call(error, pids=pids):
+                raise remote_exception(next(pids), pickle.loads(pickle.dumps(capture(error)))) from None
+
+            with pytest.raises(ZeroDivisionError) as caught:
+                nested(levels, call)
+            error = caught.value
+            assert error.pid == 2 + levels
+            assert error.captured.ex.pid == 2
+            assert type(error.captured.ex.captured.ex) is ZeroDivisionError
+            assert str(error).count("Raised on process ") == levels + 1
+            sizes.append(len(str(error)))
+        assert sizes[2] - sizes[1] < 11 * (sizes[1] - sizes[0])
+
+    def test_what_was_set_on_the_way_arrives(self):
+        first = raised(remote_exception(3, capture(raised(ValueError("v")))))
+        first.index = 1
+        second = raised(remote_exception(2, pickle.loads(pickle.dumps(capture(first)))))
+        second.add_note("on the way")
+        third = remote_exception(1, pickle.loads(pickle.dumps(capture(second))))
+        assert (third.index, third.__notes__) == (1, ["on the way"])
+        assert third.captured.ex.pid == 3
+
+    def test_a_local_one_with_a_note_arrives_with_it(self):
+        told = local_exception(2, raised(ValueError("v")))
+        told.index = 7
+        sent = pickle.loads(pickle.dumps(capture(raised(told))))
+        assert remote_exception(2, sent).index == 7
 
 
 class TestReduce:
@@ -704,7 +877,7 @@ class TestOwnErrors:
     @pytest.mark.parametrize(
         ("keywords", "text"),
         [
-            ({}, "process 3 closed its connection"),
+            ({}, "process 3 closed its connection (exit status unknown)"),
             ({"exitcode": 3}, "process 3 exited with code 3"),
             ({"exitcode": 0}, "process 3 exited with code 0"),
             ({"signal": "SIGSEGV"}, "process 3 was killed by SIGSEGV"),

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from shmdist.errors import AuthenticationError, VersionMismatch
-from shmdist.wire import handshake
-from shmdist.wire.handshake import PROTOCOL, Acceptor, Connector, Event, Role, State
+from shmdist.transport import handshake
+from shmdist.transport.handshake import PROTOCOL, Acceptor, Connector, Event, Role, State
 
 COOKIE = "a cookie"
 PYTHON = ".".join(map(str, sys.version_info[:3]))
@@ -379,7 +379,7 @@ class TestHashes:
             "def refuse(*a, **k): raise ValueError('disabled for FIPS')\n"
             "hashlib.md5 = refuse; real = hashlib.new\n"
             "hashlib.new = lambda name, *a, **k: refuse() if 'md5' in name.lower() else real(name, *a, **k)\n"
-            "from shmdist.wire.handshake import Connector, Acceptor\n"
+            "from shmdist.transport.handshake import Connector, Acceptor\n"
             "c, a = Connector('x', 2), Acceptor('x', 1)\n"
             "c.feed(a.feed(c.feed(a.feed(c.start()))))\n"
             "print(c.done, a.done)\n"

@@ -5,8 +5,8 @@ import types
 
 import pytest
 
-from shmdist.runtime.heart import Heart
-from shmdist.wire import pulse
+from shmdist.runtime.heartbeat import HeartbeatMonitor
+from shmdist.transport import keepalive
 from tests.integration.helpers import until
 
 
@@ -41,7 +41,7 @@ def make_heart(monkeypatch):
         node = types.SimpleNamespace(
             pid=3 if is_worker else 1, is_worker=is_worker, dispatcher=types.SimpleNamespace(start=start)
         )
-        hearts.append(Heart(node))
+        hearts.append(HeartbeatMonitor(node))
         return hearts[-1]
 
     yield make
@@ -53,7 +53,7 @@ def make_heart(monkeypatch):
 
 
 def test_one_that_is_silent_is_given_up_and_others_are_not(make_heart, monkeypatch):
-    monkeypatch.setattr(pulse, "timeout", lambda: 0.2)
+    monkeypatch.setattr(keepalive, "timeout", lambda: 0.2)
     heart, silent, noisy = make_heart(), Link(2), Link(3, noisy=True)
     heart.watch(noisy)
     heart.watch(silent)
@@ -62,10 +62,10 @@ def test_one_that_is_silent_is_given_up_and_others_are_not(make_heart, monkeypat
 
 
 def test_a_link_that_is_new_need_not_wait_for_a_patient_one(make_heart, monkeypatch):
-    monkeypatch.setattr(pulse, "timeout", lambda: 600.0)
+    monkeypatch.setattr(keepalive, "timeout", lambda: 600.0)
     heart, patient, hasty = make_heart(), Link(2), Link(3)
     heart.watch(patient)
-    monkeypatch.setattr(pulse, "timeout", lambda: 0.2)
+    monkeypatch.setattr(keepalive, "timeout", lambda: 0.2)
     heart.watch(hasty)
     assert hasty.ended.wait(5)
     assert not patient.closed
@@ -73,7 +73,7 @@ def test_a_link_that_is_new_need_not_wait_for_a_patient_one(make_heart, monkeypa
 
 @pytest.mark.parametrize(("is_worker", "pid", "told"), [(True, 1, True), (True, 2, False), (False, 2, False)])
 def test_a_worker_says_why_it_ends(make_heart, monkeypatch, capfd, is_worker, pid, told):
-    monkeypatch.setattr(pulse, "timeout", lambda: 0.1)
+    monkeypatch.setattr(keepalive, "timeout", lambda: 0.1)
     link = Link(pid)
     make_heart(is_worker).watch(link)
     assert link.ended.wait(5)
@@ -81,7 +81,7 @@ def test_a_worker_says_why_it_ends(make_heart, monkeypatch, capfd, is_worker, pi
 
 
 def test_closed_at_the_very_moment_before_it_sleeps(make_heart, monkeypatch):
-    monkeypatch.setattr(pulse, "timeout", lambda: 600.0)
+    monkeypatch.setattr(keepalive, "timeout", lambda: 600.0)
     heart = make_heart()
 
     class Late(threading.Event):

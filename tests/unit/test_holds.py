@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from shmdist.memory.holds import OWN, PRIVATE, SHARED, Hold, Holds, Lease
+from shmdist.memory.leases import OWN, PRIVATE, SHARED, Lease, LeaseHandle, LeaseTable
 from shmdist.memory.segment import PAGE, Segment
 
 
@@ -18,13 +18,13 @@ def segment():
 
 @pytest.fixture
 def holds():
-    holds = Holds(threading.Lock(), lambda: holds.woken.append(True))
+    holds = LeaseTable(threading.Lock(), lambda: holds.woken.append(True))
     holds.woken = []
     return holds
 
 
 def make(holds, segment, mode=OWN, serial=1, offset=PAGE, nbytes=100):
-    return Hold(holds, Lease(segment, serial, offset, nbytes, mode))
+    return LeaseHandle(holds, Lease(segment, serial, offset, nbytes, mode))
 
 
 @pytest.mark.parametrize("use", [lambda a: a[3:5], lambda a: a.view("u2")[::2], lambda a: memoryview(a)[1:]])
@@ -142,6 +142,6 @@ def test_segments_of_the_dead_live_as_long_as_leases(holds, segment):
 
 def test_reprs(holds, segment):
     hold = make(holds, segment)
-    assert repr(hold) == "<Hold <Lease own block 1 of process 7, 100 bytes>>"
-    assert "Holds 0 leases" in repr(holds) and "Segment 3 of process 7" in repr(segment)
+    assert repr(hold) == "<LeaseHandle <Lease own block 1 of process 7, 100 bytes>>"
+    assert "LeaseTable 0 in" in repr(holds) and "Segment 3 of process 7" in repr(segment)
     assert np.asarray(hold.array()).base is hold and len(hold) == 100

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from shmdist.managers.hostkeys import (
+from shmdist.managers.ssh.host_keys import (
     Verdict,
     authority,
     fingerprint,

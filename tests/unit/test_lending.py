@@ -5,14 +5,14 @@ from multiprocessing.connection import Connection
 
 import pytest
 
-from shmdist.runtime import lending
-from shmdist.runtime.copies import Copies
-from shmdist.runtime.lending import COPY, GONE, HERE
+from shmdist.runtime import host_copy_receiver
+from shmdist.runtime.host_copies import HostCopySender
+from shmdist.runtime.host_copy_receiver import COPY, GONE, HERE
 from shmdist.runtime.node import Node
-from shmdist.wire import codec
-from shmdist.wire.arrays import LINE
-from shmdist.wire.link import Link
-from shmdist.wire.messages import BROKEN, TOKEN, Parts, PeerInfo, Token
+from shmdist.serialization import codec
+from shmdist.serialization.arrays import LINE
+from shmdist.transport.link import Link
+from shmdist.transport.messages import BROKEN, TOKEN, BlockRef, OutgoingFrames, PeerInfo
 
 NBYTES = LINE + 5
 
@@ -65,7 +65,7 @@ class TestReceiving:
         assert other.call_id == 99
 
 
-class Asked(Copies):
+class Asked(HostCopySender):
     """Notes what is asked, and answers as it is told."""
 
     def __init__(self, sharing):
@@ -87,8 +87,9 @@ class Sends:
         self.pid = pid
         self.sent = self.posted = 0
 
-    def send(self, parts, interrupted=None, fd=-1, unwoken=None):
+    def send(self, parts, interrupted=None, fd=-1, wakeups=None, patience=None):
         self.sent += sum(map(len, parts))
+        return True
 
     def post(self, parts):
         self.posted += 1
@@ -119,10 +120,10 @@ def payload_of(nbytes=NBYTES):
 
 def placed(copies, payload, pid):
     """Return what stands for the buffer, and note what was asked and sent."""
-    parts = Parts()
+    parts = OutgoingFrames()
     ([buffer], in_block) = copies.place(payload, 4, pid, parts)
     assert not in_block
-    assert bool(parts.kept) == (type(buffer) is Token)
+    assert bool(parts.kept) == (type(buffer) is BlockRef)
     return buffer
 
 
@@ -130,7 +131,7 @@ class TestSending:
     def test_one_gets_the_bytes_and_the_others_take_them(self, copies):
         payload = payload_of()
         tokens = [placed(copies, payload, pid) for pid in (2, 3, 4, 3)]
-        assert [type(token) for token in tokens] == [Token] * 4 and len(set(tokens)) == 1
+        assert [type(token) for token in tokens] == [BlockRef] * 4 and len(set(tokens)) == 1
         number, sender, _, offset, nbytes, _ = TOKEN.unpack(tokens[0])
         assert (sender, offset, nbytes) == (1, 0, NBYTES)
         assert copies.log == [(2, "room", NBYTES), (3, "take", 2), (4, "take", 2)]
@@ -151,7 +152,7 @@ class TestSending:
         assert copies.log == []
 
     def test_without_room_it_is_left_alone(self, copies):
-        copies.answers = {(2, "room"): lending.APART, (3, "room"): None}
+        copies.answers = {(2, "room"): host_copy_receiver.APART, (3, "room"): None}
         for _ in range(2):
             assert placed(copies, payload_of(), 2) == bytes(NBYTES)
             assert placed(copies, payload_of(), 3) == bytes(NBYTES)
@@ -161,8 +162,8 @@ class TestSending:
         payload = payload_of()
         placed(copies, payload, 2)
         copies.answers = {(3, "take"): GONE}
-        assert type(placed(copies, payload, 3)) is Token
-        assert type(placed(copies, payload, 4)) is Token
+        assert type(placed(copies, payload, 3)) is BlockRef
+        assert type(placed(copies, payload, 4)) is BlockRef
         assert copies.log[1:] == [(3, "take", 2), (3, "room", NBYTES), (4, "take", 3)]
 
     def test_one_that_does_not_answer_is_sent_the_bytes(self, copies):
@@ -170,12 +171,12 @@ class TestSending:
         placed(copies, payload, 2)
         copies.answers = {(3, "take"): None}
         assert placed(copies, payload, 3) == bytes(NBYTES)
-        assert type(placed(copies, payload, 4)) is Token
+        assert type(placed(copies, payload, 4)) is BlockRef
         assert copies.log[1:] == [(3, "take", 2), (4, "take", 2)]
 
     def test_it_is_withdrawn_with_its_payload(self, copies):
         payload = payload_of()
-        parts = Parts()
+        parts = OutgoingFrames()
         copies.place(payload, 4, 2, parts)
         payload.spread = {}
         assert not copies.node.errands, "a frame waits to be written"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shmdist.managers.machines import (
+from shmdist.managers.ssh.host_spec import (
     Machine,
     check_hosts,
     env_for,
@@ -26,6 +26,9 @@ from shmdist.managers.machines import (
             "me@[::1]:2222 [fd00::2]:9009",
             Machine("me@[::1]:2222 [fd00::2]:9009", "::1", "me", 2222, "fd00::2", 9009),
         ),
+        ("[fe80::1%eth0]", Machine("[fe80::1%eth0]", "fe80::1%eth0")),
+        ("corp\\me@a_b-c.d", Machine("corp\\me@a_b-c.d", "a_b-c.d", "corp\\me")),
+        ("bücher.example", Machine("bücher.example", "bücher.example")),
         (("host", 4), Machine("host", "host", count=4)),
         (["host", 4], Machine("host", "host", count=4)),
         (("host", "auto"), Machine("host", "host", count=None)),
@@ -44,6 +47,18 @@ def test_a_machine(item, expected):
         ("@host", ValueError, "user before '@' is empty"),
         ("me@", ValueError, "no host name"),
         ("-oProxyCommand=x", ValueError, "no host name"),
+        ("-x@host", ValueError, "no user name"),
+        ("a;b", ValueError, "'a;b' is no host name: it has ';' in it"),
+        ("$(a)", ValueError, "no host name"),
+        ("`a`", ValueError, "no host name"),
+        ("$(a)@host", ValueError, "no user name"),
+        ("a\\@host", ValueError, "no user name"),
+        ("a|b@host", ValueError, "no user name"),
+        ("$a@host", ValueError, "no user name"),
+        ("[::1;a]", ValueError, "no host name"),
+        ("ho\x00st", ValueError, "no host name"),
+        ("ho\x1bst", ValueError, "no host name"),
+        ("m\x07e@host", ValueError, "no user name"),
         ("fe80::1", ValueError, r"in brackets, as in '\[fe80::1\]'"),
         ("[fe80::1", ValueError, "in brackets"),
         ("[fe80::1]22", ValueError, "in brackets"),

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 
-from shmdist.wire import messages
-from shmdist.wire.messages import HEADER, Frame, Hello, Join, Kind, PeerInfo
+from shmdist.transport import messages
+from shmdist.transport.messages import HEADER, Frame, Hello, Join, Kind, PeerInfo
 
 
 def test_the_header_is_as_documented() -> None:

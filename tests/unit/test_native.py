@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 TOOL = Path(__file__).parents[2] / "tools" / "hatch_build.py"
-SOURCE = Path(__file__).parents[2] / "shmdist" / "wire" / "_native.c"
+SOURCE = Path(__file__).parents[2] / "shmdist" / "transport" / "_native.c"
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def hook(monkeypatch):
 @pytest.fixture
 def build(hook, tmp_path):
     """Build in a copy of the sources; returns what the builder is told, and the warnings."""
-    folder = tmp_path / "shmdist" / "wire"
+    folder = tmp_path / "shmdist" / "transport"
     folder.mkdir(parents=True)
     for path in SOURCE.parent.glob("_native*.[ch]"):
         (folder / path.name).write_bytes(path.read_bytes())
@@ -50,7 +50,7 @@ def test_it_is_compiled(build):
     if warnings:
         pytest.skip(f"there is no compiler: {warnings}")
     assert files == ["_native.abi3.so"]
-    assert data["artifacts"] == ["/shmdist/wire/_native.abi3.so"]
+    assert data["artifacts"] == ["/shmdist/transport/_native.abi3.so"]
     assert not data["pure_python"]
     assert data["tag"].startswith("cp311-abi3-")
 
@@ -73,7 +73,7 @@ def test_without_a_compiler_it_is_pure(build, monkeypatch, variable, value, why)
 
 
 def test_an_older_one_is_not_used(monkeypatch, tmp_path, caplog):
-    from shmdist.wire import native
+    from shmdist.transport import native
 
     if native.module is None:
         pytest.skip("there is none")
@@ -92,9 +92,15 @@ def test_an_older_one_is_not_used(monkeypatch, tmp_path, caplog):
 
 @pytest.mark.parametrize(("value", "wanted"), [("", True), ("0", True), ("1", False)])
 def test_it_can_be_left_alone(monkeypatch, value, wanted):
-    from shmdist.wire import native
+    from shmdist.transport import native
 
     monkeypatch.setenv("SHMDIST_PURE", value)
-    program = "from shmdist.wire import native; print(native.module is not None)"
+    program = "from shmdist.transport import native; print(native.module is not None)"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == str(wanted and native.module is not None)
+
+
+def test_no_macro_returns_an_object_without_its_reference():
+    # Py_RETURN_NONE and the like do so in the headers of 3.12 and later; built there, it would abort 3.11.
+    for path in SOURCE.parent.glob("_native*.[ch]"):
+        assert "Py_RETURN_" not in path.read_text().split("*/", 1)[1], path.name

@@ -2,9 +2,9 @@
 
 import pytest
 
-from shmdist.channels import Channel
-from shmdist.runtime.replies import Operation
-from shmdist.wire.messages import IS_ERROR, NOT_RUN
+from shmdist.references.channel import Channel
+from shmdist.runtime.replies import PendingOperation
+from shmdist.transport.messages import IS_ERROR, NOT_RUN
 
 
 class Link:
@@ -37,7 +37,7 @@ def node():
 
 @pytest.fixture
 def operation(node):
-    operation = node.waiting[2, 7] = Operation(node, Link(), 7)
+    operation = node.waiting[2, 7] = PendingOperation(node, Link(), 7)
     yield operation
     assert len(node.answers) == 1 and not node.waiting
     assert operation._way is None  # it would hold the operation, and that the value

@@ -2,8 +2,8 @@
 
 import pytest
 
+from shmdist.refcount.table import RRID
 from shmdist.runtime.node import Node
-from shmdist.runtime.reftable import RRID
 
 
 @pytest.fixture
@@ -23,21 +23,21 @@ def asked(node):
 def test_drops_that_come_together_wake_once(node):
     wakes = asked(node)
     for number in range(5):
-        node.release(1, RRID(1, number))
+        node.give_back([(RRID(1, number), 1)])
     assert len(wakes) == 1
     node.housekeeping()
     assert not node.released
-    node.release(1, RRID(1, 9))
+    node.give_back([(RRID(1, 9), 1)])
     assert len(wakes) == 2
 
 
 def test_who_comes_too_late_leaves_the_way_free(node):
     """Another thread has told them meanwhile: the next drop must wake somebody all the same."""
     wakes = asked(node)
-    node.release(1, RRID(1, 1))
+    node.give_back([(RRID(1, 1), 1)])
     node.released.clear()
     node.housekeeping()
-    node.release(1, RRID(1, 2))
+    node.give_back([(RRID(1, 2), 1)])
     assert len(wakes) == 2
 
 

@@ -11,8 +11,8 @@ from queue import Empty, SimpleQueue
 
 import pytest
 
-from shmdist.wire import poller as module
-from shmdist.wire.poller import Kick, Poller, SelectPoller, make_poller
+from shmdist.transport import poller as module
+from shmdist.transport.poller import Poller, SelectPoller, WakeupFd, make_poller
 from tests.unit.test_channels import Threads
 
 BRIEF = 0.02  # seconds that pass when nothing happens
@@ -382,15 +382,15 @@ class TestClose:
 
 
 @pytest.fixture(params=[pytest.param(True, marks=EPOLL), False], ids=["eventfd", "pipe"])
-def kick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kick]:
+def kick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[WakeupFd]:
     if not request.param:
         monkeypatch.delattr(os, "eventfd", raising=False)
-    kick = Kick()
+    kick = WakeupFd()
     yield kick
     kick.close()
 
 
-def test_kick(kick: Kick) -> None:
+def test_kick(kick: WakeupFd) -> None:
     def is_set() -> bool:
         return bool(select.select([kick.fileno()], [], [], 0)[0])
 
@@ -424,13 +424,13 @@ class TestBells:
     """An eventfd that many listen to, and that nobody clears."""
 
     @pytest.fixture
-    def bell(self) -> Iterator[Kick]:
-        bell = Kick()
+    def bell(self) -> Iterator[WakeupFd]:
+        bell = WakeupFd()
         yield bell
         bell.close()
 
     @pytest.fixture
-    def listeners(self, bell: Kick) -> Iterator[list[Poller]]:
+    def listeners(self, bell: WakeupFd) -> Iterator[list[Poller]]:
         listeners = [Poller(), Poller()]
         for each in listeners:
             each.add_bell(bell.fileno())
@@ -438,7 +438,7 @@ class TestBells:
         for each in listeners:
             each.close()
 
-    def test_each_ring_is_heard_once_by_everybody(self, bell: Kick, listeners: list[Poller]) -> None:
+    def test_each_ring_is_heard_once_by_everybody(self, bell: WakeupFd, listeners: list[Poller]) -> None:
         for each in listeners:
             assert not each.poll(0)
         for _ in range(3):
@@ -449,7 +449,7 @@ class TestBells:
                 assert not each.poll(0)
 
     def test_it_wakes_a_parked_thread_when_armed(
-        self, bell: Kick, listeners: list[Poller], threads: Threads
+        self, bell: WakeupFd, listeners: list[Poller], threads: Threads
     ) -> None:
         listener = listeners[0]
         bell.set()
@@ -460,7 +460,7 @@ class TestBells:
         bell.set()
         assert woken(listener)
 
-    def test_not_heard_any_more(self, bell: Kick, listeners: list[Poller]) -> None:
+    def test_not_heard_any_more(self, bell: WakeupFd, listeners: list[Poller]) -> None:
         listeners[0].remove_bell(bell.fileno())
         listeners[0].remove_bell(bell.fileno())
         bell.set()
@@ -469,5 +469,5 @@ class TestBells:
 
     def test_who_cannot_listen_says_so(self) -> None:
         poller = SelectPoller()
-        assert not poller.hears_bells
+        assert not poller.supports_group_wakeup
         poller.close()

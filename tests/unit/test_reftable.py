@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 import shmdist
-import shmdist.runtime.reftable as module
+import shmdist.refcount.table as module
 from shmdist.errors import ShmdistError
-from shmdist.runtime.reftable import RRID, AlreadySet, Entry, RefTable, State
+from shmdist.refcount.table import RRID, AlreadySet, Entry, RefTable, State
 
 R = RRID(1, 7)
 

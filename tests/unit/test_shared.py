@@ -174,6 +174,9 @@ SOURCES = {
 }
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .generic. unit:DeprecationWarning"
+)  # numpy 2.5 on times without a unit
 @pytest.mark.parametrize("name", SOURCES)
 def test_array_of_an_array(name):
     source = SOURCES[name]()

@@ -3,14 +3,14 @@
 import pickle
 
 import shmdist as sd
-from shmdist.sizes import WINDOW, Sizes
-from shmdist.wire.codec import dumps, dumps_value
+from shmdist.scheduling.batch_sizing import WINDOW, BatchSizer
+from shmdist.serialization.codec import dumps, dumps_value
 
 MIB = 1 << 20
 
 
 def of_no_cost(total=None, fixed=None):
-    sizes = Sizes(total, fixed, cheap=False)
+    sizes = BatchSizer(total, fixed, cheap=False)
     sizes.learn(1e-7, 1)
     sizes.learn(1e-4, 1000)
     return sizes

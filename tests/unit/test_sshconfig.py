@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from shmdist.managers.machines import parse_machine
-from shmdist.managers.sshconfig import find_route, read_config
+from shmdist.managers.ssh.config import find_route, read_config
+from shmdist.managers.ssh.host_spec import Machine, parse_machine
 
 PARAMS = {"known_hosts": None, "host_key_policy": None}
 
@@ -108,3 +108,22 @@ def test_what_is_wrong_is_named(route, tmp_path):
         route("", "a", host_key_policy="yes")
     # What OpenSSH calls "no" would take changed keys as well.
     assert route("StrictHostKeyChecking no\n", "a")[0].policy == "accept-new"
+
+
+@pytest.mark.parametrize("value", ["$(a)", "a;b", "`a`", "-x", "a|b", "a&b"])
+def test_names_of_the_configuration_are_no_commands(route, value):
+    with pytest.raises(ValueError, match=r"the ssh configuration for 'a'.* no host name"):
+        route(f"Host a\nHostName {value}\nProxyCommand nc %h %p\n", "a")
+    with pytest.raises(ValueError, match=r"the ssh configuration for 'a'.* no user name"):
+        route(f"Host a\nUser {value}\nProxyCommand nc -X %r %h %p\n", "a")
+    with pytest.raises(ValueError, match=r"no host name|no user name"):
+        route(f"Host a\nProxyJump {value}@b\n", "a")
+
+
+def test_a_machine_made_by_hand_is_looked_at_too(tmp_path):
+    """Before anything is run with its names."""
+    text = f'Match exec "touch {tmp_path}/ran; true # %h"\nPort 1\n'
+    for machine in (Machine("a", "$(touch b)"), Machine("a", "b", "x\nProxyCommand touch")):
+        with pytest.raises(ValueError, match=r"no host name|no user name"):
+            find_route(machine, PARAMS, text)
+    assert not list(tmp_path.iterdir())

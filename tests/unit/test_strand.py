@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from shmdist.runtime.strand import Cell, Strand, current
+from shmdist.runtime.interrupts import ThreadState, Waiter, current
 from tests.unit.test_channels import Threads
 
 
@@ -30,8 +31,8 @@ def ctrl_c() -> None:
 
 class TestMainThread:
     @pytest.fixture
-    def strand(self) -> Iterator[Strand]:
-        strand = Strand()
+    def strand(self) -> Iterator[ThreadState]:
+        strand = ThreadState()
         strand.main = True
         before = signal.getsignal(signal.SIGINT)
         yield strand
@@ -50,12 +51,12 @@ class TestMainThread:
         yield handle
         signal.signal(signal.SIGINT, before)
 
-    def test_without_an_interrupt(self, strand: Strand) -> None:
+    def test_without_an_interrupt(self, strand: ThreadState) -> None:
         strand.enter()
         assert strand.depth == 1
         strand.leave()
 
-    def test_put_off_inside_and_raised_on_leaving(self, strand: Strand) -> None:
+    def test_put_off_inside_and_raised_on_leaving(self, strand: ThreadState) -> None:
         strand.enter()
         assert not strand.interrupted()
         ctrl_c()
@@ -66,7 +67,7 @@ class TestMainThread:
         with pytest.raises(KeyboardInterrupt):
             ctrl_c()  # outside, it is raised at once
 
-    def test_nested(self, strand: Strand) -> None:
+    def test_nested(self, strand: ThreadState) -> None:
         strand.enter()
         strand.enter()
         ctrl_c()
@@ -78,7 +79,7 @@ class TestMainThread:
         with pytest.raises(KeyboardInterrupt):
             strand.leave()
 
-    def test_delivered_where_nothing_is_half_done(self, strand: Strand) -> None:
+    def test_delivered_where_nothing_is_half_done(self, strand: ThreadState) -> None:
         strand.enter()
         try:
             ctrl_c()
@@ -87,14 +88,16 @@ class TestMainThread:
         finally:
             strand.leave()  # not raised a second time
 
-    def test_many_are_one(self, strand: Strand) -> None:
+    def test_many_are_one(self, strand: ThreadState) -> None:
         strand.enter()
         for _ in range(3):
             ctrl_c()
         with pytest.raises(KeyboardInterrupt):
             strand.leave()
 
-    def test_the_programs_own_handler_is_called(self, strand: Strand, handle: Callable[[Any], None]) -> None:
+    def test_the_programs_own_handler_is_called(
+        self, strand: ThreadState, handle: Callable[[Any], None]
+    ) -> None:
         seen: list[tuple[int, FrameType | None]] = []
         handle(lambda signum, stack: seen.append((signum, stack)))
         strand.enter()
@@ -107,7 +110,9 @@ class TestMainThread:
         ctrl_c()
         assert len(seen) == 2
 
-    def test_the_programs_own_handler_raises(self, strand: Strand, handle: Callable[[Any], None]) -> None:
+    def test_the_programs_own_handler_raises(
+        self, strand: ThreadState, handle: Callable[[Any], None]
+    ) -> None:
         def handler(signum: int, stack: FrameType | None) -> None:
             raise LookupError("mine")
 
@@ -118,7 +123,9 @@ class TestMainThread:
             strand.leave()
         assert signal.getsignal(signal.SIGINT) is handler
 
-    def test_the_handler_may_use_the_runtime(self, strand: Strand, handle: Callable[[Any], None]) -> None:
+    def test_the_handler_may_use_the_runtime(
+        self, strand: ThreadState, handle: Callable[[Any], None]
+    ) -> None:
         depths = []
 
         def handler(signum: int, stack: FrameType | None) -> None:
@@ -135,7 +142,7 @@ class TestMainThread:
         assert depths == [2, 1]
         assert signal.getsignal(signal.SIGINT) is handler
 
-    def test_ignored_stays_ignored(self, strand: Strand, handle: Callable[[Any], None]) -> None:
+    def test_ignored_stays_ignored(self, strand: ThreadState, handle: Callable[[Any], None]) -> None:
         handle(signal.SIG_IGN)
         strand.enter()
         ctrl_c()
@@ -144,7 +151,7 @@ class TestMainThread:
         ctrl_c()
 
     def test_the_systems_default_becomes_an_exception(
-        self, strand: Strand, handle: Callable[[Any], None]
+        self, strand: ThreadState, handle: Callable[[Any], None]
     ) -> None:
         handle(signal.SIG_DFL)
         strand.enter()
@@ -153,7 +160,7 @@ class TestMainThread:
             strand.leave()
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
-    def test_an_error_passes_with_the_handler_put_back(self, strand: Strand) -> None:
+    def test_an_error_passes_with_the_handler_put_back(self, strand: ThreadState) -> None:
         with pytest.raises(ZeroDivisionError):
             try:
                 strand.enter()
@@ -161,10 +168,10 @@ class TestMainThread:
             finally:
                 strand.leave()
 
-    def test_wakes_a_wait(self, strand: Strand) -> None:
+    def test_wakes_a_wait(self, strand: ThreadState) -> None:
         kicks: list[str] = []
         strand.kick = lambda: kicks.append("kick")
-        cell, lock = Cell(), threading.Lock()
+        cell, lock = Waiter(), threading.Lock()
         lock.acquire()
         cell.add(lock)
         strand.enter()
@@ -191,6 +198,30 @@ class TestMainThread:
 
         assert threads.start(elsewhere)() == 0
 
+    def test_a_profiler_may_use_the_runtime_wherever_it_is_called(self, threads: Threads) -> None:
+        """As the finalizers may that run in it, of which the collector comes to some."""
+
+        def elsewhere() -> int:
+            strand = current()
+            strand.begin(ThreadState())
+            strand.depth, calls = 0, 0
+
+            def hook(frame: FrameType, event: str, function: Any) -> None:
+                nonlocal calls
+                strand.enter()
+                strand.leave()
+                calls += 1
+
+            sys.setprofile(hook)
+            strand.enter()
+            strand.leave()
+            sys.setprofile(None)
+            assert strand.depth == 0
+            strand.end()
+            return calls
+
+        assert threads.start(elsewhere)() > 3
+
     def test_current(self, threads: Threads) -> None:
         assert current() is current()
         assert current().main
@@ -200,7 +231,7 @@ class TestMainThread:
 
 class TestCells:
     def test_wakes_all(self) -> None:
-        cell = Cell()
+        cell = Waiter()
         locks = [threading.Lock() for _ in range(3)]
         for lock in locks:
             lock.acquire()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from shmdist.runtime.strand import Cell, Strand
+from shmdist.runtime.interrupts import ThreadState, Waiter
 from tests.unit.test_channels import Threads
 from tests.unit.test_strand import ctrl_c, threads
 
@@ -36,8 +36,8 @@ class Task:
     interrupted = False
 
 
-def run_task(strand: Strand, task: Any, user: Callable[[], Any]) -> BaseException | None:
-    """Run user code as `runtime.task` does; nothing may escape."""
+def run_task(strand: ThreadState, task: Any, user: Callable[[], Any]) -> BaseException | None:
+    """Run user code as `runtime.executor` does; nothing may escape."""
     error: BaseException | None = None
     strand.begin(task)
     task.strand = strand
@@ -54,21 +54,21 @@ def run_task(strand: Strand, task: Any, user: Callable[[], Any]) -> BaseExceptio
 
 
 def interrupt(task: Any) -> None:
-    """As `Tasks.interrupt` does."""
+    """As `CallExecutor.interrupt` does."""
     task.interrupted = True
     strand = getattr(task, "strand", None)
     if strand is not None:
-        strand.strike(task)
+        strand.interrupt_call(task)
 
 
 class Striker:
     """Interrupts a task when the thread that runs it is at a certain line, counted from the beginning."""
 
-    def __init__(self, strand: Strand, moment: int, gap: int) -> None:
+    def __init__(self, strand: ThreadState, moment: int, gap: int) -> None:
         self.strand, self.moment, self.gap = strand, moment, gap
         self.task: Any = Task()
         self.passed = 0
-        self.target: Strand | None = None
+        self.target: ThreadState | None = None
         self.struck = False  # the interrupter is through
         self.exposed = False  # and found user code running
 
@@ -87,11 +87,11 @@ class Striker:
                 self.task.interrupted = True
                 self.target = getattr(self.task, "strand", None)
             # While this thread has the guard, the interrupter waits for it.
-            if self.passed >= self.moment + self.gap and not self.strand.guard.locked():
+            if self.passed >= self.moment + self.gap and not self.strand.guard._is_owned():
                 self.struck = True
                 if self.target is not None:
                     self.exposed = self.strand.task is self.task and not self.strand.depth
-                    self.target.strike(self.task)
+                    self.target.interrupt_call(self.task)
         return self.trace
 
 
@@ -99,9 +99,9 @@ class TestCalls:
     """Interrupts of remote calls, from another thread."""
 
     @pytest.fixture
-    def strand(self) -> Iterator[Strand]:
+    def strand(self) -> Iterator[ThreadState]:
         """A strand of a thread of the runtime; the tests run its task on this thread."""
-        strand = Strand()
+        strand = ThreadState()
         strand.depth = 1
         yield strand
         assert (strand.depth, strand.task, strand.pending) == (1, None, False)
@@ -112,7 +112,7 @@ class TestCalls:
         thread.start()
         thread.join()
 
-    def test_in_user_code(self, strand: Strand) -> None:
+    def test_in_user_code(self, strand: ThreadState) -> None:
         task = Task()
         reached = []
 
@@ -125,7 +125,7 @@ class TestCalls:
         assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
         assert 2 not in reached
 
-    def test_in_the_runtime_it_is_put_off_until_the_door(self, strand: Strand) -> None:
+    def test_in_the_runtime_it_is_put_off_until_the_door(self, strand: ThreadState) -> None:
         task = Task()
         reached: list[object] = []
 
@@ -145,11 +145,11 @@ class TestCalls:
         assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
         assert reached == ["inside", 0]
 
-    def test_delivered_by_a_wait(self, strand: Strand) -> None:
+    def test_delivered_by_a_wait(self, strand: ThreadState) -> None:
         task = Task()
 
         def user() -> None:
-            cell, lock = Cell(), threading.Lock()
+            cell, lock = Waiter(), threading.Lock()
             lock.acquire()
             cell.add(lock)
             strand.enter()
@@ -164,20 +164,20 @@ class TestCalls:
 
         assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
 
-    def test_before_it_begins(self, strand: Strand) -> None:
+    def test_before_it_begins(self, strand: ThreadState) -> None:
         task = Task()
         interrupt(task)
         reached: list[int] = []
         assert isinstance(run_task(strand, task, lambda: reached.append(1)), KeyboardInterrupt)
         assert not reached
 
-    def test_after_it_has_ended(self, strand: Strand) -> None:
+    def test_after_it_has_ended(self, strand: ThreadState) -> None:
         task, other = Task(), Task()
         assert run_task(strand, task, lambda: None) is None
         self.from_outside(task)
         assert run_task(strand, other, lambda: self.from_outside(task)) is None
 
-    def test_between_user_code_and_the_end(self, strand: Strand) -> None:
+    def test_between_user_code_and_the_end(self, strand: ThreadState) -> None:
         task = Task()
         strand.begin(task)
         strand.expose()
@@ -187,7 +187,7 @@ class TestCalls:
         strand.end()
         assert run_task(strand, Task(), lambda: None) is None
 
-    def test_user_code_that_swallows_it(self, strand: Strand) -> None:
+    def test_user_code_that_swallows_it(self, strand: ThreadState) -> None:
         task = Task()
         caught = []
 
@@ -204,7 +204,7 @@ class TestCalls:
         assert run_task(strand, Task(), lambda: None) is None
 
     @pytest.mark.parametrize("gap", [0, 1, 5])
-    def test_at_each_line(self, strand: Strand, gap: int) -> None:
+    def test_at_each_line(self, strand: ThreadState, gap: int) -> None:
         """Wherever the thread stands, of the task's code and of the strand's own.
 
         `gap` lines of this thread pass between the interrupter's two steps.
@@ -240,7 +240,7 @@ class TestCalls:
         over = threading.Event()
 
         def runner() -> list[bool]:
-            strand = Strand()
+            strand = ThreadState()
             strand.depth = 1
             outcomes = []
             for i, task in enumerate(tasks):
@@ -283,8 +283,8 @@ class TestSignalledCalls:
     """Interrupts of calls on a worker's main thread, by a signal that is the process's."""
 
     @pytest.fixture
-    def strand(self) -> Iterator[Strand]:
-        strand = Strand()
+    def strand(self) -> Iterator[ThreadState]:
+        strand = ThreadState()
         strand.depth = 1
         strand.signalled = True
         before = signal.signal(signal.SIGINT, strand.on_signal)
@@ -292,7 +292,7 @@ class TestSignalledCalls:
         signal.signal(signal.SIGINT, before)
         assert (strand.depth, strand.task, strand.pending) == (1, None, False)
 
-    def test_in_user_code(self, strand: Strand) -> None:
+    def test_in_user_code(self, strand: ThreadState) -> None:
         task = Task()
         reached = []
 
@@ -305,7 +305,7 @@ class TestSignalledCalls:
         assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
         assert not reached
 
-    def test_in_the_runtime_it_is_put_off_until_the_door(self, strand: Strand) -> None:
+    def test_in_the_runtime_it_is_put_off_until_the_door(self, strand: ThreadState) -> None:
         task = Task()
         reached = []
 
@@ -320,7 +320,7 @@ class TestSignalledCalls:
         assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
         assert reached == ["inside"]
 
-    def test_once_for_a_task(self, strand: Strand) -> None:
+    def test_once_for_a_task(self, strand: ThreadState) -> None:
         """Ctrl-C in a terminal reaches the worker as well; what clears up must not be hit again."""
         task = Task()
         cleared = []
@@ -341,14 +341,67 @@ class TestSignalledCalls:
         other = Task()
         assert isinstance(run_task(strand, other, lambda: interrupt(other)), KeyboardInterrupt)
 
-    def test_a_signal_for_nobody(self, strand: Strand) -> None:
+    def test_what_a_finalizer_swallows_comes_again(self, strand: ThreadState) -> None:
+        """Once for all finalizers of a collection, and then in the task."""
+        task, reached, swallowed = Task(), [], []
+
+        class Ends:
+            def __del__(self) -> None:
+                try:
+                    ctrl_c()
+                    reached.append(self)
+                except KeyboardInterrupt:
+                    swallowed.append(1)
+                assert not strand.struck
+                ctrl_c()
+
+        def user() -> None:
+            task.interrupted = True
+            cycle: list[Any] = [Ends(), Ends()]
+            cycle.append(cycle)
+            del cycle
+            gc.collect()
+            reached.append("after")
+            ctrl_c()
+            reached.append("never")
+
+        assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
+        assert swallowed == [1] and len(reached) == 2 and "never" not in reached
+        reached.clear()
+
+    def test_in_a_wait_of_a_finalizer_as_well(self, strand: ThreadState) -> None:
+        task, swallowed = Task(), []
+
+        class Ends:
+            def __del__(self) -> None:
+                strand.enter()
+                try:
+                    ctrl_c()
+                    strand.deliver()
+                except KeyboardInterrupt:
+                    swallowed.append(1)
+                finally:
+                    strand.leave()
+
+        def user() -> None:
+            task.interrupted = True
+            cycle: list[Any] = [Ends()]
+            cycle.append(cycle)
+            del cycle
+            gc.collect()
+            assert swallowed and not strand.struck
+            ctrl_c()
+
+        assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
+
+    def test_a_signal_for_nobody(self, strand: ThreadState) -> None:
         ctrl_c()  # idle
         task = Task()
         assert run_task(strand, task, ctrl_c) is None  # running, not interrupted
         task.interrupted = True
         ctrl_c()  # ended
 
-    def test_before_it_begins(self, strand: Strand) -> None:
+    def test_before_it_begins(self, strand: ThreadState) -> None:
         task = Task()
         task.interrupted = True
         reached: list[int] = []

@@ -11,9 +11,9 @@ import cloudpickle
 import numpy as np
 import pytest
 
-from shmdist.wire import codec, values
-from shmdist.wire.messages import BY_VALUE
-from shmdist.wire.values import Value, kept
+from shmdist.serialization import codec, definitions, pickled_functions
+from shmdist.serialization.pickled_functions import PickledFunction, kept
+from shmdist.transport.messages import BY_VALUE
 
 SOURCE = """
 import math
@@ -49,7 +49,7 @@ def missing(x):
 @pytest.fixture
 def main(monkeypatch):
     """The namespace of a program."""
-    monkeypatch.setattr(values, "_kept", {})
+    monkeypatch.setattr(pickled_functions, "_kept", {})
     namespace = {"__name__": "__main__"}
     exec(SOURCE, namespace)
     return types.SimpleNamespace(space=namespace, **{k: v for k, v in namespace.items() if k[0] != "_"})
@@ -79,7 +79,7 @@ def test_a_call_of_it(main):
     for _ in range(3):
         payload = codec.dumps_call(main.f, (5, 1), {})
     assert payload.flags == BY_VALUE
-    function, args, kwargs = values.load(payload.parts[0])
+    function, args, kwargs = pickled_functions.load(payload.parts[0])
     assert function(*args, **kwargs) == main.f(5, 1)
     payload = codec.dumps_call(main.f, ([5], 1), {"z": np.arange(3)})
     assert not payload.flags
@@ -241,7 +241,7 @@ def test_what_may_change_is_pickled_each_time(main, thing):
     ):
         for _ in range(10):
             assert kept(function) is None
-        assert values._kept[id(function.__code__)].tries == values._TRIES
+        assert pickled_functions._kept[id(function.__code__)].tries == pickled_functions._TRIES
 
 
 def test_annotations(main):
@@ -254,18 +254,20 @@ def test_annotations(main):
 def test_importable_functions_are_no_concern_of_it(main):
     for function in (math.sqrt, np.sum, keep, print, np.sin):
         assert kept(function) is kept(function) is None
-    assert not values._kept
+    assert not pickled_functions._kept
 
 
 def test_one_that_always_changes_is_given_up(main, monkeypatch):
     made = []
-    make = Value.__init__
-    monkeypatch.setattr(Value, "__init__", lambda self, function: (made.append(1), make(self, function))[1])
+    make = PickledFunction.__init__
+    monkeypatch.setattr(
+        PickledFunction, "__init__", lambda self, function: (made.append(1), make(self, function))[1]
+    )
     function = main.missing
     for number in range(100, 130):
         main.space["later"] = 1000 + number
         kept(function)
-    assert len(made) == values._TRIES
+    assert len(made) == pickled_functions._TRIES
     # One that changes now and then is not.
     function = main.helper
     for number in range(20):
@@ -286,19 +288,34 @@ def test_nothing_is_kept_alive(main):
     space.clear()
     gc.collect()
     assert thing() is None
-    assert values._kept[code].value._modules == -1  # what it uses is gone
+    assert pickled_functions._kept[code].value._modules == -1  # what it uses is gone
 
 
 def test_the_table_is_short(main, monkeypatch):
-    monkeypatch.setattr(values, "_MOST", 10)
+    monkeypatch.setattr(pickled_functions, "_MOST", 10)
     for number in range(50):
         kept(eval(f"lambda: {number}", {"__name__": "__main__"}))
-        assert len(values._kept) <= 10
+        assert len(pickled_functions._kept) <= 10
 
 
 def test_none_uses_too_many(main, monkeypatch):
-    monkeypatch.setattr(values, "_DEEPEST", 5)
+    monkeypatch.setattr(pickled_functions, "_DEEPEST", 5)
     space = {"__name__": "__main__"}
     exec("def f0(): pass\n" + "".join(f"def f{n + 1}(): f{n}()\n" for n in range(9)), space)
     keep(space["f4"])
     assert kept(space["f9"]) is kept(space["f9"]) is None
+
+
+def test_a_global_that_not_all_processes_have_set_after_all_goes_along(monkeypatch):
+    main = sys.modules["__main__"].__dict__
+    monkeypatch.setattr(definitions, "everyone", lambda: (1, 2))
+    monkeypatch.setitem(main, "of_everywhere", 7)
+    function = types.FunctionType(compile("of_everywhere", "", "eval"), main, "<lambda>")
+    function.__module__ = "__main__"
+    definitions.define((1, 5), {"of_everywhere": 7}, (1, 2))
+    try:
+        assert [kept(function), kept(function)][1].stands_for(function)
+        definitions.correct_holders((1, 5), {"of_everywhere": [1]})
+        assert not kept(function)
+    finally:
+        definitions.forget(["of_everywhere"])

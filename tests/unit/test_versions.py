@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from shmdist import __version__
-from shmdist.wire.versions import Versions, conflict, own_numpy, own_versions
+from shmdist.transport.versions import Versions, conflict, own_numpy, own_versions
 
 MINE = Versions("1.2.3", "3.11.7", "2.1.0")
 

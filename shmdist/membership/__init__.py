@@ -1,0 +1,1 @@
+"""Joining the cluster, connecting its processes, leaving it."""

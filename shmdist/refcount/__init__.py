@@ -1,0 +1,1 @@
+"""Who holds what: pure accounting, without I/O and without locks."""

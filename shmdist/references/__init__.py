@@ -1,0 +1,1 @@
+"""Values that live on one process and are used from all: futures and channels."""

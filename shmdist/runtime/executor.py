@@ -1,0 +1,558 @@
+"""Runs incoming calls, from the frame to the answer.
+
+A call is in ``queued`` from the moment its frame is read, and in ``running`` from the
+moment a thread begins with it.  Whoever takes it *out* of a table owns what comes next,
+and taking out of a dict is one atomic step:
+
+- out of ``queued``: the thread that runs it, or the canceller, who answers "not run";
+- out of ``running``: the thread that ran it, or the canceller who answers for a thread
+  that sits in a system call which no Python exception can end.  The late result of such
+  a thread is dropped.
+
+Calls of one link start in the order in which they were read, whichever threads they are
+given to: each takes a ticket, and goes through the link's gate when its arguments are
+read and its turn has come. One that stands still while its arguments are read (it sleeps, waits for a
+lock or for a remote call) loses its place when the next call is ready: it holds up itself alone. One that
+gets on keeps its place, however slow: to import a package or to read a large argument may take seconds,
+and what the next call finds must not depend on that. `_LONGEST` bounds this.
+A call that is refused gives its place up without waiting for its turn.
+
+What tells an error must not need what is lacking: memory and descriptors that are kept back
+(``runtime.reserve``) are given up for as long as that takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from shmdist._firmly import firmly
+from shmdist.errors import CapturedException, SerializationError, add_note, capture, drop_tracebacks
+from shmdist.memory.segment import BEGUN, LANES, ProgressPage
+from shmdist.refcount.table import RRID, AlreadySet
+from shmdist.runtime import forked_child
+from shmdist.runtime.contexts import CallContext
+from shmdist.runtime.interrupts import current
+from shmdist.serialization import atoms, codec, function_names, pickled_functions
+from shmdist.transport import native
+from shmdist.transport.messages import (
+    BROKEN,
+    BY_ID,
+    BY_NAME,
+    BY_VALUE,
+    HAS_REFS,
+    IS_ERROR,
+    NOT_RUN,
+    STORED,
+    WANT_STORE,
+    WANT_VALUE,
+    Frame,
+    Kind,
+)
+
+if TYPE_CHECKING:
+    from shmdist.runtime.interrupts import ThreadState
+    from shmdist.runtime.node import Node
+    from shmdist.transport.link import Link
+
+_RESULT = int(Kind.RESULT)
+_LOOK = 0.25  # seconds between two looks at a call whose arguments are read, and which holds up the next one
+_IDLE = 1e-3  # seconds of processor time between two looks below which it stands still
+_LONGEST = 60.0  # seconds that it may hold that up while it gets on
+_IMPORT = "<frozen importlib._bootstrap>"  # in the frames of an import
+_SMALL = 1 << 12  # bytes of an atom, which cannot change, of which a copy goes ahead of any fetch
+_AGAIN = 0.02  # seconds until it is looked whether a signal has come
+_GRACE = 0.1  # seconds a call gets to end by itself when it is interrupted
+
+
+def _begin_in_c(page: ProgressPage, lane: int, call_id: int) -> bool:
+    begun: bool = native.module.begin(page.numbers, BEGUN + lane % LANES, LANES, call_id)
+    return begun
+
+
+#: The same in C takes a quarter of the time, which each batch of a map pays.
+_begin = ProgressPage.begin if native.module is None else _begin_in_c
+
+
+class IncomingCall:
+    """One remote call."""
+
+    __slots__ = ("cancelled", "frame", "interrupted", "key", "link", "refusal", "stored", "strand", "ticket")
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame = frame
+        self.link = frame.link
+        self.key = (self.link.pid, frame.call_id)
+        self.interrupted = False
+        self.stored = False  # its Future has its outcome; whether that is told is another matter
+        self.cancelled = False  # the outcome of its Future is decided: a Cancelled
+        self.strand: ThreadState | None = None
+        self.ticket = -1
+        self.refusal: Exception | None = None  # why it is not run
+
+    def __repr__(self) -> str:
+        return f"<IncomingCall {self.key[1]} of process {self.key[0]}, lane {self.frame.lane}>"
+
+
+class CallExecutor:
+    """The calls that this process runs or is going to run."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.queued: dict[tuple[int, int], IncomingCall] = {}
+        self.running: dict[tuple[int, int], IncomingCall] = {}
+        self.context = CallContext()
+        #: A local worker's, on which process 1 takes calls back (``memory.segment``).
+        self.page: ProgressPage | None = None
+
+    def __repr__(self) -> str:
+        return f"<CallExecutor {len(self.running)} running, {len(self.queued)} queued>"
+
+    def accept(self, frame: Frame) -> IncomingCall:
+        """Make the task of a CALL frame; on the reading thread."""
+        task = IncomingCall(frame)
+        if frame.flags & WANT_STORE:
+            # Now, not when it ends: others may ask for the value before it is there.
+            self._node.create(RRID(*task.key), "future", task.key[0])
+        self.queued[task.key] = task
+        return task
+
+    def run(self, task: IncomingCall, strand: ThreadState) -> None:
+        """Run `task` on this thread, whose strand is `strand`, at depth 1."""
+        key = task.key
+        if key in self.running:
+            return  # it was handed out twice, for the first time raised when it was done
+        self.running[key] = task
+        if self.queued.pop(key, None) is None:  # cancelled before it began
+            self.running.pop(key, None)
+            self._pass_gate(task)
+            return
+        frame = task.frame
+        page = self.page
+        if frame.lane and page is not None and key[0] == 1 and not _begin(page, frame.lane, key[1]):
+            self.running.pop(key, None)
+            self._pass_gate(task)
+            self._answer_not_run(task)
+            return
+        payload: codec.Payload | None = None
+        function: Any
+        args: Any
+        kwargs: Any
+        value: Any = None
+        error: BaseException | None = None
+        strand.begin(task)
+        task.strand = strand
+        try:
+            try:
+                # Not exposed yet: reading may import modules, and an import that is interrupted
+                # leaves locks behind on which other calls would wait for ever.
+                function, args, kwargs = self._read(task)
+                if task.ticket >= 0:
+                    self._pass_gate(task)
+                context = self.context.base.copy()
+                if self.context.prepare is not None:
+                    context.run(self.context.prepare)
+                strand.expose()
+                value = context.run(function, *args, **kwargs)
+                if frame.flags & WANT_VALUE:
+                    payload = _dump_value(value, function)
+            finally:
+                strand.cover()
+        except BaseException as caught:
+            error = caught
+            if _lacks_means(caught):
+                self._node.reserve.open()
+        strand.end()
+        if task.ticket >= 0:
+            self._pass_gate(task)
+        # From here on nothing of the call's arguments may be held: their memory goes back
+        # with the answer, or is itself the answer.
+        function = args = kwargs = None
+        # A reference in the result has no other count here than the result's, until the answer has told one.
+        if not frame.flags & WANT_STORE and (payload is None or not payload.refs):
+            value = None
+        if self.running.pop(key, None) is None:  # somebody answered for it, or will in the parent
+            if forked_child.is_child():
+                forked_child.end(error)
+            return
+        try:
+            self._finish(task, value, error, payload)
+        except Exception as failure:
+            if error is not None:
+                self._finish_again(task, error)
+            else:
+                error = failure
+                self._node.reserve.open()
+                firmly(self._last_resort, task, failure)
+        finally:
+            if error is not None:
+                self._node.reserve.fill()
+            # Its traceback holds this frame, and those of the call, with the arguments in them.
+            error = None
+
+    def refuse(self, task: IncomingCall, error: BaseException) -> None:
+        """Answer for a call that cannot be run, with an error; runs nothing of the user's."""
+        queued, running = self.queued.pop(task.key, None), self.running.pop(task.key, None)
+        if queued is not None or running is not None:  # else it is answered
+            firmly(self._refuse, task, error)
+
+    def _refuse(self, task: IncomingCall, error: BaseException) -> None:
+        """Answer for a call with an error; again after one."""
+        self._give_place_up(task)
+        task.frame.body, task.frame.buffers = b"", []  # references in it go back
+        task.frame.flags &= ~HAS_REFS
+        self._finish_again(task, error)
+
+    def _finish_again(self, task: IncomingCall, error: BaseException) -> None:
+        """Answer with an error for a call, in the plainest way where no other one works."""
+        self._node.reserve.open()
+        try:
+            self._finish(task, None, error, None)
+        except Exception as failure:
+            firmly(self._last_resort, task, failure)
+
+    def _finish(
+        self, task: IncomingCall, value: Any, error: BaseException | None, payload: codec.Payload | None
+    ) -> None:
+        """Answer for a call that has ended."""
+        frame = task.frame
+        store = frame.flags & WANT_STORE
+        self._node.flush_own_output()
+        if store:
+            self._store(task, value, error)
+        elif error is not None:
+            self._answer_error(task, error)
+        elif payload is not None:
+            try:
+                if payload.buffers:
+                    self._node.sharing.mark_moving(payload, task.link.pid)
+                self._node.answer(task.link, frame.call_id, 0, payload)
+            except BaseException:
+                self._node.sharing.stay(payload)
+                raise
+
+    def _last_resort(self, task: IncomingCall, failure: BaseException) -> None:
+        """Answer in the plainest way: the answer itself could not be made."""
+        kind = MemoryError if isinstance(failure, MemoryError) else RuntimeError
+        text = f"the outcome of the call could not be sent: {type(failure).__name__}: {failure!s:.500}"
+        captured = CapturedException(kind(text), kind.__name__, text, f"{kind.__name__}: {text}")
+        if task.frame.flags & WANT_STORE:
+            with contextlib.suppress(AlreadySet):
+                self._node.store(task.key, None, captured)
+        blob = pickle.dumps(captured, 5)
+        payload = codec.pickled((self._node.pid, captured.type_name, text, captured.traceback_text, blob))
+        flags = IS_ERROR | (STORED if task.frame.flags & WANT_STORE else 0)
+        self._node.answer(task.link, task.frame.call_id, flags, payload)
+
+    def _read(self, task: IncomingCall) -> Any:
+        """Read function and arguments of `task`."""
+        frame, node = task.frame, self._node
+        if frame.flags & BROKEN:
+            raise MemoryError("this process had no memory to receive the call's arguments")
+        try:
+            if frame.flags & HAS_REFS or frame.buffers:
+                call = codec.loads(frame, node.give_back)
+            else:
+                by = frame.flags & (BY_NAME | BY_VALUE)
+                if by != BY_NAME:
+                    codec.prepare(frame.body)
+                call = _LOADS[by](frame.body)
+        except Exception as error:
+            hint = codec.unreadable(error, "the call's function or arguments").args[0]
+            add_note(error, f"{hint} (on process {node.pid}, {sys.executable})")
+            raise
+        frame.body = b""  # the arguments are what is needed of it
+        frame.buffers = []
+        if frame.flags & BY_ID:
+            return node.functions.get(task.link.pid, call[0]), call[1], call[2]
+        return call
+
+    def _pass_gate(self, task: IncomingCall) -> None:
+        """Wait for the calls before this one to have started, then let the next start."""
+        ticket, link = task.ticket, task.link
+        if ticket < 0:
+            return
+        if link.calls_started < ticket:
+            with link.gate:
+                link.gate_waiters += 1
+                try:
+                    self._wait_for_turn(link, ticket)
+                finally:
+                    link.gate_waiters -= 1
+        if link.calls_started <= ticket:  # else it has lost its place
+            link.calls_started = ticket + 1
+        task.ticket = -1
+        # Looked at after that: who gives his place up enters it here, and then looks whose turn it is.
+        if link.gate_waiters or link.given_up:
+            with link.gate:
+                link.start_next(-1)
+
+    def _wait_for_turn(self, link: Link, ticket: int) -> None:
+        """Wait until the calls of a link before this one have started, or stand still; its gate is held."""
+        head, since, looked, seen = -1, 0.0, 0.0, None
+        while link.calls_started < ticket and not link.closed:
+            if link.gate.wait(_LOOK):
+                continue
+            now = time.monotonic()
+            if head != link.calls_started:
+                head, since, seen = link.calls_started, now, None
+            elif now - looked > 2 * _LOOK:
+                seen = None  # this thread could not run either
+            used = self._time_used(link, head)
+            stands = used is not None and seen is not None and abs(used - seen) < _IDLE
+            if stands or now - since > _LONGEST:
+                link.start_next(head)
+            seen, looked = used, now
+
+    def _time_used(self, link: Link, ticket: int) -> float | None:
+        """Return the processor seconds of the thread that reads a call's arguments.
+
+        -1 when the call has ended, or waits in the runtime; None when it gets on without using any.
+        """
+        known = [*self.queued.values(), *self.running.values()]
+        strands = [task.strand for task in known if task.link is link and task.ticket == ticket]
+        if not strands:
+            return -1.0
+        strand = strands[0]
+        if strand is None:
+            return None  # it is about to begin
+        if strand.leading or strand.cell is not None:
+            return -1.0
+        frame = sys._current_frames().get(strand.ident)
+        while frame is not None:
+            if frame.f_code.co_filename == _IMPORT:
+                return None
+            frame = frame.f_back
+        clock = getattr(time, "pthread_getcpuclockid", None)  # not on macOS
+        return 0.0 if clock is None else time.clock_gettime(clock(strand.ident))
+
+    def _give_place_up(self, task: IncomingCall) -> None:
+        """Let the next call start, when it comes to that, without this one; never waits."""
+        ticket, link = task.ticket, task.link
+        if ticket >= 0:
+            task.ticket = -1
+            with link.gate:
+                link.given_up.add(ticket)
+                link.start_next(-1)
+
+    def abandon(self) -> None:
+        """Leave all calls to the parent, in a forked child; one that forked ends the child when it ends."""
+        strand = current()
+        if strand.task is not None:
+            strand.guard = threading.RLock()  # its holder may be a thread of the parent
+        if isinstance(strand.task, IncomingCall):
+            strand.task.frame.flags &= ~(WANT_VALUE | WANT_STORE)
+            forked_child.note()
+        self.running.clear()
+
+    # ------------------------------------------------------------------ answers
+
+    def _store(self, task: IncomingCall, value: Any, error: BaseException | None) -> None:
+        """Keep the outcome here as the caller's Future, and tell him that it is there."""
+        node = self._node
+        frame = task.frame
+        captured = None
+        if task.cancelled:
+            self._store_cancelled(task)
+            node.post(task.link, _RESULT, NOT_RUN, frame.call_id)
+            return
+        if error is not None:
+            captured = capture(error)
+            drop_tracebacks(error)
+        if not task.stored:  # to tell it may be tried again
+            node.store(task.key, value, captured)
+            task.stored = True
+        if captured is not None:
+            node.answer(task.link, frame.call_id, STORED | IS_ERROR, node.dump_error(captured))
+        elif type(value) in atoms.ATOMS and sys.getsizeof(value) < _SMALL:
+            node.answer(task.link, frame.call_id, STORED, codec.dumps(value))
+        else:
+            node.answer(task.link, frame.call_id, STORED, None)
+
+    def _answer_error(self, task: IncomingCall, error: BaseException) -> None:
+        node = self._node
+        captured = capture(error)
+        if task.frame.flags & WANT_VALUE:
+            node.answer(task.link, task.frame.call_id, IS_ERROR, node.dump_error(captured))
+        else:  # remote_do: nobody waits, so it is printed where it happened
+            print(f"remote_do failed on process {node.pid}:\n{captured.traceback_text}", file=sys.stderr)  # noqa: T201 - the contract
+
+    # ------------------------------------------------------------------ interrupts
+
+    def cancel(self, key: tuple[int, int], *, for_good: bool = False) -> bool:
+        """Give up a call: withdraw it, or interrupt it; False when it is not here.
+
+        `for_good` ends the wait of all who hold its Future at once, whenever the call itself ends.
+        """
+        if self.withdraw(key):
+            return True
+        task = self.running.get(key)
+        if task is None:
+            return False
+        if for_good and task.frame.flags & WANT_STORE:
+            task.cancelled = True
+        self.interrupt(task)
+        if task.cancelled:
+            self._node.dispatcher.soon(lambda: self._store_cancelled(task))
+        return True
+
+    def withdraw(self, key: tuple[int, int]) -> bool:
+        """Take back a call that has not begun, and answer so; False when it has."""
+        task = self.queued.pop(key, None)
+        if task is not None:
+            firmly(self._answer_not_run, task)
+        return task is not None
+
+    def _answer_not_run(self, task: IncomingCall) -> None:
+        """Answer for a call that will not begin; again after an error."""
+        # The task may lie in its lane for long yet; what it would have worked on, goes back.
+        task.frame.body, task.frame.buffers = b"", []
+        task.frame.flags &= ~HAS_REFS
+        if task.frame.flags & WANT_STORE:
+            self._node.dispatcher.soon(lambda: self._store_cancelled(task))
+        self._node.post(task.link, _RESULT, NOT_RUN, task.frame.call_id)
+
+    def _store_cancelled(self, task: IncomingCall) -> None:
+        """Let the Future of a call be a cancelled one, unless it has its value already."""
+        from shmdist._cancelled import Cancelled  # not on the start-up path, nor on the thread that reads
+
+        what = f"a call of process {task.key[0]} was cancelled"
+        with contextlib.suppress(AlreadySet):
+            self._node.store(task.key, None, capture(Cancelled(what, task.key)))
+
+    def interrupt(self, task: IncomingCall) -> None:
+        """Raise KeyboardInterrupt in a running call."""
+        if task.interrupted:
+            return
+        task.interrupted = True
+        strand = task.strand
+        if strand is None:
+            return  # it looks at `interrupted` before it begins
+        firmly(strand.interrupt_call, task)
+        later = self._node.dispatcher.later
+        with contextlib.suppress(Exception):  # no thread can be had: once must do
+            if strand.signalled:
+                later(_AGAIN, lambda: self._make_sure(task, strand))
+            else:
+                later(_GRACE, lambda: self._answer_for(task))
+
+    def _make_sure(self, task: IncomingCall, strand: ThreadState) -> None:
+        """Repeat a signal: one that comes just before a system call begins does not end that."""
+        pause = _AGAIN
+        while self.running.get(task.key) is task and strand.task is task and not strand.struck:
+            strand.interrupt_call(task)
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+
+    def interrupt_all(self) -> None:
+        """Interrupt every call that runs here, and those that have come and are about to."""
+        for task in [*self.queued.values(), *self.running.values()]:
+            self.interrupt(task)
+
+    def _answer_for(self, task: IncomingCall) -> None:
+        """Answer for a thread that an exception does not reach, in a system call say."""
+        if self.running.get(task.key) is not task or self.running.pop(task.key, None) is None:
+            return
+        error = KeyboardInterrupt("interrupted in a system call; its thread ends when the call returns")
+        if task.frame.flags & WANT_STORE:
+            self._store(task, None, error)
+        else:
+            self._answer_error(task, error)
+
+
+#: What reads a call, by its flags.
+_LOADS: dict[int, Callable[[Any], Any]] = {
+    0: pickle.loads,
+    BY_NAME: function_names.load,
+    BY_VALUE: pickled_functions.load,
+}
+
+
+def _lacks_means(error: BaseException) -> bool:
+    """Tell whether an error says that this process has no more memory, or descriptors."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    )
+
+
+def _dump_value(value: Any, function: Any) -> codec.Payload:
+    """Pickle a result.
+
+    A result that stands for many may leave out those that cannot be sent: the function's
+    method ``without_unsendable`` then returns what can.
+    """
+    try:
+        return codec.dumps_value(value, function)
+    except SerializationError:
+        salvage = getattr(function, "without_unsendable", None)
+        if salvage is None:
+            raise
+        return codec.dumps(salvage(value))
+
+
+class FunctionStore:
+    """Functions sent ahead of their calls, by sender and number; read on first use."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._table: dict[tuple[int, int], Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def put(self, frame: Frame) -> None:
+        """Keep a FUNC frame; on the reading thread, so it is not read yet."""
+        self._table[frame.link.pid, frame.call_id] = [[frame], threading.Lock(), None]
+
+    def drop(self, pid: int, number: int) -> None:
+        """Forget a function."""
+        entry = self._table.pop((pid, number), None)
+        if entry is not None:
+            entry[0].clear()  # references in it go back, if it has not been read
+
+    def forget(self, pid: int) -> None:
+        """Forget all functions of a process that is gone."""
+        for key in [key for key in self._table if key[0] == pid]:
+            self.drop(*key)
+
+    def get(self, pid: int, number: int) -> Any:
+        """Return a function, reading it when it is asked for first.
+
+        Raises
+        ------
+        LookupError
+            It was dropped.
+        Exception
+            Whatever reading it raises; every call of it raises the same.
+        """
+        entry = self._table.get((pid, number))
+        if entry is None:
+            raise LookupError(f"function {number} of process {pid} is not kept here any more")
+        if entry[2] is None:
+            with entry[1]:  # several calls may want it at once; it is read one time
+                if entry[2] is None:
+                    try:
+                        frame = entry[0].pop()  # one step: whoever has it sees to the references in it
+                    except IndexError:
+                        raise LookupError(f"function {number} of process {pid} was dropped") from None
+                    entry[2] = self._read(frame)
+        function, failure = entry[2]
+        if failure is not None:
+            raise failure
+        return function
+
+    def _read(self, frame: Frame) -> tuple[Any, Exception | None]:
+        """Read a function, or say why it cannot be read."""
+        try:
+            if frame.flags & BROKEN:
+                raise MemoryError("this process had no memory to receive the function")
+            return codec.loads(frame, self._node.give_back), None
+        except Exception as error:
+            add_note(error, codec.unreadable(error, "the function").args[0])
+            return None, error

@@ -1,0 +1,280 @@
+"""Everything a process polls: links, rings, the output of its workers, the ends of processes.
+
+One thread at a time reads, the holder of the baton (``runtime.reactor``). It looks into the
+mailbox first, for that costs no system call; while anything lies there it asks the system only
+every so often, so that neither road waits for ever.
+
+Errors
+------
+*The reading goes on, whatever raises in it*: no memory, no thread, a fault of ours. All that a turn of
+:meth:`PollSet._poll` reads is kept in `_frames`, `_ended`, and in the links (``transport.frame_reader``)
+until it is handed out, and the next turn takes it up there. A frame that cannot be handed out fails what it
+concerns, or is handled once more where it is no call, operation or answer (:meth:`PollSet._fail`). A
+link whose frames raise time after time is ended.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from shmdist._firmly import firmly
+from shmdist._log import Log
+from shmdist.runtime import router
+from shmdist.runtime.replies import PendingOperation, PendingReply
+from shmdist.runtime.ring_exchange import LIVELY, RingExchange
+from shmdist.runtime.serial_queues import SerialQueues
+from shmdist.runtime.threads import ThreadPool
+from shmdist.transport.messages import HAS_REFS, Frame, Kind
+from shmdist.transport.poller import FEW, make_poller
+
+if TYPE_CHECKING:
+    from shmdist.runtime.node import Node
+    from shmdist.transport.link import Link
+
+_WITH_DESCRIPTOR, _BEAT = {int(Kind.SEGMENT), int(Kind.MAIL)}, int(Kind.BEAT)
+_TRIES = 8  # times that what has come is tried to be taken, until its link is ended
+_PAUSE = 1e-3  # seconds until the second one; then twice as many each time
+_CALL, _OP, _RESULT = int(Kind.CALL), int(Kind.OP), int(Kind.RESULT)
+_log = Log("dispatch")
+
+
+class PollSet:
+    """The descriptors and the memory that a process reads."""
+
+    threads: ThreadPool
+    _inbox: deque[Any]
+    soon: Callable[[Callable[[], None]], None]
+    _lanes: SerialQueues
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.poller = make_poller()
+        self._wait, self._outputs = self.poller.poll, self.poller.outputs
+        self.mail = RingExchange(node)
+        self._frames: list[Frame] = []  # what one turn of reading brought; the baton's holder's
+        self._ended: list[Link] = []  # links that have been read to their ends
+        self._failures = 0  # turns that failed, one after the other
+        self._mail_turns = 0
+        self._links: dict[int, Link] = {}  # by descriptor
+        self._watched: dict[int, Callable[[], None]] = {}  # descriptors of processes, by what to do
+
+    def add(self, link: Link) -> None:
+        """Read `link` from now on."""
+        sharing = self._node.sharing
+        link.sharing = sharing if link.is_local else sharing.copies
+        if not link.is_local:
+            self._node.heart.watch(link)
+        if not self.threads.ensure_standby() and not len(self.threads):
+            raise RuntimeError("can't start new thread: shmdist needs one to read the connections")
+        self._links[link.fd] = link
+        self.poller.add(link.fd)
+
+    def watch(self, fd: int, action: Callable[[], None]) -> None:
+        """Run `action` once, on a thread of its own, when `fd` becomes readable."""
+        self._watched[fd] = action
+        self.threads.ensure_standby()
+        self.poller.add(fd)
+
+    def links(self) -> list[Link]:
+        """Return the links that are read."""
+        return list(self._links.values())
+
+    def unwatch(self, fd: int) -> None:
+        """Forget a watched descriptor; its owner closes it after this."""
+        self.poller.remove(fd)
+        self._watched.pop(fd, None)
+
+    def _poll(self, timeout: float) -> bool:
+        """Read what has come, waiting at most `timeout` seconds; False if nothing. The baton is held."""
+        frames = self._frames
+        try:
+            box = self.mail.box
+            if self._failures:
+                events: Sequence[tuple[int, int]] = self._take_up(frames)
+            elif box is None:
+                events = self._wait(timeout, FEW)
+            elif box.stirred() or (timeout and box.sleep()):
+                box.wake()
+                for receiver in box.take(frames):
+                    self.mail.read(receiver.link, frames)
+                self._mail_turns += 1
+                events = () if self._mail_turns & 15 else self._wait(0, FEW)  # neither road may wait for ever
+            else:
+                events = self._wait(timeout, FEW)
+                if timeout:
+                    box.wake()
+            if not events and not frames and not self._failures:
+                return False
+            if events:
+                self._read(events, frames)
+            if self.poller.has_outputs:
+                # A call's output was written before its result, so after the result has been
+                # read the output is there to be read, and must be taken first.
+                outputs = self._outputs(0, FEW)
+                for fd, _ in self._outputs(0) if len(outputs) == FEW else outputs:
+                    self._node.read_output(fd)
+            if frames:
+                handed = 0
+                try:
+                    for frame in frames:
+                        try:
+                            self._route(frame)
+                        except Exception as error:
+                            self._fail(frame, error)
+                        handed += 1
+                finally:
+                    del frames[:handed]
+            if self._ended:
+                self._end_links()
+            self._failures = 0
+        except Exception as error:
+            self._failed(error)
+        return True
+
+    def _route(self, frame: Frame) -> None:
+        """Give a frame to who waits for it; never runs user code, never blocks."""
+        kind = frame.kind
+        if frame.flags & HAS_REFS and not self._node.arrived(frame):
+            return
+        if kind == _RESULT:
+            reply = self._node.pending.pop(frame.call_id, None)
+            if reply is None:
+                self._node.on_late_answer(frame)
+                return
+            reply.frame = frame
+            try:
+                callback = reply.callback
+                if callback is not None:
+                    reply.callback = None  # a Future that holds the reply must not be held by it
+                    callback(reply)
+            except Exception as error:
+                self._insist(callback, reply, error)
+            finally:
+                reply.done = True
+                if reply.locks:
+                    firmly(reply.wake)
+        elif kind == _CALL:
+            task = self._node.tasks.accept(frame)
+            if frame.lane and not self._lanes.enter(task):
+                return  # it follows the one before it in its lane
+            task.ticket = frame.link.calls_read
+            frame.link.calls_read += 1
+            self._inbox.append(task)
+        elif kind == _OP:
+            node, link, call_id = self._node, frame.link, frame.call_id
+            node.waiting[link.pid, call_id] = PendingOperation(node, link, call_id)  # it can be withdrawn now
+            self._inbox.append(frame)
+        else:
+            self._node.control(frame)
+
+    def hand_out_segments(self) -> None:
+        """Map the segments that are offered in what has been read, ahead of the rest; the baton is held."""
+        for frame in self._frames:
+            if frame.kind in _WITH_DESCRIPTOR:  # all of them, for the descriptors come in their order
+                self._node.control(frame)
+                frame.kind = _BEAT  # it is handled, and has nothing more to say
+
+    def _close_links(self) -> None:
+        for link in list(self._links.values()):
+            self.poller.remove(link.fd)
+            link.close()
+        self._links.clear()
+
+    def _abandon_links(self) -> None:
+        """Give their descriptors back in a forked child."""
+        for link in list(self._links.values()):
+            link.abandon()
+        self._links.clear()
+
+    def _read(self, events: Sequence[tuple[int, int]], frames: list[Frame]) -> None:
+        """Read the links that have something, and see to the processes that have ended."""
+        for fd, _ in events:
+            link = self._links.get(fd)
+            if link is not None:
+                if not link.read(frames):
+                    if link not in self._ended:
+                        self._ended.append(link)
+                elif link.reads == LIVELY and link.is_local:
+                    self.soon(functools.partial(self.mail.offer, link))
+            elif not self.poller.is_kick(fd):
+                action = self._watched.get(fd)
+                if action is not None:
+                    self.soon(action)
+                    del self._watched[fd]
+                self.poller.remove(fd)
+
+    def _end_links(self) -> None:
+        """Let go of the links that have been read to their ends."""
+        while self._ended:
+            link = self._ended[-1]
+            self.poller.remove(link.fd)
+            link.shut()
+            self.mail.forget(link)
+            if link.fd in self._links:
+                self.soon(functools.partial(self._node.link_ended, link))
+                self._links.pop(link.fd, None)
+            del self._ended[-1]
+
+    def _take_up(self, frames: list[Frame]) -> Sequence[tuple[int, int]]:
+        """Begin a turn after one that failed: with what has been read, and is not taken."""
+        unfinished = [(fd, 0) for fd, link in list(self._links.items()) if link.unfinished]
+        if self._failures > _TRIES:
+            self._ended += [self._links[fd] for fd, _ in unfinished if self._links[fd] not in self._ended]
+            unfinished = []
+            self._end_links()
+        self._read(unfinished, frames)
+        if self.mail.box is not None:
+            for receiver in self.mail.box.take(frames):
+                self.mail.read(receiver.link, frames)
+        return self._wait(0, FEW)
+
+    def _failed(self, error: Exception) -> None:
+        """Take note of a turn of reading that failed.
+
+        Raises
+        ------
+        RecursionError
+            It is this thread's own: another one, or a later call, takes up what is left.
+        """
+        if isinstance(error, RecursionError):
+            self._failures = self._failures or 1
+            raise error
+        self._failures += 1
+        self._node.reserve.open()
+        _log.exception("an error in the thread that reads: %r", error)
+        if self._failures > 1:
+            time.sleep(_PAUSE * (1 << min(self._failures, 7)))
+
+    def _insist(self, callback: Any, reply: PendingReply, error: Exception) -> None:
+        """Tell of an answer again: whoever is told raises nothing, but where it has no memory for that."""
+        self._node.reserve.open()
+        _log.exception("an error in what an answer was told to: %r", error)
+        for _ in range(3):
+            try:
+                callback(reply)
+            except Exception:
+                continue
+            return
+
+    def put_off(self, frame: Frame) -> None:
+        """Leave a frame to a thread that has let go of the reading; called by the one that reads."""
+        self._inbox.append(frame)
+
+    def _fail(self, frame: Frame, error: Exception) -> None:
+        """Fail what a frame concerns that could not be handed out."""
+        self._node.reserve.open()
+        _log.exception("%r could not be handled: %r", frame, error)
+        for _ in range(3):
+            try:
+                if frame.flags & HAS_REFS and not self._node.arrived(frame):
+                    return
+                task = router.fail(self._node, frame, error)
+                if task is not None:
+                    self._inbox.append(task)
+            except Exception:
+                continue
+            return

@@ -1,0 +1,571 @@
+"""The reactor. One thread at a time, the leader, polls all connections; it resigns before it runs a call.
+
+A hop from one thread to another costs as much as a hop between processes, so no thread
+reads for another when that can be helped.
+
+The baton
+---------
+One thread at a time reads the links of this process: the holder of ``_leader_lock``.
+- A thread that waits for an answer takes the baton when it is free, and reads until its
+  answer is there.  Answers to others that come meanwhile it hands out; calls that come
+  it gives to other threads, for it must not be held up by them.
+- A worker's main thread, in :meth:`serve`, reads and runs the calls itself, one after
+  the other.  While it runs one it has let go of the baton.
+- A standby thread sleeps in the poller and takes the baton when a message comes while
+  nobody reads.  It runs calls itself too, for another standby thread is behind it.
+
+A thread that finds the baton taken waits in ``_followers``, and is woken when its answer
+has come or when the reader leaves: then it reads.
+
+*Whenever the baton is free and no follower has been woken to take it, the poller is
+armed or a standby thread is awake that will look.*  Hence somebody always reads, no
+matter what blocks, and a write that waits for the other side's reading makes progress.
+
+Armed means for the mailbox (``transport.ring``) that its word says that nobody looks, and that
+it was looked into once more after that was said. Who takes the baton says that he looks.
+
+Late handing over
+-----------------
+Handing the reading over costs more than most calls, so it is done late. Each time the
+baton is let go, `_turns` counts and `_last` notes when. A standby thread that is woken
+within `GRACE` of that naps: who let go is probably back in microseconds, to read on or
+with the next of a queue of short calls, which belongs to the thread that is working
+through it. It naps on while the count moves, and reads when the baton has lain free for a
+whole nap: the call that runs is a long one. While it naps nothing need be armed, for it
+will look by itself; so when the baton changes hands very often, one is woken just to nap.
+Threads that wait for answers cut the nap short.
+
+Errors
+------
+*Whoever reads goes on reading, or lets go of the baton, whatever raises*: `_holder` is the thread that
+has it, from the statement after the taking to the one before the letting go. What was read stays in the
+inbox until it is handed out. What raises outside of ``runtime.poll_set`` is raised where one waits.
+
+*No call is run without a thread behind it that will read.* Where none can be had it is refused.
+
+Death
+-----
+Whoever reads finds the end of a link or of a watched process; what follows is another
+thread's (``node.link_ended``): it may wait for an exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from shmdist._log import Log
+from shmdist.errors import FinalizerError
+from shmdist.runtime.interrupts import ThreadState, Waiter, WakeCallback, current
+from shmdist.runtime.own_calls import OwnCalls
+from shmdist.runtime.poll_set import PollSet
+from shmdist.runtime.serial_queues import SerialQueues
+from shmdist.runtime.threads import Attempt, ThreadPool, surely
+from shmdist.transport.messages import Frame
+
+if TYPE_CHECKING:
+    from shmdist.runtime.executor import IncomingCall
+    from shmdist.runtime.node import Node
+
+SPIN = 50e-6  # seconds a reader polls before it sleeps
+GRACE = 1e-3  # seconds a call may run before the reading is taken over from it
+_NAPS = 20  # so many times that, when the thread that had the reading runs no call
+_LONGEST = 1e6  # seconds of one sleep: a system call takes no more than 24 days
+_PATIENCE = 3  # times that calls are left to it while it does not come
+_log = Log("dispatch")
+_now = time.perf_counter
+_yield = getattr(os, "sched_yield", lambda: None)
+
+
+class Reactor(PollSet):
+    """The threads of one process of the cluster."""
+
+    __slots__ = ("_housekeeping", "_kicker", "closing", "later", "own", "soon", "start")  # as in Node
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node)
+        self._leader_lock = threading.Lock()  # held by the one thread that reads
+        self._holder: ThreadState | None = None  # that thread
+        self._inbox: deque[Any] = deque()  # tasks and OP frames read, not yet run; the baton's holder's
+        self._followers: deque[Waiter] = deque()  # woken to take the baton; append and pop are atomic
+        self._leader: Waiter | None = None  # what the reading thread waits for itself
+        self._turns = 0  # how often the baton was let go, more or less: it is counted without a lock
+        self._last = 0.0  # when it was, last
+        self._lively = 0.0  # and when it was some turns ago
+        self._napping = False  # a standby thread is awake and will try the baton
+        self._left = 0  # how often calls were left to a worker's main thread since it last read
+        self._main: ThreadState | None = None  # a worker's main thread
+        self._main_cell: Waiter | None = None  # a worker's main thread, waiting for the baton or a job
+        self._main_jobs: deque[IncomingCall] = deque()
+        self._lanes = SerialQueues()
+        self.threads = ThreadPool(self._stand_by, self.poller.wake)
+        self.start, self.soon, self.later = self.threads.start, self.threads.soon, self.threads.later
+        self.own = OwnCalls(self)
+        #: What is done when an outcome has come: callbacks of futures, which are users' code.
+        self.outcomes = OwnCalls(self)
+        self._housekeeping = surely(node.housekeeping)
+        self._kicker = WakeCallback(self.poller.kick)
+        self._arm, self._disarm = self.poller.arm, self.poller.disarm
+        self.closing = False
+
+    def __repr__(self) -> str:
+        baton = "held" if self._leader_lock.locked() else "free"
+        sizes = f"links={len(self._links)} followers={len(self._followers)} inbox={len(self._inbox)}"
+        return f"<Reactor baton={baton} {sizes} {self._lanes!r} {self.threads!r}>"
+
+    # ------------------------------------------------------------------ outcomes
+
+    def complete(self, cell: Waiter) -> None:
+        """Complete a cell from any thread; its waiter may be asleep, or reading. Raises nothing."""
+        cell.done = True
+        try:
+            if cell.locks:
+                cell.wake()
+            # The thread that reads need not wake itself.
+            if self._leader is cell and not current().leading:
+                self.poller.kick()
+        except Exception:
+            cell.wake()
+            self.poller.kick()
+
+    # ------------------------------------------------------------------ the baton
+
+    def _take(self) -> bool:
+        """Take the baton if it is free."""
+        if self._leader_lock.acquire(False):
+            try:
+                self._disarm()
+                box = self.mail.box
+                if box is not None:
+                    box.wake()
+            except BaseException:
+                self._release(promote=True)
+                raise
+            return True
+        return False
+
+    def _arm_standby(self, left: bool = False) -> None:
+        """Let the next message wake a standby thread, and also what is there already or `left` unrun."""
+        self._arm()
+        box = self.mail.box
+        if (box is not None and box.sleep()) or left:
+            self.poller.nudge()
+
+    def _release(self, *, promote: bool) -> None:
+        """Let go of the baton, and see to it that somebody reads.
+
+        `promote` wakes a follower to do so; without it this thread will soon be back.
+        """
+        held = True
+        self._holder = None
+        try:
+            # Asked while the baton is still held: the inbox is its holder's.
+            left = bool(self._inbox)
+            turns = self._turns = self._turns + 1
+            last = self._last = _now()
+            if not turns & 3:
+                # Many in a short time: a standby thread that naps beside them makes arming needless.
+                left = left or last - self._lively < GRACE
+                self._lively = last
+            self._leader_lock.release()
+            held = False
+            if promote:
+                if self._followers:
+                    try:
+                        self._followers.popleft().wake()
+                        return
+                    except IndexError:
+                        pass  # it has left
+                cell = self._main_cell
+                if cell is not None:
+                    cell.wake()
+                    return
+            if not self._napping:
+                self._arm_standby(left)
+        except Exception:
+            if held:
+                self._leader_lock.release()
+            self._wake_all()
+
+    def _wake_all(self) -> None:
+        """See to it that somebody reads, by the plainest means."""
+        self._napping = False
+        for cell in [*self._followers, self._main_cell]:
+            if cell is not None:
+                cell.wake()
+        self.poller.nudge()
+
+    def _recover(self, strand: ThreadState) -> None:
+        """Let go of the baton after an error if it is this thread's still."""
+        if self._holder is strand:
+            if self._leader is not None:
+                self._resign(self._leader, strand)
+            self._release(promote=True)
+
+    # ------------------------------------------------------------------ waiting threads
+
+    def wait(self, cell: Waiter, timeout: float | None = None, *, spin: float = SPIN) -> bool:
+        """Wait until `cell` is done, reading the links meanwhile.
+
+        The caller is inside the runtime (``strand.depth`` > 0).
+
+        Parameters
+        ----------
+        cell : Cell
+            A reply, or anything else that somebody will complete.
+        timeout : float, optional
+            Seconds, after which it returns False.
+        spin : float
+            Seconds to poll before sleeping; none for what takes longer, whose worker may want the processor.
+
+        Raises
+        ------
+        BaseException
+            What a handler of a signal raises; the cell is as it was.
+        """
+        strand = current()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            if cell.done:
+                return True
+            if self._holder is strand:
+                raise FinalizerError("a finalizer cannot wait here: it is on the thread that reads messages")
+            if strand.pending:
+                strand.deliver()
+                continue
+            left = -1.0 if deadline is None else min(deadline - time.monotonic(), _LONGEST)
+            if deadline is not None and left <= 0:
+                return False
+            if self._take() or self._follow(cell, left, strand):
+                self._holder = strand
+                try:
+                    self._lead(cell, left, strand, spin)
+                except BaseException:  # of a handler set a moment ago (`ThreadState.look`), or no memory
+                    self._recover(strand)
+                    raise
+
+    def _resign(self, cell: Waiter, strand: ThreadState) -> None:
+        """Take note that this thread reads for `cell` no more; it holds the baton still."""
+        strand.leading = False
+        self._leader = None
+        if not cell.kicked:
+            cell.remove(self._kicker)
+
+    def _lead(self, cell: Waiter, timeout: float, strand: ThreadState, spin: float) -> None:
+        """Read with the baton held, until `cell` is done or something else wants the thread."""
+        self._leader = cell
+        if not cell.kicked:
+            cell.add(self._kicker)
+        strand.kick = self.poller.kick
+        strand.leading = True
+        poll, inbox, looked = self._poll, self._inbox, False
+        spin_until = _now() + spin
+        until = spin_until + timeout if timeout >= 0 else float("inf")
+        while not cell.done and not strand.pending and not inbox:
+            if poll(0):
+                spin_until = _now() + spin
+                if spin_until > until:  # answers to others may come without a pause
+                    break
+            elif _now() < spin_until:
+                box = self.mail.box
+                if box is None or not box.watch():
+                    _yield()
+            elif not looked:
+                strand.look()
+                looked = True
+            elif not poll(timeout if timeout < 0 else max(0.0, until - _now())):
+                break
+        self._resign(cell, strand)
+        if not inbox:
+            self._release(promote=True)
+            return
+        mine: list[Any] = []
+        try:
+            while inbox:
+                item = inbox[0]
+                if type(item) is Frame or not self._hand_off(item):
+                    mine.append(item)
+                del inbox[0]
+        except BaseException:
+            inbox.extendleft(reversed(mine))
+            raise
+        if not mine:
+            self._release(promote=cell.done)
+            return
+        self._release(promote=False)  # they never block: operations and refusals
+        for item in mine:
+            self._begin(item, strand)
+        if cell.done and self._followers:
+            self._pass_on()
+
+    def _follow(self, cell: Waiter, timeout: float, strand: ThreadState) -> bool:
+        """Sleep until `cell` is done or the baton is this thread's; True with the baton."""
+        strand.look()
+        lock = threading.Lock()
+        lock.acquire()
+        cell.add(lock)
+        strand.cell = cell
+        leads = False
+        try:
+            self._followers.append(cell)
+            # Looked at again now that the reader can see us: it may have left before.
+            if not cell.done and not strand.pending and not (leads := self._take()):
+                lock.acquire(timeout=timeout)
+        except BaseException:
+            self._unfollow(cell, lock, strand)
+            self._pass_on()
+            raise
+        try:
+            self._unfollow(cell, lock, strand)
+        except Exception:
+            self._unfollow(cell, lock, strand)
+        if leads or (not cell.done and not strand.pending and self._take()):
+            return True
+        self._pass_on()
+        return False
+
+    def _unfollow(self, cell: Waiter, lock: Any, strand: ThreadState) -> None:
+        """Take back what `_follow` has entered; may be done again."""
+        with contextlib.suppress(ValueError):
+            self._followers.remove(cell)
+        strand.cell = None
+        cell.remove(lock)
+
+    def _pass_on(self) -> None:
+        """Pass on the baton that may have been this thread's to take, and that it does not need."""
+        if not self._leader_lock.locked():
+            try:
+                self._followers.popleft().wake()
+            except IndexError:
+                self._arm_standby()
+
+    # ------------------------------------------------------------------ serving threads
+
+    def serve(self) -> None:
+        """Serve as a worker's main thread until the node is closed."""
+        strand = self._main = current()
+        strand.depth = 1
+        cell = Waiter()
+        while not self.closing:
+            try:
+                if self._take():
+                    self._left = 0
+                    self._holder = strand
+                    self._serve(strand, cell, forever=True)
+                else:
+                    self._wait_for_turn(strand, cell)
+            except Exception as error:
+                self._node.reserve.open()
+                _log.exception("an error in the main thread: %r", error)
+                self._main_cell = None
+                self._recover(strand)
+
+    def _wait_for_turn(self, strand: ThreadState, cell: Waiter) -> None:
+        """Wait, on a worker's main thread, for the baton to be free, or for a call."""
+        lock = threading.Lock()
+        lock.acquire()
+        cell.add(lock)
+        try:
+            self._main_cell = cell
+            if not (self._main_jobs or not self._leader_lock.locked() or bool(self.closing)):
+                lock.acquire()
+        finally:
+            self._main_cell = None
+            cell.remove(lock)
+        if self._main_jobs and not self._leader_lock.locked():
+            # Whoever let go of it may have left it to this thread, which now runs something else.
+            self._arm_standby(bool(self._inbox))
+        while self._main_jobs:
+            self._begin(self._main_jobs.popleft(), strand)
+
+    def _serve(self, strand: ThreadState, cell: Waiter, *, forever: bool, leave: bool = True) -> None:
+        """Read and run calls with the baton held; returns without it.
+
+        `leave` what comes to a worker's main thread if that is between two calls.
+        """
+        inbox, poll = self._inbox, self._poll
+        self._leader = cell
+        spin_until = _now() + SPIN if forever else 0.0
+        while not self.closing:
+            if not forever and (self._main_cell is not None or (leave and inbox and self._main_returns())):
+                self._left += bool(inbox)
+                break  # the main thread is free, and the better one: signals reach it
+            if inbox:
+                item = inbox.popleft()
+                try:
+                    self._leader = None
+                    self._release(promote=False)
+                    self._run(item, strand)
+                except Exception as error:
+                    self._refuse(item, error, strand)
+                    raise
+                if not self._take():
+                    return
+                self._holder = strand
+                if forever:
+                    self._left = 0
+                self._leader = cell
+                spin_until = _now() + SPIN
+            elif poll(0):
+                spin_until = _now() + SPIN
+            elif _now() < spin_until:
+                box = self.mail.box
+                if box is None or not box.watch():
+                    _yield()
+            elif forever:
+                poll(-1)
+            else:
+                break
+        self._leader = None
+        self._release(promote=True)
+
+    def _run(self, item: Any, strand: ThreadState) -> None:
+        """Run an operation, or a task and its lane after it, or refuse them."""
+        if type(item) is Frame:
+            try:
+                self._node.operate(item)
+            except Exception as error:
+                self._fail(item, error)
+            return
+        if not self.threads.parked and not self.threads.ensure_standby() and item.refusal is None:
+            item.refusal = self.threads.refusal("none could be started to read meanwhile")
+        self._lanes.run(self._node, item, strand)
+
+    def _begin(self, item: Any, strand: ThreadState) -> None:
+        """Run an operation or a task, or answer with the error that kept it from being begun."""
+        try:
+            self._run(item, strand)
+        except Exception as error:
+            self._refuse(item, error, strand)
+
+    def _refuse(self, item: Any, error: Exception, strand: ThreadState) -> None:
+        """Answer with an error for what could not even be begun."""
+        if type(item) is Frame:
+            self._fail(item, error)
+        else:
+            item.refusal = item.refusal or error
+            self._lanes.run(self._node, item, strand)
+
+    def _hand_off(self, task: IncomingCall) -> bool:
+        """Let another thread run `task`, a worker's main thread when it is free; False when it is refused."""
+        if task.refusal is not None:
+            return False
+        cell = self._main_cell
+        if cell is not None and not self._main_jobs:
+            self._main_jobs.append(task)
+            cell.wake()
+            if self._main_cell is cell:
+                return True
+            # It has just left, and perhaps without the job.
+            try:
+                task = self._main_jobs.popleft()
+            except IndexError:
+                return True
+        try:
+            self.start(
+                Attempt(
+                    lambda: self._run(task, current()), lambda error: self._refuse(task, error, current())
+                )
+            )
+        except Exception as error:
+            task.refusal = self.threads.refusal(error)
+            return False
+        return True
+
+    # ------------------------------------------------------------------ standing by
+
+    def _stand_by(self, strand: ThreadState, leave_post: Callable[[], None]) -> None:
+        """Sleep in the poller; when a message comes and nobody reads, serve until it is quiet."""
+        woken = False
+        try:
+            try:
+                if not self._leader_lock.locked():
+                    self._arm_standby()
+                woken = self.poller.park()
+            finally:
+                leave_post()
+            if self.closing:
+                return
+            if woken:
+                self.poller.unwake()
+                self.threads.guarded(self._housekeeping)
+            # A main thread that was waited for in vain, or told us so, is busy with a long answer.
+            leave = self._left < _PATIENCE
+            if leave and _now() - self._last < GRACE and not self._followers:
+                leave = self._wait_for_previous_leader()
+            if self._take():
+                self._holder = strand
+                self._serve(strand, Waiter(), forever=False, leave=leave)
+        except Exception as error:
+            self._node.reserve.open()
+            _log.exception("an error in a thread that stands by: %r", error)
+            if woken:
+                self.poller.wake()  # what was asked for may not be done yet
+            self._napping = False
+            self._recover(strand)
+            if not self._leader_lock.locked():
+                self._wake_all()
+        self._node.reserve.fill()
+
+    def _main_returns(self) -> bool:
+        """Tell whether a worker's main thread has ended a call, and is about to read or run the next."""
+        main = self._main
+        return main is not None and main.task is None and main.depth > 0
+
+    def _wait_for_previous_leader(self) -> bool:
+        """Leave the reading to the thread that had the baton a moment ago; False if it stays away long."""
+        self._napping = True
+        turns, naps = -1, 0
+        while not self.closing and not self._followers and self._left < _PATIENCE:
+            # A worker's main thread that runs no user code is about to be back, though the system may
+            # let it wait: calls had better run there, where interrupts reach all of them.
+            main = self._main
+            if turns == self._turns and (main is None or not main.depth or naps > _NAPS):
+                break
+            turns, naps = self._turns, naps + 1
+            # Where many calls block, each new one is probably going to block as well.
+            time.sleep(GRACE if len(self.threads) < 8 else GRACE / 10)
+        self._napping = False
+        return naps <= _NAPS and self._left < _PATIENCE
+
+    def held_up(self) -> bool:
+        """Take note that this thread waits to write an answer; False, for that is not to be given up."""
+        if self._main is current():
+            self._left = _PATIENCE
+        return False
+
+    # ------------------------------------------------------------------ end
+
+    def stop_serving(self) -> None:
+        """Let the main thread leave :meth:`serve`."""
+        self.closing = True
+        self._node.heart.close()
+        self.threads.close()
+        cell = self._main_cell
+        if cell is not None:
+            cell.wake()
+        self.poller.kick()
+        self.poller.wake()
+
+    def close(self) -> None:
+        """End the threads, and close the links and the poller."""
+        self._node.sharing.keeper.close()
+        self.mail.close()
+        self.stop_serving()
+        ended = self.threads.join(1.0)
+        self._close_links()
+        self._node.reserve.open()
+        if ended:  # else one may still be in a system call with its descriptors
+            self.poller.close()
+
+    def abandon(self) -> None:
+        """Give all descriptors back in a forked child, whose parent goes on using them."""
+        self.closing = True
+        self._abandon_links()
+        self.mail.abandon()
+        self.poller.close()

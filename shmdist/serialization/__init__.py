@@ -1,0 +1,1 @@
+"""Objects to payloads and back: a body of bytes, large buffers beside it, references."""

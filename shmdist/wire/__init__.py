@@ -1,1 +1,0 @@
-"""Bytes between two processes: messages, their encoding, the handshake and the link."""

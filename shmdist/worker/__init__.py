@@ -1,0 +1,1 @@
+"""The worker process: its program, its ``__main__``, the watchdog of a remote one."""
