@@ -280,24 +280,28 @@ class CallExecutor:
             return
         if link.calls_started < ticket:
             with link.gate:
-                link.gate_waiters += 1
+                turn = link.at_gate[ticket] = threading.Condition(link.gate)
                 try:
-                    self._wait_for_turn(link, ticket)
+                    self._wait_for_turn(link, ticket, turn)
                 finally:
-                    link.gate_waiters -= 1
+                    del link.at_gate[ticket]
         if link.calls_started <= ticket:  # else it has lost its place
             link.calls_started = ticket + 1
         task.ticket = -1
         # Looked at after that: who gives his place up enters it here, and then looks whose turn it is.
-        if link.gate_waiters or link.given_up:
+        if link.at_gate or link.given_up:
             with link.gate:
                 link.start_next(-1)
 
-    def _wait_for_turn(self, link: Link, ticket: int) -> None:
-        """Wait until the calls of a link before this one have started, or stand still; its gate is held."""
+    def _wait_for_turn(self, link: Link, ticket: int, turn: threading.Condition) -> None:
+        """Wait until the calls of a link before this one have started, or stand still; its gate is held.
+
+        Only who is next looks what the others do.
+        """
         head, since, looked, seen = -1, 0.0, 0.0, None
         while link.calls_started < ticket and not link.closed:
-            if link.gate.wait(_LOOK):
+            first = ticket == min(link.at_gate)
+            if turn.wait(_LOOK if first else _LONGEST) or not first:
                 continue
             now = time.monotonic()
             if head != link.calls_started:

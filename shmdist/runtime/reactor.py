@@ -30,10 +30,11 @@ Handing the reading over costs more than most calls, so it is done late. Each ti
 baton is let go, `_turns` counts and `_last` notes when. A standby thread that is woken
 within `GRACE` of that naps: who let go is probably back in microseconds, to read on or
 with the next of a queue of short calls, which belongs to the thread that is working
-through it. It naps on while the count moves, and reads when the baton has lain free for a
-whole nap: the call that runs is a long one. While it naps nothing need be armed, for it
-will look by itself; so when the baton changes hands very often, one is woken just to nap.
-Threads that wait for answers cut the nap short.
+through it. It naps on while the count moves, or the thread that let go is in no user's code,
+and reads when the baton has lain free for a whole nap: the call that runs is a long one.
+One thread naps at a time; it is the one behind the calls that run, so no other is made, and
+nothing need be armed, for it will look by itself; so when the baton changes hands very often,
+one is woken just to nap. Threads that wait for answers cut the nap short.
 
 Errors
 ------
@@ -97,6 +98,7 @@ class Reactor(PollSet):
         self._turns = 0  # how often the baton was let go, more or less: it is counted without a lock
         self._last = 0.0  # when it was, last
         self._lively = 0.0  # and when it was some turns ago
+        self._runner: ThreadState | None = None  # who let go of the baton last, to run a call
         self._napping = False  # a standby thread is awake and will try the baton
         self._left = 0  # how often calls were left to a worker's main thread since it last read
         self._main: ThreadState | None = None  # a worker's main thread
@@ -399,11 +401,15 @@ class Reactor(PollSet):
                 item = inbox.popleft()
                 try:
                     self._leader = None
+                    self._runner = strand
                     self._release(promote=False)
                     self._run(item, strand)
                 except Exception as error:
                     self._refuse(item, error, strand)
                     raise
+                finally:
+                    if self._runner is strand:
+                        self._runner = None
                 if not self._take():
                     return
                 self._holder = strand
@@ -432,7 +438,8 @@ class Reactor(PollSet):
             except Exception as error:
                 self._fail(item, error)
             return
-        if not self.threads.parked and not self.threads.ensure_standby() and item.refusal is None:
+        behind = self.threads.parked or self._napping
+        if not behind and not self.threads.ensure_standby() and item.refusal is None:
             item.refusal = self.threads.refusal("none could be started to read meanwhile")
         self._lanes.run(self._node, item, strand)
 
@@ -484,7 +491,7 @@ class Reactor(PollSet):
         woken = False
         try:
             try:
-                if not self._leader_lock.locked():
+                if not self._leader_lock.locked() and not self._napping:
                     self._arm_standby()
                 woken = self.poller.park()
             finally:
@@ -497,6 +504,8 @@ class Reactor(PollSet):
             # A main thread that was waited for in vain, or told us so, is busy with a long answer.
             leave = self._left < _PATIENCE
             if leave and _now() - self._last < GRACE and not self._followers:
+                if self._napping:
+                    return  # one is enough
                 leave = self._wait_for_previous_leader()
             if self._take():
                 self._holder = strand
@@ -522,10 +531,12 @@ class Reactor(PollSet):
         self._napping = True
         turns, naps = -1, 0
         while not self.closing and not self._followers and self._left < _PATIENCE:
-            # A worker's main thread that runs no user code is about to be back, though the system may
-            # let it wait: calls had better run there, where interrupts reach all of them.
-            main = self._main
-            if turns == self._turns and (main is None or not main.depth or naps > _NAPS):
+            # Who runs no user code is about to be back, though the system may let it wait. A worker's main
+            # thread: calls had better run there, where interrupts reach all of them. The last one to run a
+            # call: with a thread more for each that is late, all are later still.
+            main, runner = self._main, self._runner
+            late = (main is not None and main.depth) or (runner is not None and runner.depth)
+            if turns == self._turns and (not late or naps > _NAPS):
                 break
             turns, naps = self._turns, naps + 1
             # Where many calls block, each new one is probably going to block as well.

@@ -143,8 +143,8 @@ class Link(Reader):
         # -- starting calls in order: tickets given by the reader, and passed by the calls' threads
         self.calls_read = 0
         self.calls_started = 0
-        self.gate = threading.Condition()  # guards waiting for `calls_started`
-        self.gate_waiters = 0
+        self.gate = threading.Lock()  # guards waiting for `calls_started`
+        self.at_gate: dict[int, threading.Condition] = {}  # those who wait for their turn, by their tickets
         self.given_up: set[int] = set()  # tickets of calls that will not start; guarded by `gate`
         # -- writing
         self._write = threading.Lock()  # guards the writing side of the socket
@@ -180,7 +180,12 @@ class Link(Reader):
         while self.calls_started in self.given_up:
             self.given_up.discard(self.calls_started)
             self.calls_started += 1
-        self.gate.notify_all()
+        self.wake_first()
+
+    def wake_first(self) -> None:
+        """Wake who is next at the gate, and nobody else; `gate` is held."""
+        if self.at_gate:
+            self.at_gate[min(self.at_gate)].notify()
 
     # ------------------------------------------------------------------ writing
 
@@ -592,4 +597,5 @@ class Link(Reader):
                 if (fd := self._fds.popleft()) >= 0:
                     os.close(fd)
         with self.gate:
-            self.gate.notify_all()
+            for turn in self.at_gate.values():
+                turn.notify()

@@ -10,6 +10,7 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -73,11 +74,27 @@ def hold_the_interpreter(seconds):
 
 
 def test_short_calls_without_end(cluster):
+    """Which the threads do that are there: with one more for each that is late, all would be later still."""
     pid = cluster[0]
+    before = sd.remotecall_fetch(threads_made, pid)
     with within(10):
         with stopped(pid):
             calls = [sd.remotecall(abs, pid, -n) for n in range(5000)]
         assert [call.fetch() for call in calls] == list(range(5000))
+    assert sd.remotecall_fetch(threads_made, pid) - before < 200
+
+
+def test_short_calls_while_the_main_thread_waits(fresh):
+    pid, other = fresh(2)
+    call = sd.remotecall(sd.remotecall_fetch, pid, time.sleep, other, 1.0)
+    with within(10):
+        calls = [sd.remotecall(abs, pid, -n) for n in range(5000)]
+        assert [call.fetch() for call in calls] == list(range(5000))
+    call.fetch()
+
+
+def threads_made():
+    return current_node().dispatcher.threads._serial
 
 
 def test_a_worker_that_dies_with_calls_queued(fresh):

@@ -527,8 +527,9 @@ class TestEnd:
 
         def wait() -> bool:
             with link.gate:
+                turn = link.at_gate[1] = threading.Condition(link.gate)
                 waiting.set()
-                return link.gate.wait_for(lambda: link.closed, 5)
+                return turn.wait_for(lambda: link.closed, 5)
 
         done = threads.start(wait)
         waiting.wait()
