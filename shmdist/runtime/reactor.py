@@ -86,7 +86,8 @@ _yield = getattr(os, "sched_yield", lambda: None)
 class Reactor(PollSet):
     """The threads of one process of the cluster."""
 
-    __slots__ = ("_housekeeping", "_kicker", "closing", "later", "own", "soon", "start")  # as in Node
+    # As in Node.
+    __slots__ = ("_housekeeping", "_kicker", "closing", "later", "outcomes", "own", "soon", "start")
 
     def __init__(self, node: Node) -> None:
         super().__init__(node)

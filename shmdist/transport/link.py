@@ -180,12 +180,8 @@ class Link(Reader):
         while self.calls_started in self.given_up:
             self.given_up.discard(self.calls_started)
             self.calls_started += 1
-        self.wake_first()
-
-    def wake_first(self) -> None:
-        """Wake who is next at the gate, and nobody else; `gate` is held."""
         if self.at_gate:
-            self.at_gate[min(self.at_gate)].notify()
+            self.at_gate[min(self.at_gate)].notify()  # nobody else can start yet
 
     # ------------------------------------------------------------------ writing
 
