@@ -11,6 +11,8 @@ from pathlib import Path
 #: Files of tests/integration that start servers, cut lines, or make environments.
 WAITING = ("bad_lines", "check_manager", "copies", "firewall", "heartbeat", "python_pairs", "ssh*", "watcher")
 NOTHING_TO_DO = 5  # pytest's exit code when no test was selected
+#: Seconds that the second may take longer. A test is ended after two minutes; what follows the tests is not.
+LONGEST = 900
 
 
 def main(arguments: list[str]) -> int:
@@ -24,13 +26,18 @@ def main(arguments: list[str]) -> int:
         try:
             first = subprocess.call([*pytest, *rest, "shmdist", "tests", *arguments])
         finally:
-            other = second.wait()
+            try:
+                other = second.wait(LONGEST)
+            except subprocess.TimeoutExpired:
+                second.kill()
+                other = second.wait()
+                sys.stderr.write(f"the second did not end, and was killed {LONGEST} s after the first\n")
             output.seek(0)
             sys.stdout.buffer.write(output.read())
             sys.stdout.flush()
     if NOTHING_TO_DO in (first, other):
         return min(first, other)  # one had nothing to do, or both had
-    return max(first, other)
+    return max(abs(first), abs(other))
 
 
 if __name__ == "__main__":

@@ -366,16 +366,13 @@ class MapRun:
             for batch in batches:
                 self._start_here(batch)
             return
-        payloads = []
-        for batch in batches:
-            payload = self._pickle(batch, ready)
-            if payload is not None:
-                payloads.append((batch, payload))
+        pickled = ((batch, self._pickle(batch, ready)) for batch in batches)
+        payloads = [(batch, payload) for batch, payload in pickled if payload is not None]
         if not payloads:
             return
         strand = current()
         strand.enter()
-        parts, sent = OutgoingFrames(), 0
+        parts, sent, written = OutgoingFrames(), 0, 0
         try:
             together = codec.Payload()
             self.shipped.go_ahead(pid, together, parts, alone=self.kept)
@@ -398,8 +395,9 @@ class MapRun:
                 if len(parts) > 1 and sum(map(len, parts)) < _JOINED:
                     parts[:] = [b"".join(parts)]
                 node.send(link, parts, together, wakeups=wakeups)
-                if not link.is_local:
-                    batch.link, batch.end = link, link.end
+                for joined, _ in payloads[written:sent] if not link.is_local else ():
+                    joined.link, joined.end = link, link.end
+                written = sent
                 if sent < len(payloads):
                     parts, together = OutgoingFrames(), codec.Payload()
         except (LinkClosed, KeyError, ProcessExitedException) as error:

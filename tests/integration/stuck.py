@@ -120,8 +120,8 @@ class Work:
         self.kind, self.pids, self.stuck = kind, pids, stuck
         self.done, self.given, self.outcome, self.took = [], 0, None, None
         self.said = sd.RemoteChannel(lambda: sd.Channel(10 * COUNT), 1)
-        self._listener = threading.Thread(target=self._listen)
-        self._thread = threading.Thread(target=self._run)
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self):
         self._since = time.monotonic()
