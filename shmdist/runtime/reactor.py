@@ -30,8 +30,9 @@ Handing the reading over costs more than most calls, so it is done late. Each ti
 baton is let go, `_turns` counts and `_last` notes when. A standby thread that is woken
 within `GRACE` of that naps: who let go is probably back in microseconds, to read on or
 with the next of a queue of short calls, which belongs to the thread that is working
-through it. It naps on while the count moves, or the thread that let go is in no user's code,
-and reads when the baton has lain free for a whole nap: the call that runs is a long one.
+through it. It naps on while the count moves, the longer the faster, or while the thread that
+let go is in no user's code, and reads when the baton has lain free for a whole nap: the call
+that runs is a long one.
 One thread naps at a time; it is the one behind the calls that run, so no other is made, and
 nothing need be armed, for it will look by itself; so when the baton changes hands very often,
 one is woken just to nap. Threads that wait for answers cut the nap short.
@@ -76,6 +77,8 @@ if TYPE_CHECKING:
 SPIN = 50e-6  # seconds a reader polls before it sleeps
 GRACE = 1e-3  # seconds a call may run before the reading is taken over from it
 _NAPS = 20  # so many times that, when the thread that had the reading runs no call
+_LONGEST_NAP = 8 * GRACE  # seconds that it may run where it follows many short ones
+_SHORT = 10_000  # calls a second that are short, for that
 _LONGEST = 1e6  # seconds of one sleep: a system call takes no more than 24 days
 _PATIENCE = 3  # times that calls are left to it while it does not come
 _log = Log("dispatch")
@@ -402,14 +405,15 @@ class Reactor(PollSet):
                 item = inbox.popleft()
                 try:
                     self._leader = None
-                    self._runner = strand
+                    if not forever:
+                        self._runner = strand
                     self._release(promote=False)
                     self._run(item, strand)
                 except Exception as error:
                     self._refuse(item, error, strand)
                     raise
                 finally:
-                    if self._runner is strand:
+                    if not forever and self._runner is strand:
                         self._runner = None
                 if not self._take():
                     return
@@ -530,7 +534,7 @@ class Reactor(PollSet):
     def _wait_for_previous_leader(self) -> bool:
         """Leave the reading to the thread that had the baton a moment ago; False if it stays away long."""
         self._napping = True
-        turns, naps = -1, 0
+        turns, naps, nap = self._turns - 1, 0, 0.0
         while not self.closing and not self._followers and self._left < _PATIENCE:
             # Who runs no user code is about to be back, though the system may let it wait. A worker's main
             # thread: calls had better run there, where interrupts reach all of them. The last one to run a
@@ -539,9 +543,13 @@ class Reactor(PollSet):
             late = (main is not None and main.depth) or (runner is not None and runner.depth)
             if turns == self._turns and (not late or naps > _NAPS):
                 break
+            if self._turns - turns > _SHORT * nap > 0:
+                nap = min(2 * nap, _LONGEST_NAP)  # calls are short, and each look holds one of them up
+            else:
+                # Where many calls block, each new one is probably going to block as well.
+                nap = GRACE if len(self.threads) < 8 else GRACE / 10
             turns, naps = self._turns, naps + 1
-            # Where many calls block, each new one is probably going to block as well.
-            time.sleep(GRACE if len(self.threads) < 8 else GRACE / 10)
+            time.sleep(nap)
         self._napping = False
         return naps <= _NAPS and self._left < _PATIENCE
 
