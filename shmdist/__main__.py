@@ -8,12 +8,13 @@ The script runs as ``__main__`` in this process, and finds the workers there::
 
 from __future__ import annotations
 
-import argparse
-import importlib.machinery
 import os
 import sys
 from types import CodeType, ModuleType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def main(arguments: list[str]) -> None:
@@ -41,6 +42,7 @@ class _UsageError(Exception):
 
 
 def _parser() -> argparse.ArgumentParser:
+    import argparse  # not on a worker's way to its start
 
     parser = argparse.ArgumentParser(
         "python -m shmdist", description="Run a script with workers; or, as `worker`, be one."
@@ -68,12 +70,16 @@ def _count(text: str) -> int | None:
     if text == "auto":
         return None
     if not text.isdecimal():
+        import argparse
+
         raise argparse.ArgumentTypeError(f"N is a number of workers, 0 or more, or auto, not {text!r}")
     return int(text)
 
 
 def _machines(path: str) -> list[Any]:
     """Return the machines that a file names."""
+    import argparse
+
     from shmdist.managers.ssh.host_spec import parse_machine
 
     try:
@@ -145,10 +151,12 @@ def _run(
 
         runpy.run_path(script, run_name="__main__")
         return
+    from importlib.machinery import SourceFileLoader
+
     # It stays: threads of the script, and what is run at exit, look there for its names.
     main = sys.modules["__main__"] = ModuleType("__main__")
     path = os.path.abspath(script)
-    loader = importlib.machinery.SourceFileLoader("__main__", path)
+    loader = SourceFileLoader("__main__", path)
     main.__dict__.update(__builtins__=__builtins__, __file__=path, __cached__=None, __loader__=loader)
     try:
         exec(code, main.__dict__)

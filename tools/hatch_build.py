@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 import subprocess
 import sys
 import sysconfig
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,12 @@ def _compile(source: Path, target: Path) -> str:
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
     linking = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     parts = sorted(source.parent.glob("_native*.[ch]"))
-    digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
+    checksum = f"{zlib.crc32(b''.join(part.read_bytes() for part in parts)):08x}"
     command = [
         *compiler,
         *FLAGS,
         *linking,
-        f'-DSOURCE="{digest}"',
+        f'-DSOURCE="{checksum}"',
         f"-I{sysconfig.get_paths()['include']}",
         *shlex.split(os.environ.get("CFLAGS", "")),
         str(source),
