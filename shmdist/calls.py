@@ -74,8 +74,8 @@ def remotecall_fetch(f: Callable[..., _T], where: Any, /, *args: Any, **kwargs: 
 
 def _ask(node: Node, f: Any, pid: int, flags: int, payload: codec.Payload) -> Any:
     """Send a call whose value comes back, and wait for it."""
-    strand = current()
-    strand.enter()
+    thread_state = current()
+    thread_state.enter()
     try:
         reply = node.request(pid, _CALL, flags, payload)
         try:
@@ -85,7 +85,7 @@ def _ask(node: Node, f: Any, pid: int, flags: int, payload: codec.Payload) -> An
             node.cancel(reply)
             raise
     finally:
-        strand.leave()
+        thread_state.leave()
     return node.open(reply, f)
 
 
@@ -168,12 +168,12 @@ def _start(f: Any, place: CallTarget, args: Any, kwargs: Any) -> Future:
         pid = place.pid
         if pid == node.pid:
             args, kwargs = _own_arguments(args, kwargs)
-            strand = current()
-            strand.enter()
+            thread_state = current()
+            thread_state.enter()
             try:
                 future = _start_here(node, f, rrid, args, kwargs, place)
             finally:
-                strand.leave()
+                thread_state.leave()
         else:
             if pid not in node.links:
                 node.link_to(pid)
@@ -192,8 +192,8 @@ def _start_there(
 ) -> Future:
     """Send a call whose value stays where it runs."""
     pid = place.pid
-    strand = current()
-    strand.enter()
+    thread_state = current()
+    thread_state.enter()
     try:
         future = Future._of_call(rrid, pid, what)
 
@@ -217,7 +217,7 @@ def _start_there(
         if future._reply is None:
             future._reply = reply
     finally:
-        strand.leave()
+        thread_state.leave()
     return future
 
 
@@ -319,8 +319,8 @@ def _do(f: Any, where: Any, args: Any, kwargs: Any) -> None:
             )
             return
         flags, payload = place.payload(f, args, kwargs)
-        strand = current()
-        strand.enter()
+        thread_state = current()
+        thread_state.enter()
         try:
             link = node.link_to(place.pid)
             try:
@@ -328,7 +328,7 @@ def _do(f: Any, where: Any, args: Any, kwargs: Any) -> None:
             except LinkClosed:
                 raise node.death(place.pid) from None
         finally:
-            strand.leave()
+            thread_state.leave()
     finally:
         firmly(place.back)
 

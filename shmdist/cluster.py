@@ -193,12 +193,12 @@ def rmprocs(*pids: Any, waitfor: float | None = None) -> Any:
 
 
 def _remove(cluster: ClusterController, pids: list[int], waitfor: float | None) -> None:
-    strand = current()
-    strand.enter()
+    thread_state = current()
+    thread_state.enter()
     try:
         cluster.remove(pids, waitfor)
     finally:
-        strand.leave()
+        thread_state.leave()
 
 
 def _run_in_background(job: Any) -> Any:

@@ -465,7 +465,7 @@ def scatter(f: _Chunk, parts: Iterable[tuple[int, tuple[Any, ...]]]) -> list[Any
     node = current_node()
     shipped = BroadcastFunction(f)
     replies: list[Any] = []
-    strand = current()
+    thread_state = current()
     parts = list(parts)
     over = _Over(node, len(parts))
     try:
@@ -473,22 +473,22 @@ def scatter(f: _Chunk, parts: Iterable[tuple[int, tuple[Any, ...]]]) -> list[Any
             how: dict[str, Any] = {"lane": NO_LANE, "callback": over.note, "wakeups": wakeups}
             for pid, arguments in parts:
                 if pid == node.pid:
-                    with strand:  # an interrupt must not come between the start and the note of it
+                    with thread_state:  # an interrupt must not come between the start and the note of it
                         replies.append(_Here(node, f, arguments, over.note))
                     continue
                 payload = _dump_chunk(shipped.number, arguments, parts[: len(replies)])
-                strand.enter()
+                thread_state.enter()
                 try:
                     shipped.send_to(pid, wakeups)
                     replies.append(node.request(pid, _CALL, WANT_VALUE | BY_ID, payload, **how))
                 finally:
-                    strand.leave()
+                    thread_state.leave()
                 wakeups.turn()
-        strand.enter()
+        thread_state.enter()
         try:
             node.wait(over)
         finally:
-            strand.leave()
+            thread_state.leave()
         values = []
         for reply in replies if over.failed is None else [over.failed]:
             try:
@@ -499,7 +499,7 @@ def scatter(f: _Chunk, parts: Iterable[tuple[int, tuple[Any, ...]]]) -> list[Any
                 raise
         return values
     finally:
-        with strand:
+        with thread_state:
             for reply in replies:
                 if isinstance(reply, PendingReply):
                     node.cancel(reply)

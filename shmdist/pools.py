@@ -305,12 +305,12 @@ class CachingPool(AbstractWorkerPool):
         return pid
 
     def _give_back(self, pid: int) -> None:
-        strand = current()
-        strand.enter()
+        thread_state = current()
+        thread_state.enter()
         try:
             self._state.give_back(pid, self._node.pid)
         finally:
-            strand.leave()
+            thread_state.leave()
 
     def ship(self, f: Callable[..., Any]) -> BroadcastFunction:
         """Return the function as it is kept for this pool's workers."""

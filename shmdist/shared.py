@@ -34,13 +34,13 @@ def _make(shape: Any, dtype: Any, order: Any, zeroed: bool = False) -> NDArray[A
             f"an array of shape {sizes} and dtype {kind} is larger than the maximum possible size"
         )
     nbytes = max(1, kind.itemsize * math.prod(sizes))  # an empty one has a place as well
-    strand = current()
-    strand.enter()  # an interrupt must not come between a block and the hold of it
+    thread_state = current()
+    thread_state.enter()  # an interrupt must not come between a block and the hold of it
     try:
         hold, is_zero = current_node().sharing.make_shared(nbytes)
         buffer = hold.array()
     finally:
-        strand.leave()
+        thread_state.leave()
     if zeroed and not is_zero:
         buffer.fill(0)  # as bytes: a text of zeros is empty
     strides = numpy.empty(sizes, kind, order).strides if 0 in sizes else None

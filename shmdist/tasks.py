@@ -41,7 +41,7 @@ class Task(concurrent.futures.Future):  # type: ignore[type-arg]  # generic only
     __module__ = "shmdist"
     _is_shmdist_task = True
     _what: str  # what it runs
-    _cell: Waiter | None = None  # of who waits for its end
+    _waiter: Waiter | None = None  # of who waits for its end
 
     def __repr__(self) -> str:
         state = (
@@ -57,25 +57,25 @@ class Task(concurrent.futures.Future):  # type: ignore[type-arg]  # generic only
         if self.done():
             return
         dispatcher = current_node().dispatcher
-        cell = self._end_cell()
-        strand = current()
-        strand.enter()
+        waiter = self._end_waiter()
+        thread_state = current()
+        thread_state.enter()
         try:
-            if not dispatcher.wait(cell, timeout):
+            if not dispatcher.wait(waiter, timeout):
                 raise TimeoutError(f"{self!r} took more than {timeout:g} s")
         finally:
-            strand.leave()
+            thread_state.leave()
 
-    def _end_cell(self) -> Waiter:
-        """Return the cell that is done when the function has ended: one for all who wait."""
+    def _end_waiter(self) -> Waiter:
+        """Return the waiter that is done when the function has ended: one for all who wait."""
         with self._condition:
-            cell = self._cell
-            if cell is not None:
-                return cell
-            cell = self._cell = Waiter()
+            waiter = self._waiter
+            if waiter is not None:
+                return waiter
+            waiter = self._waiter = Waiter()
         dispatcher = current_node().dispatcher
-        self.add_done_callback(lambda _: dispatcher.complete(cell))
-        return cell
+        self.add_done_callback(lambda _: dispatcher.complete(waiter))
+        return waiter
 
     def fetch(self, timeout: float | None = None) -> Any:
         """Wait for the function to end, and return its value or raise its error."""
@@ -135,17 +135,17 @@ def _begin(f: Callable[..., Any], args: Any, kwargs: Any) -> Task:
         context.run(call_target.nested.set, True)
 
     def run() -> None:
-        strand = current()
-        depth, strand.depth = strand.depth, 0
+        thread_state = current()
+        depth, thread_state.runtime_depth = thread_state.runtime_depth, 0
         try:
             value = context.run(f, *args, **kwargs)
         except BaseException as error:
-            strand.depth = depth
+            thread_state.runtime_depth = depth
             if isinstance(error, _ENDS):
                 error = local_exception(current_node().pid, error)
             task.set_exception(error)
         else:
-            strand.depth = depth
+            thread_state.runtime_depth = depth
             task.set_result(value)
 
     current_node().dispatcher.start(run)

@@ -139,7 +139,7 @@ class ClusterController:
         self, manager: ClusterManager, config: WorkerConfig, params: dict[str, Any]
     ) -> tuple[int, Any]:
         """Connect to a launched worker, and ask it to join; its answer is not waited for."""
-        strand = current()
+        thread_state = current()
         pid, self.next_pid = self.next_pid, self.next_pid + 1
         phase = "connect"
         connection = None
@@ -148,7 +148,7 @@ class ClusterController:
             phase = "handshake"
             machine = listener.authenticate_as_client(connection, self.node.cookie, 1)
             self._check_versions(pid, config, Versions(machine.peer_version, machine.peer_python))
-            strand.enter()  # Ctrl-C is for the waits before and after what follows
+            thread_state.enter()  # Ctrl-C is for the waits before and after what follows
         except BaseException as error:
             self._dismiss(manager, pid, config)
             if connection is not None:
@@ -163,7 +163,7 @@ class ClusterController:
         try:
             return pid, self._take_on(pid, connection, manager, config, params)
         finally:
-            strand.leave()
+            thread_state.leave()
 
     def _take_on(
         self,
@@ -225,12 +225,12 @@ class ClusterController:
         node = self.node
         timeout = float(os.environ.get("SHMDIST_WORKER_TIMEOUT", "60"))
         member = self.members[pid]
-        strand = current()
-        strand.enter()
+        thread_state = current()
+        thread_state.enter()
         try:
             joined = node.wait(reply, timeout)
         finally:
-            strand.leave()
+            thread_state.leave()
         if not joined:
             raise LaunchWorkerError(
                 f"worker {pid} did not join within {timeout:g} s", host=member.config.host, phase="join"
@@ -255,7 +255,7 @@ class ClusterController:
         Process 1 counts them among its peers when all have been told, no earlier: a call that
         follows from that, on whichever process, finds that who is called is known there.
         """
-        node, strand = self.node, current()
+        node, thread_state = self.node, current()
         new = {pid: self.arriving.pop(pid) for pid in pids if pid in self.arriving}
         _choose_links(new, {pid: self.members[pid].config for pid in pids if pid in self.members}, topology)
         with current(), node.lock:
@@ -265,8 +265,8 @@ class ClusterController:
         for pid in list(self.members):
             link = node.links.get(pid)
             if link is not None:
-                with contextlib.suppress(LinkClosed), strand:
-                    link.send(codec.frame(int(Kind.PEERS), 0, 0, 0, payload), strand.interrupted)
+                with contextlib.suppress(LinkClosed), thread_state:
+                    link.send(codec.frame(int(Kind.PEERS), 0, 0, 0, payload), thread_state.interrupted)
         with current(), node.lock:
             node.peers.update((pid, info) for pid, info in new.items() if pid not in node.lost_processes)
         for pid in pids:
@@ -399,16 +399,16 @@ class ClusterController:
     def _wait_gone(self, pids: Sequence[int], timeout: float) -> list[int]:
         """Wait until workers are gone; returns those that are not in time."""
         deadline = time.monotonic() + timeout
-        strand = current()
-        if strand.depth:
-            strand.look()
+        thread_state = current()
+        if thread_state.runtime_depth:
+            thread_state.refresh_signal_handlers()
         pause = 0.001
         while True:
             left = [pid for pid in pids if pid in self.members]
             if not left or time.monotonic() >= deadline:
                 return left
-            if strand.pending:
-                strand.deliver()
+            if thread_state.has_deferred:
+                thread_state.raise_deferred()
             time.sleep(pause)
             pause = min(pause * 1.5, 0.02)
 
@@ -430,8 +430,8 @@ class ClusterController:
             return
         with contextlib.suppress(BaseException):  # Ctrl-C, or no thread
             self._finalize()
-        strand = current()
-        strand.enter()
+        thread_state = current()
+        thread_state.enter()
         try:
             node.exiting = True
             try:
@@ -444,8 +444,8 @@ class ClusterController:
             node.closed = True
             node.dispatcher.close()
         finally:
-            strand.due = False  # what Ctrl-C was for, has been done
-            strand.leave()
+            thread_state.interrupt_pending = False  # what Ctrl-C was for, has been done
+            thread_state.leave()
 
     def _finalize(self) -> None:
         """Have finalizers of what is garbage run now: when Python runs them, the workers have ended.

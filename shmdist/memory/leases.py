@@ -121,7 +121,7 @@ class LeaseHandle:
                     self._holds.wake()
                 return
             except KeyboardInterrupt:
-                again = self._holds.strand().again()  # noqa: F841 - raised when this frame ends
+                again = self._holds.thread_state().again()  # noqa: F841 - raised when this frame ends
             except Exception:
                 pass  # no memory; or made by halves, or the program is at its end
 
@@ -146,8 +146,8 @@ class LeaseHandle:
 
         lease = self.lease
         if not lease.start:
-            strand = self._holds.strand()
-            strand.enter()  # an interrupt must not come between the mapping and the tables
+            thread_state = self._holds.thread_state()
+            thread_state.enter()  # an interrupt must not come between the mapping and the tables
             try:
                 if lease.mode == PRIVATE:
                     private = lease.private = lease.segment.private(lease.offset, lease.nbytes)
@@ -158,7 +158,7 @@ class LeaseHandle:
             except OSError:
                 return numpy.frombuffer(bytearray(lease.view()), "B")
             finally:
-                strand.leave()
+                thread_state.leave()
         return numpy.asarray(self)
 
 
@@ -185,14 +185,16 @@ class LeaseTable:
         code, runs while it is held.
     wake : callable
         Called by finalizers when :attr:`idle`: sees to it that :meth:`drain` is called soon.
-    strand : callable
+    thread state : callable
         Returns what puts interrupts of the calling thread off, between ``enter`` and ``leave``.
     """
 
-    def __init__(self, lock: Any, wake: Callable[[], None], strand: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self, lock: Any, wake: Callable[[], None], thread_state: Callable[[], Any] | None = None
+    ) -> None:
         self._lock = lock
         self.wake = wake
-        self.strand = strand or _Unshielded
+        self.thread_state = thread_state or _Unshielded
         self.idle = True  # nobody is going to look at `ended` by himself
         self.segments: dict[tuple[int, int], Segment] = {}  # by owner and number
         #: Segments whose owner is gone: they live as long as the leases in them.
@@ -241,8 +243,8 @@ class LeaseTable:
 
         Several leases of one block have the same part of it, so any will do.
         """
-        strand = self.strand()
-        strand.enter()  # a finalizer that came to this lock once more would wait for itself
+        thread_state = self.thread_state()
+        thread_state.enter()  # a finalizer that came to this lock once more would wait for itself
         try:
             with self._lock:
                 index = bisect_right(self._starts, (address, sys.maxsize)) - 1
@@ -250,7 +252,7 @@ class LeaseTable:
                     return None
                 lease = self._by_id[self._starts[index][1]]
         finally:
-            strand.leave()
+            thread_state.leave()
         return lease if address + nbytes <= lease.start + lease.nbytes else None
 
     def drain(self) -> list[Lease]:

@@ -44,11 +44,11 @@ def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float 
     timeout = seconds(timeout)
     payload = codec.dumps((name, tuple(rrid), argument), "the value")
     what = f"{name} of a reference on process {owner}"
-    strand = current()
+    thread_state = current()
     reply = None
     back = (owner, rrid) if name in _TAKES else None
     try:
-        strand.enter()
+        thread_state.enter()
         try:
             if timeout is None:
                 reply = node.request(owner, _OP, 0, payload)
@@ -69,7 +69,7 @@ def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float 
                 firmly(_give_up, node, given_up, back)
             raise
         finally:
-            strand.leave()  # which may raise as well, though the answer is there
+            thread_state.leave()  # which may raise as well, though the answer is there
         if reply is None:
             raise TimeoutError(f"{what} timed out after {timeout:.3g} s, unsent: the process does not read")
         if reply.frame is not None and reply.frame.flags & NOT_RUN:
@@ -116,14 +116,14 @@ def ask_later(
 
 def _send_in_time(node: Node, owner: int, payload: codec.Payload, until: float) -> PendingReply | None:
     """Send an operation; None when that could not be begun in time. The caller is inside the runtime."""
-    strand = current()
-    strand.until = until
+    thread_state = current()
+    thread_state.send_deadline = until
     try:
         return node.request(owner, _OP, 0, payload)
     except TimeoutError:
         return None
     finally:
-        strand.until = math.inf
+        thread_state.send_deadline = math.inf
 
 
 def _give_up(node: Node, reply: PendingReply, back: tuple[int, RRID] | None) -> None:
@@ -153,8 +153,8 @@ def call_owner(owner: int, function: Callable[..., Any], *args: Any) -> Any:
                 raise
             raise told from None  # its traceback is that of the cause as well
     payload = codec.dumps((function, args, {}), "the call")
-    strand = current()
-    strand.enter()
+    thread_state = current()
+    thread_state.enter()
     try:
         reply = node.request(owner, _CALL, WANT_VALUE, payload)
         try:
@@ -165,7 +165,7 @@ def call_owner(owner: int, function: Callable[..., Any], *args: Any) -> Any:
         # Read before an interrupt can come: what it refers to is counted, and goes back with the value.
         return node.open(reply, getattr(function, "__name__", "the call"))
     finally:
-        strand.leave()
+        thread_state.leave()
 
 
 class Reference:

@@ -8,7 +8,7 @@ Every operation decides what happens, to all whom it concerns, under the channel
 changes the state there; only then, with the lock let go, it tells them (`_tell`). So no completion
 runs inside the lock, and none is promised an item that another thread may still take. `ResultWaiter` is
 the exception: it runs no code but its own and cannot block, so it is told inside the lock, and a
-thread that finds its cell neither queued nor done knows that nothing was given to it.
+thread that finds its waiter neither queued nor done knows that nothing was given to it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Channel:
 
     __module__ = "shmdist"
 
-    # How a local thread waits until cell.done or for so many seconds (None: no limit); it may return
+    # How a local thread waits until waiter.done or for so many seconds (None: no limit); it may return
     # early, and raise what interrupts it. The runtime replaces it, to read links meanwhile.
     _block: ClassVar[staticmethod[[ResultWaiter, float | None], None]] = staticmethod(ResultWaiter.sleep)
     # Around each blocking method, `_block` included: between them the runtime puts interrupts off, and
@@ -388,38 +388,38 @@ class Channel:
 
     def _perform(self, verb: str, timeout: float | None, begin: Callable[..., None], *args: Any) -> Any:
         """Begin an operation of the core, wait for its outcome, and undo it if the waiting fails."""
-        cell = ResultWaiter()
+        waiter = ResultWaiter()
         timeout = seconds(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             self._enter()
             try:
-                begin(*args, cell)
-                while not cell.done:
+                begin(*args, waiter)
+                while not waiter.done:
                     left = None if deadline is None else deadline - time.monotonic()
                     if left is None or left > 0:
-                        self._block(cell, left)
-                    elif self.cancel(cell):
+                        self._block(waiter, left)
+                    elif self.cancel(waiter):
                         raise TimeoutError(f"{verb} timed out after {timeout:.3g} s: {self!r}")
-                    # else it was decided this very moment, under the lock: the cell is done.
+                    # else it was decided this very moment, under the lock: the waiter is done.
             finally:
                 self._leave()
-            if cell.exc is None:
-                return cell.value if self._open is None else self._open(cell.value, verb)
+            if waiter.exc is None:
+                return waiter.value if self._open is None else self._open(waiter.value, verb)
         except BaseException as error:
             self._enter()
             try:
                 # Neither withdrawn nor done: not begun, or undone before.
-                taken = not self.cancel(cell) and verb == "take" and cell.done and cell.exc is None
+                taken = not self.cancel(waiter) and verb == "take" and waiter.done and waiter.exc is None
                 if taken and type(error) is not SerializationError:  # that nobody can read
-                    self.untake(cell.value)
+                    self.untake(waiter.value)
             finally:
                 self._leave()
             raise
         try:
-            raise cell.exc
+            raise waiter.exc
         finally:
-            del cell  # else exception, traceback, this frame and cell would be a circle
+            del waiter  # else exception, traceback, this frame and waiter would be a circle
 
     def isready(self) -> bool:
         """Tell whether there is an item to take."""

@@ -53,17 +53,17 @@ _REFS = int(Kind.REFS)
 class LocalTask:
     """A call that runs on a thread of this process, as far as interrupting it goes."""
 
-    __slots__ = ("interrupted", "strand")
+    __slots__ = ("interrupted", "thread_state")
 
     def __init__(self) -> None:
         self.interrupted = False
-        self.strand: ThreadState | None = None  # of the thread that runs it
+        self.thread_state: ThreadState | None = None  # of the thread that runs it
 
     def interrupt(self) -> None:
         """Raise KeyboardInterrupt in it."""
         self.interrupted = True
-        if self.strand is not None:
-            self.strand.interrupt_call(self)
+        if self.thread_state is not None:
+            self.thread_state.interrupt_call(self)
 
 
 class Future(ConcurrentFutureInterface):
@@ -264,8 +264,8 @@ class Future(ConcurrentFutureInterface):
         if reply is None:
             return
         if not reply.done:
-            strand = current()
-            strand.enter()
+            thread_state = current()
+            thread_state.enter()
             try:
                 try:
                     if not node.wait(reply, timeout):
@@ -278,7 +278,7 @@ class Future(ConcurrentFutureInterface):
                     self._interrupt(node)
                     raise
             finally:
-                strand.leave()
+                thread_state.leave()
         if self._outcome is None:
             self._open_reply(reply)
         if node.has_output:
@@ -296,12 +296,12 @@ class Future(ConcurrentFutureInterface):
 
     def _fetch_here(self, node: Node, timeout: float | None) -> None:
         """Wait for a value that lives in this process."""
-        cell = ResultWaiter()
+        waiter = ResultWaiter()
         if self._weak is not None and not node.has_value(self._rrid):
             self._settle(False, SerializationError(self._weak))
             return
-        strand = current()
-        strand.enter()
+        thread_state = current()
+        thread_state.enter()
         try:
             with node.lock:
                 entry = self._entry(node)
@@ -309,21 +309,21 @@ class Future(ConcurrentFutureInterface):
                     return
                 ready = entry.state is not State.UNSET
                 if not ready:
-                    entry.waiters.append(cell)
+                    entry.waiters.append(waiter)
             if not ready:
                 try:
-                    if not node.dispatcher.wait(cell, timeout):  # type: ignore[arg-type]  # same face
+                    if not node.dispatcher.wait(waiter, timeout):  # type: ignore[arg-type]  # same face
                         raise TimeoutError(f"{self!r} got no value within {timeout:g} s")
                 finally:
                     with node.lock:
-                        if cell in entry.waiters:
-                            entry.waiters.remove(cell)
+                        if waiter in entry.waiters:
+                            entry.waiters.remove(waiter)
         finally:
-            strand.leave()
-        if cell.exc is not None:
-            if isinstance(cell.exc, RemoteException):
-                join_tracebacks(cell.exc)
-            self._settle(False, cell.exc)
+            thread_state.leave()
+        if waiter.exc is not None:
+            if isinstance(waiter.exc, RemoteException):
+                join_tracebacks(waiter.exc)
+            self._settle(False, waiter.exc)
             return
         value = entry.value
         if isinstance(value, CapturedException):
@@ -394,8 +394,8 @@ class Future(ConcurrentFutureInterface):
         node = self._alive()
         if self._where == node.pid:
             value = local_copy(value)
-            strand = current()
-            strand.enter()  # an interrupt must not come between the value and the word to who waits for it
+            thread_state = current()
+            thread_state.enter()  # no interrupt must come between the value and the word to who waits for it
             try:
                 with node.lock:
                     entry = self._entry(node)
@@ -403,7 +403,7 @@ class Future(ConcurrentFutureInterface):
                     raise AlreadySet(self._rrid)
                 node.set_value(entry, value)
             finally:
-                strand.leave()
+                thread_state.leave()
         else:
             self._keep()
             try:

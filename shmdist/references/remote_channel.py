@@ -182,7 +182,7 @@ class RemoteChannel(Reference):
 
 def _within(timeout: float, channel: Any, name: str, args: tuple[Any, ...]) -> Any:
     """Run a method of a user's own channel, which knows no timeout, for at most `timeout` seconds."""
-    cell = ResultWaiter()
+    waiter = ResultWaiter()
     given_up = threading.Lock()  # taken by the first of the two: the caller's giving up, or the outcome
 
     def run() -> None:
@@ -190,31 +190,31 @@ def _within(timeout: float, channel: Any, name: str, args: tuple[Any, ...]) -> A
             value = getattr(channel, name)(*args)
         except Exception as error:
             if given_up.acquire(False):
-                cell.fail(error)
+                waiter.fail(error)
             return
         if given_up.acquire(False):
-            cell.resolve(value)
+            waiter.resolve(value)
         elif name == "take":
             channel.put(value)  # nobody waits for it any more
 
     current_node().dispatcher.start(run)
-    strand = current()
-    strand.enter()
+    thread_state = current()
+    thread_state.enter()
     try:
-        in_time = current_node().dispatcher.wait(cell, max(timeout, LENIENCY))  # type: ignore[arg-type]  # same face
+        in_time = current_node().dispatcher.wait(waiter, max(timeout, LENIENCY))  # type: ignore[arg-type]  # same face
     except BaseException:
         if not given_up.acquire(False) and name == "take":
-            channel.put(cell.value)
+            channel.put(waiter.value)
         raise
     finally:
-        strand.leave()
+        thread_state.leave()
     if not in_time and given_up.acquire(False):
         raise TimeoutError(f"{name} of {type(channel).__name__} took more than {timeout:g} s")
-    while not cell.done:
+    while not waiter.done:
         time.sleep(0)  # it comes this very moment
-    if cell.exc is not None:
-        raise cell.exc
-    return cell.value
+    if waiter.exc is not None:
+        raise waiter.exc
+    return waiter.value
 
 
 def _reduce(channel: RemoteChannel, pickler: Any) -> Any:
@@ -265,8 +265,8 @@ def _make_channel(rrid: tuple[int, int], factory: Callable[[], Any] | None) -> R
 
 # A thread that waits at a local channel reads the links meanwhile, and Ctrl-C is put off
 # while it is inside.
-def _block(cell: Any, timeout: float | None) -> None:
-    current_node().dispatcher.wait(cell, timeout)
+def _block(waiter: Any, timeout: float | None) -> None:
+    current_node().dispatcher.wait(waiter, timeout)
 
 
 Channel._enter = staticmethod(enter)

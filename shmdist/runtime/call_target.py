@@ -76,13 +76,13 @@ class CallTarget:
             self.pid = pool.take()
             self.lent = True
             return
-        strand = current()
-        strand.enter()  # an interrupt must not come between the loan and the note of it
+        thread_state = current()
+        thread_state.enter()  # an interrupt must not come between the loan and the note of it
         try:
             self.pid = pool._lend()
             self.lent = True
         finally:
-            strand.leave()
+            thread_state.leave()
 
     def payload(self, f: Any, args: Any, kwargs: Any) -> tuple[int, codec.Payload]:
         """Pickle a call for this place; returns its flags, too."""
@@ -91,12 +91,12 @@ class CallTarget:
             return 0, codec.dumps_call(f, args, kwargs)
         shipped = ship(f)
         if self.pid not in shipped.there:
-            strand = current()
-            strand.enter()
+            thread_state = current()
+            thread_state.enter()
             try:
                 shipped.send_to(self.pid)
             finally:
-                strand.leave()
+                thread_state.leave()
         return BY_ID, codec.dumps((shipped.number, args, kwargs), "the call's arguments")
 
     @staticmethod
@@ -142,8 +142,8 @@ class CallTarget:
                 self.lent = False
                 pool.put(self.pid)
             return
-        strand = current()
-        strand.enter()
+        thread_state = current()
+        thread_state.enter()
         try:
             lent, self.lent = self.lent, False
             if lent:
@@ -152,4 +152,4 @@ class CallTarget:
             self.lent = True
             raise
         finally:
-            strand.leave()
+            thread_state.leave()

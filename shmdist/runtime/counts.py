@@ -216,12 +216,12 @@ class ReferenceCounts:
         """Let another thread run `job`, user code that may wait.  Runs in finalizers: takes no lock."""
 
         def run() -> None:
-            strand = current()
-            depth, strand.depth = strand.depth, 0
+            thread_state = current()
+            depth, thread_state.runtime_depth = thread_state.runtime_depth, 0
             try:
                 job()
             finally:
-                strand.depth = depth
+                thread_state.runtime_depth = depth
 
         self.errand(lambda: self.dispatcher.soon(run))
 

@@ -4,7 +4,7 @@ Python calls them on the main thread, between any two bytecodes. One that raises
 would there be the end of a half-read frame or of a lock; one that waits for a remote call would
 wait for a thread that it keeps from reading. So where the thread enters the runtime, another
 handler takes their places, which only notes the signal and wakes the thread; they are called where
-nothing is half done (``ThreadState.deliver``), and get their places back where the thread leaves.
+nothing is half done (``ThreadState.raise_deferred``), and get their places back where the thread leaves.
 
 To ask for all handlers takes a tenth of a call. So that is done on every 32nd entry, and before the
 thread sleeps; of SIGALRM, which soon comes once it has a handler, one asks on each entry. Those that

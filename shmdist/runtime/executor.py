@@ -83,7 +83,17 @@ _begin = ProgressPage.begin if native.module is None else _begin_in_c
 class IncomingCall:
     """One remote call."""
 
-    __slots__ = ("cancelled", "frame", "interrupted", "key", "link", "refusal", "stored", "strand", "ticket")
+    __slots__ = (
+        "cancelled",
+        "frame",
+        "interrupted",
+        "key",
+        "link",
+        "refusal",
+        "stored",
+        "thread_state",
+        "ticket",
+    )
 
     def __init__(self, frame: Frame) -> None:
         self.frame = frame
@@ -92,7 +102,7 @@ class IncomingCall:
         self.interrupted = False
         self.stored = False  # its Future has its outcome; whether that is told is another matter
         self.cancelled = False  # the outcome of its Future is decided: a Cancelled
-        self.strand: ThreadState | None = None
+        self.thread_state: ThreadState | None = None
         self.ticket = -1
         self.refusal: Exception | None = None  # why it is not run
 
@@ -123,8 +133,8 @@ class CallExecutor:
         self.queued[task.key] = task
         return task
 
-    def run(self, task: IncomingCall, strand: ThreadState) -> None:
-        """Run `task` on this thread, whose strand is `strand`, at depth 1."""
+    def run(self, task: IncomingCall, thread_state: ThreadState) -> None:
+        """Run `task` on this thread, whose thread state is `thread_state`, at depth 1."""
         key = task.key
         if key in self.running:
             return  # it was handed out twice, for the first time raised when it was done
@@ -146,8 +156,8 @@ class CallExecutor:
         kwargs: Any
         value: Any = None
         error: BaseException | None = None
-        strand.begin(task)
-        task.strand = strand
+        thread_state.begin(task)
+        task.thread_state = thread_state
         try:
             try:
                 # Not exposed yet: reading may import modules, and an import that is interrupted
@@ -158,17 +168,17 @@ class CallExecutor:
                 context = self.context.base.copy()
                 if self.context.prepare is not None:
                     context.run(self.context.prepare)
-                strand.expose()
+                thread_state.enter_user_code()
                 value = context.run(function, *args, **kwargs)
                 if frame.flags & WANT_VALUE:
                     payload = _dump_value(value, function)
             finally:
-                strand.cover()
+                thread_state.leave_user_code()
         except BaseException as caught:
             error = caught
             if _lacks_means(caught):
                 self._node.reserve.open()
-        strand.end()
+        thread_state.end()
         if task.ticket >= 0:
             self._pass_gate(task)
         # From here on nothing of the call's arguments may be held: their memory goes back
@@ -320,21 +330,21 @@ class CallExecutor:
         -1 when the call has ended, or waits in the runtime; None when it gets on without using any.
         """
         known = [*self.queued.values(), *self.running.values()]
-        strands = [task.strand for task in known if task.link is link and task.ticket == ticket]
-        if not strands:
+        thread_states = [task.thread_state for task in known if task.link is link and task.ticket == ticket]
+        if not thread_states:
             return -1.0
-        strand = strands[0]
-        if strand is None:
+        thread_state = thread_states[0]
+        if thread_state is None:
             return None  # it is about to begin
-        if strand.leading or strand.cell is not None:
+        if thread_state.leading or thread_state.waits_for is not None:
             return -1.0
-        frame = sys._current_frames().get(strand.ident)
+        frame = sys._current_frames().get(thread_state.ident)
         while frame is not None:
             if frame.f_code.co_filename == _IMPORT:
                 return None
             frame = frame.f_back
         clock = getattr(time, "pthread_getcpuclockid", None)  # not on macOS
-        return 0.0 if clock is None else time.clock_gettime(clock(strand.ident))
+        return 0.0 if clock is None else time.clock_gettime(clock(thread_state.ident))
 
     def _give_place_up(self, task: IncomingCall) -> None:
         """Let the next call start, when it comes to that, without this one; never waits."""
@@ -347,11 +357,11 @@ class CallExecutor:
 
     def abandon(self) -> None:
         """Leave all calls to the parent, in a forked child; one that forked ends the child when it ends."""
-        strand = current()
-        if strand.task is not None:
-            strand.guard = threading.RLock()  # its holder may be a thread of the parent
-        if isinstance(strand.task, IncomingCall):
-            strand.task.frame.flags &= ~(WANT_VALUE | WANT_STORE)
+        thread_state = current()
+        if thread_state.task is not None:
+            thread_state.guard = threading.RLock()  # its holder may be a thread of the parent
+        if isinstance(thread_state.task, IncomingCall):
+            thread_state.task.frame.flags &= ~(WANT_VALUE | WANT_STORE)
             forked_child.note()
         self.running.clear()
 
@@ -435,22 +445,24 @@ class CallExecutor:
         if task.interrupted:
             return
         task.interrupted = True
-        strand = task.strand
-        if strand is None:
+        thread_state = task.thread_state
+        if thread_state is None:
             return  # it looks at `interrupted` before it begins
-        firmly(strand.interrupt_call, task)
+        firmly(thread_state.interrupt_call, task)
         later = self._node.dispatcher.later
         with contextlib.suppress(Exception):  # no thread can be had: once must do
-            if strand.signalled:
-                later(_AGAIN, lambda: self._make_sure(task, strand))
+            if thread_state.signalled:
+                later(_AGAIN, lambda: self._make_sure(task, thread_state))
             else:
                 later(_GRACE, lambda: self._answer_for(task))
 
-    def _make_sure(self, task: IncomingCall, strand: ThreadState) -> None:
+    def _make_sure(self, task: IncomingCall, thread_state: ThreadState) -> None:
         """Repeat a signal: one that comes just before a system call begins does not end that."""
         pause = _AGAIN
-        while self.running.get(task.key) is task and strand.task is task and not strand.struck:
-            strand.interrupt_call(task)
+        while self.running.get(task.key) is task and thread_state.task is task:
+            if thread_state.interrupt_delivered:
+                break
+            thread_state.interrupt_call(task)
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
 

@@ -4,16 +4,16 @@ An interrupt (Ctrl-C on process 1, ``interrupt``/cancel on a worker) is an excep
 Python raises between two bytecodes.  Inside the runtime that would be the end of a
 half-read frame or of a lock, so there it is put off:
 
-- ``depth`` > 0 means that the thread is inside the runtime.  An interrupt then only sets
-  ``pending`` and wakes the thread if it waits; the runtime raises it with
-  :meth:`ThreadState.deliver` where nothing is half done.
-- ``depth`` == 0 means that user code runs, and an interrupt is raised right there. What changes
+- ``runtime_depth`` > 0 means that the thread is inside the runtime.  An interrupt then only sets
+  ``has_deferred`` and wakes the thread if it waits; the runtime raises it with
+  :meth:`ThreadState.raise_deferred` where nothing is half done.
+- ``runtime_depth`` == 0 means that user code runs, and an interrupt is raised right there. What changes
   tables, or holds a lock that others need, is never done there: ``with current():``.
 
 On process 1 the main thread enters the runtime by putting its own SIGINT handler in
 place and leaves by putting the former one back: whatever program shmdist is used in
 keeps its own handling of Ctrl-C.  From the moment the handler is in place interrupts are
-put off, so there is no gap between the handler and ``depth``. Handlers of other signals, which
+put off, so there is no gap between the handler and ``runtime_depth``. Handlers of other signals, which
 may raise as well, are in ``runtime.deferred_signals``, on a worker's main thread too.
 
 Finalizers
@@ -22,19 +22,19 @@ The garbage collector may run wherever Python allocates, also where this thread 
 runtime or reads the links. A finalizer that it runs there must not take a lock, send or wait: the thread
 would wait for itself. Hence three rules:
 
-- *A lock of the runtime is taken at ``depth`` > 0 only*: by a thread that has entered, or one of the
-  runtime's own.
-- *Who enters where a collection has begun at ``depth`` > 0 gets an error* (:meth:`ThreadState.enter`). So a
-  finalizer comes to no lock there, and what it asks for fails with a text that says why. It works as
-  anywhere else where the collection began in user code. Finalizers of the runtime's own ask
-  :func:`collecting` first and leave what they have to do to another thread (``node.hand_over``), or only
-  append to a deque.
+- *A lock of the runtime is taken at ``runtime_depth`` > 0 only*: by a thread that has entered, or one of
+  the runtime's own.
+- *Who enters where a collection has begun at ``runtime_depth`` > 0 gets an error*
+  (:meth:`ThreadState.enter`). So a finalizer comes to no lock there, and what it asks for fails with a
+  text that says why. It works as anywhere else where the collection began in user code. Finalizers of the
+  runtime's own ask :func:`collecting` first and leave what they have to do to another thread
+  (``node.hand_over``), or only append to a deque.
 - *No object of a user is dropped while a lock is held*, for its finalizer runs there and then, without a
   collection. Where one is dropped by the thread that reads, it cannot wait (``Reactor.wait``).
 
 That a collection runs, and on which thread, is noted by functions in C: what the handler of a signal
-raises in a callback of the collector would be lost. :attr:`ThreadState.since` tells whether the collection
-began before this thread entered, by a finalizer in user code, or after.
+raises in a callback of the collector would be lost. :attr:`ThreadState.collection_at_entry` tells whether the
+collection began before this thread entered, by a finalizer in user code, or after.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from shmdist.runtime.deferred_signals import DeferredSignalHandlers
 _SIGINT, _DEFAULT = int(signal.SIGINT), int(signal.SIG_DFL)
 
 
-_adding = threading.Lock()  # guards the locks of all cells; nothing else is done while it is held
+_adding = threading.Lock()  # guards the locks of all waiters; nothing else is done while it is held
 
 
 def _after_fork() -> None:
@@ -80,7 +80,7 @@ class Waiter:
     Attributes
     ----------
     done : bool
-        Set once, by whoever completes the cell; then `locks` are released.
+        Set once, by whoever completes the waiter; then `locks` are released.
     locks : tuple of lock
         Where the waiting threads sleep while another one reads for them.
     """
@@ -94,7 +94,7 @@ class Waiter:
         self.locks: tuple[Any, ...] = ()
 
     def add(self, lock: Any) -> None:
-        """Let a thread sleep on `lock` until the cell is done."""
+        """Let a thread sleep on `lock` until the waiter is done."""
         with _adding:
             self.locks += (lock,)
 
@@ -113,7 +113,7 @@ class Waiter:
 
 
 class WakeCallback:
-    """Stands for the lock of a cell whose thread does not sleep on a lock, but reads."""
+    """Stands for the lock of a waiter whose thread does not sleep on a lock, but reads."""
 
     __slots__ = ("release",)
 
@@ -130,50 +130,50 @@ class ThreadState:
     """
 
     __slots__ = (
-        "cell",
-        "cut",
-        "depth",
-        "due",
+        "collection_at_entry",
         "guard",
         "handler",
         "handlers",
+        "has_deferred",
         "ident",
+        "interrupt_delivered",
+        "interrupt_pending",
+        "interrupted_collection",
         "kick",
+        "last_local_call",
         "leading",
         "main",
-        "own",
-        "pending",
         "previous",
+        "runtime_depth",
+        "send_deadline",
         "signalled",
-        "since",
-        "struck",
         "task",
-        "until",
+        "waits_for",
     )
 
     def __init__(self) -> None:
-        self.depth = 0
-        self.pending = False  # something is to be delivered
-        self.due = False  # and that is an interrupt of the task
-        self.cell: Waiter | None = None  # what it sleeps on
+        self.runtime_depth = 0
+        self.has_deferred = False  # something is to be delivered
+        self.interrupt_pending = False  # and that is an interrupt of the task
+        self.waits_for: Waiter | None = None  # what it sleeps on
         self.leading = False  # it reads the links
         self.kick: Callable[[], None] | None = None  # wakes it when it reads
         self.task: Any = None  # the remote call it runs, a runtime.task.Task
         self.main = False  # process 1's main thread, where Python runs signal handlers
         self.signalled = False  # a worker's main thread: interrupted by a signal
-        self.struck = False  # the interrupt of this task has come
-        self.cut: Any = None  # the collection in whose finalizers it came, by its dict
+        self.interrupt_delivered = False  # the interrupt of this task has come
+        self.interrupted_collection: Any = None  # the collection in whose finalizers it came, by its dict
         self.handler = self._on_sigint
         self.previous: Any = None  # the SIGINT handler found on entering
         self.handlers = DeferredSignalHandlers(self._on_signal)  # of other signals; of main threads alone
-        self.own = 0  # the last call of this thread to its own process (``own_calls``)
-        self.until = math.inf  # by the monotonic clock: what is not written by then is given up
-        self.since: Any = None  # the collection that had begun last when this thread entered
+        self.last_local_call = 0  # the last call of this thread to its own process (``own_calls``)
+        self.send_deadline = math.inf  # by the monotonic clock: what is not written by then is given up
+        self.collection_at_entry: Any = None  # the collection that had begun last when this thread entered
         self.guard = threading.RLock()
         self.ident = threading.get_ident()
 
     def __repr__(self) -> str:
-        return f"<ThreadState depth={self.depth} pending={self.pending} task={self.task!r}>"
+        return f"<ThreadState depth={self.runtime_depth} has_deferred={self.has_deferred} task={self.task!r}>"
 
     def enter(self) -> None:
         """Enter the runtime: from here on interrupts are put off.
@@ -183,16 +183,16 @@ class ThreadState:
         FinalizerError
             A finalizer calls this, and the thread is inside the runtime already.
         """
-        if self.depth:
-            if self.since is not _phases["start"] and collecting():
+        if self.runtime_depth:
+            if self.collection_at_entry is not _phases["start"] and collecting():
                 raise FinalizerError(
                     "a finalizer (__del__, or a callback of a weak reference) cannot do this here: the"
                     " garbage collector ran it while shmdist was at work on this thread. Close what must be"
                     " closed explicitly, or use remote_do, which another thread then sends"
                 )
         else:
-            self.since = _phases["start"]
-        if self.main and not self.depth:
+            self.collection_at_entry = _phases["start"]
+        if self.main and not self.runtime_depth:
             try:
                 self.handlers.enter()
                 self.previous = _signal.signal(_SIGINT, self.handler)
@@ -201,15 +201,15 @@ class ThreadState:
                 raise
         elif self.task is not None:
             try:
-                if self.signalled and not self.depth:
+                if self.signalled and not self.runtime_depth:
                     self.handlers.enter()
                 with self.guard:
-                    self.depth += 1
+                    self.runtime_depth += 1
             except BaseException:
                 self._give_back()
                 raise
             return
-        self.depth += 1
+        self.runtime_depth += 1
 
     def __enter__(self) -> None:
         self.enter()
@@ -217,7 +217,7 @@ class ThreadState:
     def __exit__(self, *failure: object) -> None:
         self.leave()
 
-    def look(self) -> None:
+    def refresh_signal_handlers(self) -> None:
         """Take the place of handlers that are new, before a long wait; inside the runtime.
 
         Raises
@@ -240,13 +240,13 @@ class ThreadState:
         if self.task is not None:
             try:
                 with self.guard:
-                    self.depth -= 1
+                    self.runtime_depth -= 1
             finally:
-                if not self.depth and (self.handlers.taken or self.pending):
+                if not self.runtime_depth and (self.handlers.taken or self.has_deferred):
                     self._give_back()
             return
-        self.depth -= 1
-        if self.main and not self.depth:
+        self.runtime_depth -= 1
+        if self.main and not self.runtime_depth:
             try:
                 # None: a handler that was not installed from Python; it cannot be put back.
                 previous = self.previous
@@ -254,7 +254,7 @@ class ThreadState:
                 if found is not self.handler:  # the program has set another one meanwhile
                     _signal.signal(_SIGINT, found)
             finally:
-                if self.handlers.taken or self.pending:
+                if self.handlers.taken or self.has_deferred:
                     self._give_back()
 
     def _give_back(self) -> None:
@@ -262,51 +262,51 @@ class ThreadState:
         try:
             self.handlers.give_back()
         finally:
-            if self.pending:
-                self.deliver()
+            if self.has_deferred:
+                self.raise_deferred()
 
     def _on_sigint(self, signum: int, stack: Any) -> None:
-        self.due = self.pending = True
+        self.interrupt_pending = self.has_deferred = True
         self.wake()
 
     def _on_signal(self, signum: int, stack: Any) -> None:
         self.handlers.caught.append(signum)
-        self.pending = True
+        self.has_deferred = True
         self.wake()
 
     def wake(self) -> None:
-        """Wake the thread out of its wait, so that it sees `pending`.  Takes no lock."""
+        """Wake the thread out of its wait, so that it sees `has_deferred`.  Takes no lock."""
         if self.leading and self.kick is not None:
             self.kick()
-        cell = self.cell
-        if cell is not None:
-            cell.wake()
+        waiter = self.waits_for
+        if waiter is not None:
+            waiter.wake()
 
     def interrupted(self) -> bool:
         """Tell whether an interrupt was put off, or the time is up."""
-        return self.pending or time.monotonic() > self.until
+        return self.has_deferred or time.monotonic() > self.send_deadline
 
-    def stop(self) -> None:
+    def raise_deferred_or_timeout(self) -> None:
         """Raise that for which this was :meth:`interrupted`; nothing may be half done here."""
-        if self.pending:
-            self.deliver()
+        if self.has_deferred:
+            self.raise_deferred()
         else:
             raise TimeoutError("not sent in time: the process does not read")
 
-    def deliver(self) -> None:
+    def raise_deferred(self) -> None:
         """Raise the interrupt, and call the handlers, that were put off; nothing may be half done here."""
         caught = self.handlers.caught
         while caught:
             number = caught.pop(0)
             handler = self.handlers.handler(number)
-            self.pending = bool(caught) or self.due
+            self.has_deferred = bool(caught) or self.interrupt_pending
             if callable(handler):
                 self._call(handler, number)
-        due, self.due, self.pending = self.due, False, False
+        due, self.interrupt_pending, self.has_deferred = self.interrupt_pending, False, False
         if not due:
             return
         if self.task is not None:
-            self.struck = self.struck or not collecting()
+            self.interrupt_delivered = self.interrupt_delivered or not collecting()
             raise KeyboardInterrupt
         if self.main:
             previous = self.previous
@@ -317,11 +317,11 @@ class ThreadState:
 
     def _call(self, handler: Callable[[int, Any], Any], number: int) -> None:
         """Call a handler of the program's, for which the time limit of what it ends does not hold."""
-        until, self.until = self.until, math.inf
+        until, self.send_deadline = self.send_deadline, math.inf
         try:
             handler(number, sys._getframe(2))
         finally:
-            self.until = until
+            self.send_deadline = until
 
     # -------------------------------------------------- interrupting a remote call
 
@@ -333,8 +333,8 @@ class ThreadState:
         with self.guard:
             if self.task is not task:
                 return
-            if self.depth:
-                self.due = self.pending = True
+            if self.runtime_depth:
+                self.interrupt_pending = self.has_deferred = True
                 self.wake()
             else:
                 _raise_in(self.ident, KeyboardInterrupt)
@@ -343,16 +343,16 @@ class ThreadState:
         """Handle SIGINT on a worker's main thread, for good; an idle one is unharmed."""
         task = self.task
         # Once for a task: a Ctrl-C that a terminal sends as well must not hit what clears up after it.
-        if task is None or not task.interrupted or self.struck:
+        if task is None or not task.interrupted or self.interrupt_delivered:
             return
         if collecting():  # a finalizer is broken off, once; what it raises is lost, so the signal is repeated
-            if self.cut is _phases["start"]:
+            if self.interrupted_collection is _phases["start"]:
                 return
-            self.cut = _phases["start"]
+            self.interrupted_collection = _phases["start"]
         else:
-            self.struck = True
-        if self.depth:
-            self.due = self.pending = True
+            self.interrupt_delivered = True
+        if self.runtime_depth:
+            self.interrupt_pending = self.has_deferred = True
             self.wake()
         else:
             raise KeyboardInterrupt
@@ -363,54 +363,54 @@ class ThreadState:
         The finalizer keeps it in a variable of its own, so that it ends with the finalizer's frame.
         """
         if self.main or self.signalled:
-            self.struck = False
+            self.interrupt_delivered = False
             return Ending(interrupt_main)
         return Ending(_raising_in(self.ident, KeyboardInterrupt))
 
     def begin(self, task: Any) -> None:
         """Begin to run `task` on this thread; the runtime's depth is 1."""
         if self.signalled:  # nobody else writes here
-            self.pending = self.due = self.struck = False
+            self.has_deferred = self.interrupt_pending = self.interrupt_delivered = False
             self.task = task
             return
         with self.guard:
             self.task = task
-            self.pending = self.due = self.struck = False
+            self.has_deferred = self.interrupt_pending = self.interrupt_delivered = False
 
     def end(self) -> None:
         """End the task: from here on no interrupt of it can arrive."""
         if self.signalled:
-            self.depth = 1
+            self.runtime_depth = 1
             self.task = None
-            self.pending = self.due = False
+            self.has_deferred = self.interrupt_pending = False
             return
         with self.guard:
             self.task = None
-            self.pending = self.due = False
-            self.depth = 1
+            self.has_deferred = self.interrupt_pending = False
+            self.runtime_depth = 1
 
-    def expose(self) -> None:
+    def enter_user_code(self) -> None:
         """Leave the runtime for user code of the task; raise an interrupt put off."""
         if self.signalled:
-            self.depth = 0
-            if self.pending or self.task.interrupted:
-                self.due = self.due or self.task.interrupted
-                self.deliver()
+            self.runtime_depth = 0
+            if self.has_deferred or self.task.interrupted:
+                self.interrupt_pending = self.interrupt_pending or self.task.interrupted
+                self.raise_deferred()
             return
         with self.guard:
-            self.depth = 0
-            pending = self.pending
+            self.runtime_depth = 0
+            pending = self.has_deferred
         if pending or self.task.interrupted:
-            self.due = self.due or self.task.interrupted
-            self.deliver()
+            self.interrupt_pending = self.interrupt_pending or self.task.interrupted
+            self.raise_deferred()
 
-    def cover(self) -> None:
+    def leave_user_code(self) -> None:
         """Come back into the runtime from user code of the task."""
         if self.signalled:
-            self.depth = 1
+            self.runtime_depth = 1
             return
         with self.guard:
-            self.depth = 1
+            self.runtime_depth = 1
         # An exception set before that is raised here at the latest, and not after `end`.  To
         # take it back there is no way: done when none is set, it leaves CPython 3.11 with a
         # flag that slows every call down, and in which a traced thread loops for ever.
@@ -441,15 +441,15 @@ def is_interrupt(error: BaseException) -> bool:
     runs, or what a handler of another signal raised; a KeyboardInterrupt on another thread, as a
     SystemExit on any, is the function's own.
     """
-    strand = current()
-    own = isinstance(error, KeyboardInterrupt) and (strand.main or strand.task is not None)
+    thread_state = current()
+    own = isinstance(error, KeyboardInterrupt) and (thread_state.main or thread_state.task is not None)
     return own or is_interruption(error)
 
 
 class _Local(threading.local):
-    """The strand of each thread."""
+    """The thread state of each thread."""
 
-    strand: ThreadState | None = None
+    thread_state: ThreadState | None = None
     start: Any = None  # the last collection on it, by its dict
 
 
@@ -479,19 +479,19 @@ def collection_runs() -> bool:
 
 def finalizing() -> bool:
     """Tell whether this is a finalizer that the collector runs on a thread inside the runtime."""
-    strand = current()
-    return strand.depth > 0 and strand.since is not _phases["start"] and collecting()
+    state = current()
+    return state.runtime_depth > 0 and state.collection_at_entry is not _phases["start"] and collecting()
 
 
 def current() -> ThreadState:
-    """Return the calling thread's strand."""
-    strand = _local.strand
-    if strand is None:
-        strand = ThreadState()
-        strand.main = strand.ident == threading.main_thread().ident
-        strand.depth = int(is_own())
-        _local.strand = strand
-    return strand
+    """Return the calling thread's thread_state."""
+    thread_state = _local.thread_state
+    if thread_state is None:
+        thread_state = ThreadState()
+        thread_state.main = thread_state.ident == threading.main_thread().ident
+        thread_state.runtime_depth = int(is_own())
+        _local.thread_state = thread_state
+    return thread_state
 
 
 def enter() -> None:

@@ -201,8 +201,8 @@ class Node(RequestClient):
         When the program ends, its workers go first: who asks then ends as threads do that wait, silently. Not
         inside the runtime, where this thread may be the one that reads, and others wait for it.
         """
-        strand = current()
-        if self.exiting and not strand.main and not strand.depth:
+        thread_state = current()
+        if self.exiting and not thread_state.main and not thread_state.runtime_depth:
             raise SystemExit
         return copy.copy(self.lost_processes.get(pid) or ProcessExitedException(pid))
 

@@ -227,11 +227,11 @@ class Outputs:
         """Wait while the writer gets on; False when it does not, or this thread is interrupted."""
         if reached():
             return True
-        strand = current()
+        thread_state = current()
         self._context = contextvars.copy_context()
         seen, since = self._progress, time.monotonic()
         while not reached():
-            if self.stalled or strand.pending:
+            if self.stalled or thread_state.has_deferred:
                 return False
             if not self._writer and not self._asked:
                 self._look()

@@ -41,16 +41,16 @@ Job = Callable[[], None]
 class _Turn:
     """The right of one thread to take the next call."""
 
-    __slots__ = ("inside", "strand")
+    __slots__ = ("inside", "thread_state")
 
     def __init__(self) -> None:
         self.inside = False  # its thread is, or was, inside the function of the call it took last
-        self.strand: ThreadState | None = None  # of its thread
+        self.thread_state: ThreadState | None = None  # of its thread
 
     def is_over(self) -> bool:
         """Tell whether the next call may begin though the one that was taken last has not ended."""
-        strand = self.strand
-        return self.inside or (strand is not None and (strand.leading or strand.cell is not None))
+        state = self.thread_state
+        return self.inside or (state is not None and (state.leading or state.waits_for is not None))
 
 
 class OwnCalls:
@@ -103,52 +103,52 @@ class OwnCalls:
         """
 
         def job() -> None:
-            strand = current()
+            thread_state = current()
             value, captured = None, None
-            strand.begin(task)
-            task.strand = strand
+            thread_state.begin(task)
+            task.thread_state = thread_state
             try:
                 try:
-                    strand.expose()
+                    thread_state.enter_user_code()
                     value = self._call(f, args, kwargs)
                 finally:
-                    strand.cover()
+                    thread_state.leave_user_code()
             except BaseException as error:
                 captured = capture(error)
-            strand.end()
+            thread_state.end()
             firmly(ended, value, captured)
 
         def failed(error: Exception) -> None:
-            strand = current()
-            if strand.task is task:
-                strand.end()
+            thread_state = current()
+            if thread_state.task is task:
+                thread_state.end()
             ended(None, capture(error))
 
         self.put(Attempt(job, failed))
 
     def put_callback(self, job: Job) -> None:
         """Run `job` on another thread as a call of nobody's; it holds up those behind it for a nap or two."""
-        strand = current()
-        with strand:
-            self._put(lambda: self._call(job, (), {}), strand, is_call=False)
+        thread_state = current()
+        with thread_state:
+            self._put(lambda: self._call(job, (), {}), thread_state, is_call=False)
 
     def put(self, job: Job) -> None:
         """Run `job` on another thread, when the calls before it have begun."""
-        strand = current()
-        strand.enter()  # an interrupt must not come between the noting of a call and the start of its thread
+        thread_state = current()
+        thread_state.enter()  # no interrupt must come between the noting of a call and its thread
         try:
-            self._put(job, strand)
+            self._put(job, thread_state)
         finally:
-            strand.leave()
+            thread_state.leave()
 
-    def _put(self, job: Job, strand: ThreadState, is_call: bool = True) -> None:
+    def _put(self, job: Job, thread_state: ThreadState, is_call: bool = True) -> None:
         with self._lock:
             turn = _Turn() if self._turn is None else None
             entry = (self.made + 1, job)
             self._waiting.append(entry)
             self.made += 1
             if is_call:
-                strand.own = self.made
+                thread_state.last_local_call = self.made
             if turn is not None:
                 self._turn = turn
             elif self._followed:
@@ -174,26 +174,26 @@ class OwnCalls:
     def _call(self, f: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the function of a job; from here on the next call may begin."""
         turn = self._turn
-        if turn is not None and turn.strand is current():  # else it is another thread's by now
+        if turn is not None and turn.thread_state is current():  # else it is another thread's by now
             turn.inside = True
         return f(*args, **kwargs)
 
     def catch_up(self) -> None:
         """Wait until the calls that the calling thread has made have begun."""
-        strand = current()
-        if strand.own <= self.begun:
+        thread_state = current()
+        if thread_state.last_local_call <= self.begun:
             return
-        cell = Waiter()
-        strand.enter()
+        waiter = Waiter()
+        thread_state.enter()
         try:
-            self.put(lambda: self._dispatcher.complete(cell))
-            self._dispatcher.wait(cell)
+            self.put(lambda: self._dispatcher.complete(waiter))
+            self._dispatcher.wait(waiter)
         finally:
-            strand.leave()
+            thread_state.leave()
 
     def _run(self, turn: _Turn) -> None:
         """Take calls and run them, for as long as the turn is this thread's."""
-        turn.strand = current()
+        turn.thread_state = current()
         job, failures = None, 0
         while True:
             if job is None:

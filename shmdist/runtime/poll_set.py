@@ -1,6 +1,6 @@
 """Everything a process polls: links, rings, the output of its workers, the ends of processes.
 
-One thread at a time reads, the holder of the baton (``runtime.reactor``). It looks into the
+One thread at a time reads, the leader (``runtime.reactor``). It looks into the
 mailbox first, for that costs no system call; while anything lies there it asks the system only
 every so often, so that neither road waits for ever.
 
@@ -55,7 +55,7 @@ class PollSet:
         self.poller = make_poller()
         self._wait, self._outputs = self.poller.poll, self.poller.outputs
         self.mail = RingExchange(node)
-        self._frames: list[Frame] = []  # what one turn of reading brought; the baton's holder's
+        self._frames: list[Frame] = []  # what one turn of reading brought; the leader's
         self._ended: list[Link] = []  # links that have been read to their ends
         self._failures = 0  # turns that failed, one after the other
         self._mail_turns = 0
@@ -89,7 +89,7 @@ class PollSet:
         self._watched.pop(fd, None)
 
     def _poll(self, timeout: float) -> bool:
-        """Read what has come, waiting at most `timeout` seconds; False if nothing. The baton is held."""
+        """Read what has come, waiting at most `timeout` seconds; False if nothing. The lead is held."""
         frames = self._frames
         try:
             box = self.mail.box
@@ -172,7 +172,7 @@ class PollSet:
             self._node.control(frame)
 
     def hand_out_segments(self) -> None:
-        """Map the segments that are offered in what has been read, ahead of the rest; the baton is held."""
+        """Map the segments that are offered in what has been read, ahead of the rest; the lead is held."""
         for frame in self._frames:
             if frame.kind in _WITH_DESCRIPTOR:  # all of them, for the descriptors come in their order
                 self._node.control(frame)

@@ -3,43 +3,43 @@
 A hop from one thread to another costs as much as a hop between processes, so no thread
 reads for another when that can be helped.
 
-The baton
+The lead
 ---------
 One thread at a time reads the links of this process: the holder of ``_leader_lock``.
-- A thread that waits for an answer takes the baton when it is free, and reads until its
+- A thread that waits for an answer takes the lead when it is free, and reads until its
   answer is there.  Answers to others that come meanwhile it hands out; calls that come
   it gives to other threads, for it must not be held up by them.
 - A worker's main thread, in :meth:`serve`, reads and runs the calls itself, one after
-  the other.  While it runs one it has let go of the baton.
-- A standby thread sleeps in the poller and takes the baton when a message comes while
+  the other.  While it runs one it has given up the lead.
+- A standby thread sleeps in the poller and takes the lead when a message comes while
   nobody reads.  It runs calls itself too, for another standby thread is behind it.
 
-A thread that finds the baton taken waits in ``_followers``, and is woken when its answer
+A thread that finds the lead taken waits in ``_followers``, and is woken when its answer
 has come or when the reader leaves: then it reads.
 
-*Whenever the baton is free and no follower has been woken to take it, the poller is
+*Whenever the lead is free and no follower has been woken to take it, the poller is
 armed or a standby thread is awake that will look.*  Hence somebody always reads, no
 matter what blocks, and a write that waits for the other side's reading makes progress.
 
 Armed means for the mailbox (``transport.ring``) that its word says that nobody looks, and that
-it was looked into once more after that was said. Who takes the baton says that he looks.
+it was looked into once more after that was said. Who takes the lead says that he looks.
 
 Late handing over
 -----------------
 Handing the reading over costs more than most calls, so it is done late. Each time the
-baton is let go, `_turns` counts and `_last` notes when. A standby thread that is woken
+lead is let go, `_turns` counts and `_last` notes when. A standby thread that is woken
 within `GRACE` of that naps: who let go is probably back in microseconds, to read on or
 with the next of a queue of short calls, which belongs to the thread that is working
 through it. It naps on while the count moves, the longer the faster, or while the thread that
-let go is in no user's code, and reads when the baton has lain free for a whole nap: the call
+let go is in no user's code, and reads when the lead has lain free for a whole nap: the call
 that runs is a long one.
 One thread naps at a time; it is the one behind the calls that run, so no other is made, and
-nothing need be armed, for it will look by itself; so when the baton changes hands very often,
+nothing need be armed, for it will look by itself; so when the lead changes hands very often,
 one is woken just to nap. Threads that wait for answers cut the nap short.
 
 Errors
 ------
-*Whoever reads goes on reading, or lets go of the baton, whatever raises*: `_holder` is the thread that
+*Whoever reads goes on reading, or gives up the lead, whatever raises*: `_holder` is the thread that
 has it, from the statement after the taking to the one before the letting go. What was read stays in the
 inbox until it is handed out. What raises outside of ``runtime.poll_set`` is raised where one waits.
 
@@ -96,17 +96,17 @@ class Reactor(PollSet):
         super().__init__(node)
         self._leader_lock = threading.Lock()  # held by the one thread that reads
         self._holder: ThreadState | None = None  # that thread
-        self._inbox: deque[Any] = deque()  # tasks and OP frames read, not yet run; the baton's holder's
-        self._followers: deque[Waiter] = deque()  # woken to take the baton; append and pop are atomic
+        self._inbox: deque[Any] = deque()  # tasks and OP frames read, not yet run; the leader's
+        self._followers: deque[Waiter] = deque()  # woken to take the lead; append and pop are atomic
         self._leader: Waiter | None = None  # what the reading thread waits for itself
-        self._turns = 0  # how often the baton was let go, more or less: it is counted without a lock
+        self._turns = 0  # how often the lead was let go, more or less: it is counted without a lock
         self._last = 0.0  # when it was, last
         self._lively = 0.0  # and when it was some turns ago
-        self._runner: ThreadState | None = None  # who let go of the baton last, to run a call
-        self._napping = False  # a standby thread is awake and will try the baton
+        self._runner: ThreadState | None = None  # who gave up the lead last, to run a call
+        self._napping = False  # a standby thread is awake and will try the lead
         self._left = 0  # how often calls were left to a worker's main thread since it last read
         self._main: ThreadState | None = None  # a worker's main thread
-        self._main_cell: Waiter | None = None  # a worker's main thread, waiting for the baton or a job
+        self._main_waiter: Waiter | None = None  # a worker's main thread, waiting for the lead or a job
         self._main_jobs: deque[IncomingCall] = deque()
         self._lanes = SerialQueues()
         self.threads = ThreadPool(self._stand_by, self.poller.wake)
@@ -120,29 +120,29 @@ class Reactor(PollSet):
         self.closing = False
 
     def __repr__(self) -> str:
-        baton = "held" if self._leader_lock.locked() else "free"
+        lead = "held" if self._leader_lock.locked() else "free"
         sizes = f"links={len(self._links)} followers={len(self._followers)} inbox={len(self._inbox)}"
-        return f"<Reactor baton={baton} {sizes} {self._lanes!r} {self.threads!r}>"
+        return f"<Reactor lead={lead} {sizes} {self._lanes!r} {self.threads!r}>"
 
     # ------------------------------------------------------------------ outcomes
 
-    def complete(self, cell: Waiter) -> None:
-        """Complete a cell from any thread; its waiter may be asleep, or reading. Raises nothing."""
-        cell.done = True
+    def complete(self, waiter: Waiter) -> None:
+        """Complete a waiter from any thread; its thread may be asleep, or reading. Raises nothing."""
+        waiter.done = True
         try:
-            if cell.locks:
-                cell.wake()
+            if waiter.locks:
+                waiter.wake()
             # The thread that reads need not wake itself.
-            if self._leader is cell and not current().leading:
+            if self._leader is waiter and not current().leading:
                 self.poller.kick()
         except Exception:
-            cell.wake()
+            waiter.wake()
             self.poller.kick()
 
-    # ------------------------------------------------------------------ the baton
+    # ------------------------------------------------------------------ the lead
 
     def _take(self) -> bool:
-        """Take the baton if it is free."""
+        """Take the lead if it is free."""
         if self._leader_lock.acquire(False):
             try:
                 self._disarm()
@@ -163,14 +163,14 @@ class Reactor(PollSet):
             self.poller.nudge()
 
     def _release(self, *, promote: bool) -> None:
-        """Let go of the baton, and see to it that somebody reads.
+        """Give up the lead, and see to it that somebody reads.
 
         `promote` wakes a follower to do so; without it this thread will soon be back.
         """
         held = True
         self._holder = None
         try:
-            # Asked while the baton is still held: the inbox is its holder's.
+            # Asked while the lead is still held: the inbox is its holder's.
             left = bool(self._inbox)
             turns = self._turns = self._turns + 1
             last = self._last = _now()
@@ -187,9 +187,9 @@ class Reactor(PollSet):
                         return
                     except IndexError:
                         pass  # it has left
-                cell = self._main_cell
-                if cell is not None:
-                    cell.wake()
+                waiter = self._main_waiter
+                if waiter is not None:
+                    waiter.wake()
                     return
             if not self._napping:
                 self._arm_standby(left)
@@ -201,28 +201,28 @@ class Reactor(PollSet):
     def _wake_all(self) -> None:
         """See to it that somebody reads, by the plainest means."""
         self._napping = False
-        for cell in [*self._followers, self._main_cell]:
-            if cell is not None:
-                cell.wake()
+        for waiter in [*self._followers, self._main_waiter]:
+            if waiter is not None:
+                waiter.wake()
         self.poller.nudge()
 
-    def _recover(self, strand: ThreadState) -> None:
-        """Let go of the baton after an error if it is this thread's still."""
-        if self._holder is strand:
+    def _recover(self, thread_state: ThreadState) -> None:
+        """Give up the lead after an error if it is this thread's still."""
+        if self._holder is thread_state:
             if self._leader is not None:
-                self._resign(self._leader, strand)
+                self._resign(self._leader, thread_state)
             self._release(promote=True)
 
     # ------------------------------------------------------------------ waiting threads
 
-    def wait(self, cell: Waiter, timeout: float | None = None, *, spin: float = SPIN) -> bool:
-        """Wait until `cell` is done, reading the links meanwhile.
+    def wait(self, waiter: Waiter, timeout: float | None = None, *, spin: float = SPIN) -> bool:
+        """Wait until `waiter` is done, reading the links meanwhile.
 
-        The caller is inside the runtime (``strand.depth`` > 0).
+        The caller is inside the runtime (``thread_state.runtime_depth`` > 0).
 
         Parameters
         ----------
-        cell : Cell
+        waiter : Waiter
             A reply, or anything else that somebody will complete.
         timeout : float, optional
             Seconds, after which it returns False.
@@ -232,47 +232,47 @@ class Reactor(PollSet):
         Raises
         ------
         BaseException
-            What a handler of a signal raises; the cell is as it was.
+            What a handler of a signal raises; the waiter is as it was.
         """
-        strand = current()
+        thread_state = current()
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            if cell.done:
+            if waiter.done:
                 return True
-            if self._holder is strand:
+            if self._holder is thread_state:
                 raise FinalizerError("a finalizer cannot wait here: it is on the thread that reads messages")
-            if strand.pending:
-                strand.deliver()
+            if thread_state.has_deferred:
+                thread_state.raise_deferred()
                 continue
             left = -1.0 if deadline is None else min(deadline - time.monotonic(), _LONGEST)
             if deadline is not None and left <= 0:
                 return False
-            if self._take() or self._follow(cell, left, strand):
-                self._holder = strand
+            if self._take() or self._follow(waiter, left, thread_state):
+                self._holder = thread_state
                 try:
-                    self._lead(cell, left, strand, spin)
-                except BaseException:  # of a handler set a moment ago (`ThreadState.look`), or no memory
-                    self._recover(strand)
+                    self._lead(waiter, left, thread_state, spin)
+                except BaseException:  # of a signal handler set a moment ago, or no memory
+                    self._recover(thread_state)
                     raise
 
-    def _resign(self, cell: Waiter, strand: ThreadState) -> None:
-        """Take note that this thread reads for `cell` no more; it holds the baton still."""
-        strand.leading = False
+    def _resign(self, waiter: Waiter, thread_state: ThreadState) -> None:
+        """Take note that this thread reads for `waiter` no more; it holds the lead still."""
+        thread_state.leading = False
         self._leader = None
-        if not cell.kicked:
-            cell.remove(self._kicker)
+        if not waiter.kicked:
+            waiter.remove(self._kicker)
 
-    def _lead(self, cell: Waiter, timeout: float, strand: ThreadState, spin: float) -> None:
-        """Read with the baton held, until `cell` is done or something else wants the thread."""
-        self._leader = cell
-        if not cell.kicked:
-            cell.add(self._kicker)
-        strand.kick = self.poller.kick
-        strand.leading = True
+    def _lead(self, waiter: Waiter, timeout: float, thread_state: ThreadState, spin: float) -> None:
+        """Read with the lead held, until `waiter` is done or something else wants the thread."""
+        self._leader = waiter
+        if not waiter.kicked:
+            waiter.add(self._kicker)
+        thread_state.kick = self.poller.kick
+        thread_state.leading = True
         poll, inbox, looked = self._poll, self._inbox, False
         spin_until = _now() + spin
         until = spin_until + timeout if timeout >= 0 else float("inf")
-        while not cell.done and not strand.pending and not inbox:
+        while not waiter.done and not thread_state.has_deferred and not inbox:
             if poll(0):
                 spin_until = _now() + spin
                 if spin_until > until:  # answers to others may come without a pause
@@ -282,11 +282,11 @@ class Reactor(PollSet):
                 if box is None or not box.watch():
                     _yield()
             elif not looked:
-                strand.look()
+                thread_state.refresh_signal_handlers()
                 looked = True
             elif not poll(timeout if timeout < 0 else max(0.0, until - _now())):
                 break
-        self._resign(cell, strand)
+        self._resign(waiter, thread_state)
         if not inbox:
             self._release(promote=True)
             return
@@ -301,49 +301,49 @@ class Reactor(PollSet):
             inbox.extendleft(reversed(mine))
             raise
         if not mine:
-            self._release(promote=cell.done)
+            self._release(promote=waiter.done)
             return
         self._release(promote=False)  # they never block: operations and refusals
         for item in mine:
-            self._begin(item, strand)
-        if cell.done and self._followers:
+            self._begin(item, thread_state)
+        if waiter.done and self._followers:
             self._pass_on()
 
-    def _follow(self, cell: Waiter, timeout: float, strand: ThreadState) -> bool:
-        """Sleep until `cell` is done or the baton is this thread's; True with the baton."""
-        strand.look()
+    def _follow(self, waiter: Waiter, timeout: float, thread_state: ThreadState) -> bool:
+        """Sleep until `waiter` is done or the lead is this thread's; True with the lead."""
+        thread_state.refresh_signal_handlers()
         lock = threading.Lock()
         lock.acquire()
-        cell.add(lock)
-        strand.cell = cell
+        waiter.add(lock)
+        thread_state.waits_for = waiter
         leads = False
         try:
-            self._followers.append(cell)
+            self._followers.append(waiter)
             # Looked at again now that the reader can see us: it may have left before.
-            if not cell.done and not strand.pending and not (leads := self._take()):
+            if not waiter.done and not thread_state.has_deferred and not (leads := self._take()):
                 lock.acquire(timeout=timeout)
         except BaseException:
-            self._unfollow(cell, lock, strand)
+            self._unfollow(waiter, lock, thread_state)
             self._pass_on()
             raise
         try:
-            self._unfollow(cell, lock, strand)
+            self._unfollow(waiter, lock, thread_state)
         except Exception:
-            self._unfollow(cell, lock, strand)
-        if leads or (not cell.done and not strand.pending and self._take()):
+            self._unfollow(waiter, lock, thread_state)
+        if leads or (not waiter.done and not thread_state.has_deferred and self._take()):
             return True
         self._pass_on()
         return False
 
-    def _unfollow(self, cell: Waiter, lock: Any, strand: ThreadState) -> None:
+    def _unfollow(self, waiter: Waiter, lock: Any, thread_state: ThreadState) -> None:
         """Take back what `_follow` has entered; may be done again."""
         with contextlib.suppress(ValueError):
-            self._followers.remove(cell)
-        strand.cell = None
-        cell.remove(lock)
+            self._followers.remove(waiter)
+        thread_state.waits_for = None
+        waiter.remove(lock)
 
     def _pass_on(self) -> None:
-        """Pass on the baton that may have been this thread's to take, and that it does not need."""
+        """Pass on the lead that may have been this thread's to take, and that it does not need."""
         if not self._leader_lock.locked():
             try:
                 self._followers.popleft().wake()
@@ -354,51 +354,51 @@ class Reactor(PollSet):
 
     def serve(self) -> None:
         """Serve as a worker's main thread until the node is closed."""
-        strand = self._main = current()
-        strand.depth = 1
-        cell = Waiter()
+        thread_state = self._main = current()
+        thread_state.runtime_depth = 1
+        waiter = Waiter()
         while not self.closing:
             try:
                 if self._take():
                     self._left = 0
-                    self._holder = strand
-                    self._serve(strand, cell, forever=True)
+                    self._holder = thread_state
+                    self._serve(thread_state, waiter, forever=True)
                 else:
-                    self._wait_for_turn(strand, cell)
+                    self._wait_for_turn(thread_state, waiter)
             except Exception as error:
                 self._node.reserve.open()
                 _log.exception("an error in the main thread: %r", error)
-                self._main_cell = None
-                self._recover(strand)
+                self._main_waiter = None
+                self._recover(thread_state)
 
-    def _wait_for_turn(self, strand: ThreadState, cell: Waiter) -> None:
-        """Wait, on a worker's main thread, for the baton to be free, or for a call."""
+    def _wait_for_turn(self, thread_state: ThreadState, waiter: Waiter) -> None:
+        """Wait, on a worker's main thread, for the lead to be free, or for a call."""
         lock = threading.Lock()
         lock.acquire()
-        cell.add(lock)
+        waiter.add(lock)
         try:
-            self._main_cell = cell
+            self._main_waiter = waiter
             if not (self._main_jobs or not self._leader_lock.locked() or bool(self.closing)):
                 lock.acquire()
         finally:
-            self._main_cell = None
-            cell.remove(lock)
+            self._main_waiter = None
+            waiter.remove(lock)
         if self._main_jobs and not self._leader_lock.locked():
             # Whoever let go of it may have left it to this thread, which now runs something else.
             self._arm_standby(bool(self._inbox))
         while self._main_jobs:
-            self._begin(self._main_jobs.popleft(), strand)
+            self._begin(self._main_jobs.popleft(), thread_state)
 
-    def _serve(self, strand: ThreadState, cell: Waiter, *, forever: bool, leave: bool = True) -> None:
-        """Read and run calls with the baton held; returns without it.
+    def _serve(self, thread_state: ThreadState, waiter: Waiter, *, forever: bool, leave: bool = True) -> None:
+        """Read and run calls with the lead held; returns without it.
 
         `leave` what comes to a worker's main thread if that is between two calls.
         """
         inbox, poll = self._inbox, self._poll
-        self._leader = cell
+        self._leader = waiter
         spin_until = _now() + SPIN if forever else 0.0
         while not self.closing:
-            if not forever and (self._main_cell is not None or (leave and inbox and self._main_returns())):
+            if not forever and (self._main_waiter is not None or (leave and inbox and self._main_returns())):
                 self._left += bool(inbox)
                 break  # the main thread is free, and the better one: signals reach it
             if inbox:
@@ -406,21 +406,21 @@ class Reactor(PollSet):
                 try:
                     self._leader = None
                     if not forever:
-                        self._runner = strand
+                        self._runner = thread_state
                     self._release(promote=False)
-                    self._run(item, strand)
+                    self._run(item, thread_state)
                 except Exception as error:
-                    self._refuse(item, error, strand)
+                    self._refuse(item, error, thread_state)
                     raise
                 finally:
-                    if not forever and self._runner is strand:
+                    if not forever and self._runner is thread_state:
                         self._runner = None
                 if not self._take():
                     return
-                self._holder = strand
+                self._holder = thread_state
                 if forever:
                     self._left = 0
-                self._leader = cell
+                self._leader = waiter
                 spin_until = _now() + SPIN
             elif poll(0):
                 spin_until = _now() + SPIN
@@ -435,7 +435,7 @@ class Reactor(PollSet):
         self._leader = None
         self._release(promote=True)
 
-    def _run(self, item: Any, strand: ThreadState) -> None:
+    def _run(self, item: Any, thread_state: ThreadState) -> None:
         """Run an operation, or a task and its lane after it, or refuse them."""
         if type(item) is Frame:
             try:
@@ -446,32 +446,32 @@ class Reactor(PollSet):
         behind = self.threads.parked or self._napping
         if not behind and not self.threads.ensure_standby() and item.refusal is None:
             item.refusal = self.threads.refusal("none could be started to read meanwhile")
-        self._lanes.run(self._node, item, strand)
+        self._lanes.run(self._node, item, thread_state)
 
-    def _begin(self, item: Any, strand: ThreadState) -> None:
+    def _begin(self, item: Any, thread_state: ThreadState) -> None:
         """Run an operation or a task, or answer with the error that kept it from being begun."""
         try:
-            self._run(item, strand)
+            self._run(item, thread_state)
         except Exception as error:
-            self._refuse(item, error, strand)
+            self._refuse(item, error, thread_state)
 
-    def _refuse(self, item: Any, error: Exception, strand: ThreadState) -> None:
+    def _refuse(self, item: Any, error: Exception, thread_state: ThreadState) -> None:
         """Answer with an error for what could not even be begun."""
         if type(item) is Frame:
             self._fail(item, error)
         else:
             item.refusal = item.refusal or error
-            self._lanes.run(self._node, item, strand)
+            self._lanes.run(self._node, item, thread_state)
 
     def _hand_off(self, task: IncomingCall) -> bool:
         """Let another thread run `task`, a worker's main thread when it is free; False when it is refused."""
         if task.refusal is not None:
             return False
-        cell = self._main_cell
-        if cell is not None and not self._main_jobs:
+        waiter = self._main_waiter
+        if waiter is not None and not self._main_jobs:
             self._main_jobs.append(task)
-            cell.wake()
-            if self._main_cell is cell:
+            waiter.wake()
+            if self._main_waiter is waiter:
                 return True
             # It has just left, and perhaps without the job.
             try:
@@ -491,7 +491,7 @@ class Reactor(PollSet):
 
     # ------------------------------------------------------------------ standing by
 
-    def _stand_by(self, strand: ThreadState, leave_post: Callable[[], None]) -> None:
+    def _stand_by(self, thread_state: ThreadState, leave_post: Callable[[], None]) -> None:
         """Sleep in the poller; when a message comes and nobody reads, serve until it is quiet."""
         woken = False
         try:
@@ -513,15 +513,15 @@ class Reactor(PollSet):
                     return  # one is enough
                 leave = self._wait_for_previous_leader()
             if self._take():
-                self._holder = strand
-                self._serve(strand, Waiter(), forever=False, leave=leave)
+                self._holder = thread_state
+                self._serve(thread_state, Waiter(), forever=False, leave=leave)
         except Exception as error:
             self._node.reserve.open()
             _log.exception("an error in a thread that stands by: %r", error)
             if woken:
                 self.poller.wake()  # what was asked for may not be done yet
             self._napping = False
-            self._recover(strand)
+            self._recover(thread_state)
             if not self._leader_lock.locked():
                 self._wake_all()
         self._node.reserve.fill()
@@ -529,10 +529,10 @@ class Reactor(PollSet):
     def _main_returns(self) -> bool:
         """Tell whether a worker's main thread has ended a call, and is about to read or run the next."""
         main = self._main
-        return main is not None and main.task is None and main.depth > 0
+        return main is not None and main.task is None and main.runtime_depth > 0
 
     def _wait_for_previous_leader(self) -> bool:
-        """Leave the reading to the thread that had the baton a moment ago; False if it stays away long."""
+        """Leave the reading to the thread that had the lead a moment ago; False if it stays away long."""
         self._napping = True
         turns, naps, nap = self._turns - 1, 0, 0.0
         while not self.closing and not self._followers and self._left < _PATIENCE:
@@ -540,7 +540,7 @@ class Reactor(PollSet):
             # thread: calls had better run there, where interrupts reach all of them. The last one to run a
             # call: with a thread more for each that is late, all are later still.
             main, runner = self._main, self._runner
-            late = (main is not None and main.depth) or (runner is not None and runner.depth)
+            late = (main is not None and main.runtime_depth) or (runner is not None and runner.runtime_depth)
             if turns == self._turns and (not late or naps > _NAPS):
                 break
             if self._turns - turns > _SHORT * nap > 0:
@@ -566,9 +566,9 @@ class Reactor(PollSet):
         self.closing = True
         self._node.heart.close()
         self.threads.close()
-        cell = self._main_cell
-        if cell is not None:
-            cell.wake()
+        waiter = self._main_waiter
+        if waiter is not None:
+            waiter.wake()
         self.poller.kick()
         self.poller.wake()
 

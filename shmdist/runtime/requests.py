@@ -5,7 +5,7 @@ Time limits
 What is asked of a reference within a time is judged by its owner, for only he knows whether it was
 done. When the time is up, :meth:`RequestClient.hurry` tells him to do it at once or not at all, and
 his answer is still waited for: see ``references.ask``. So that such a request does not wait
-for ever to be written either, its thread notes in ``ThreadState.until`` when that is to be given up.
+for ever to be written either, its thread notes in ``ThreadState.send_deadline`` when that is to be given up.
 
 Receivers that do not read
 --------------------------
@@ -73,7 +73,7 @@ class RequestClient(ReferenceCounts):
         KeyboardInterrupt
             While the frame waited to be written; it is withdrawn.
         TimeoutError
-            Likewise, when the thread's time (``ThreadState.until``) was up.
+            Likewise, when the thread's time (``ThreadState.send_deadline``) was up.
         """
         link = self.links.get(pid) or self.link_to(pid)
         if reply is None:
@@ -133,7 +133,7 @@ class RequestClient(ReferenceCounts):
 
         An error leaves all as it was, what was granted with `parts` is taken back; unless those are `gone`.
         """
-        strand, sharing = current(), self.sharing
+        thread_state, sharing = current(), self.sharing
         refs = payload.refs if payload is not None else ()
         counted = begun = False
         written = True
@@ -142,23 +142,23 @@ class RequestClient(ReferenceCounts):
                 need_stack()  # for the way back as well
                 while not counted:
                     try:
-                        self.count(refs, link.pid, strand.interrupted)
+                        self.count(refs, link.pid, thread_state.interrupted)
                         counted = True
                     except SendInterrupted:
-                        strand.stop()
+                        thread_state.raise_deferred_or_timeout()
             if sharing.has_pending_releases():
                 self._pay(link)
             # Who has a time limit wants to know whether it was written by then.
-            patience = PATIENCE if strand.until == math.inf else math.inf
+            patience = PATIENCE if thread_state.send_deadline == math.inf else math.inf
             while not parts.gone:
                 try:
-                    written = link.send(parts, strand.interrupted, fd, wakeups, patience)
+                    written = link.send(parts, thread_state.interrupted, fd, wakeups, patience)
                     parts.gone = True
                 except SendInterrupted as stopped:
                     parts.gone = begun = stopped.begun
                     written = False
                     if not begun:
-                        strand.stop()  # else the program's own handler lets it go on
+                        thread_state.raise_deferred_or_timeout()  # else the program's handler lets it go on
         except LinkClosed:
             raise  # with the other side its counts are gone
         except BaseException:
@@ -177,8 +177,8 @@ class RequestClient(ReferenceCounts):
         except Exception:
             if not written:
                 self.flush(link)
-        if begun and strand.pending:  # but when the time is up, who asked will see that
-            strand.deliver()
+        if begun and thread_state.has_deferred:  # but when the time is up, who asked will see that
+            thread_state.raise_deferred()
 
     def _pay(self, link: Link) -> None:
         """Give blocks back to the process at the end of `link`, ahead of what goes there now."""
@@ -202,8 +202,8 @@ class RequestClient(ReferenceCounts):
         KeyboardInterrupt, TimeoutError
             Nobody waits for a peer that stands still longer than he likes.
         """
-        strand = current()
-        strand.look()
+        thread_state = current()
+        thread_state.refresh_signal_handlers()
         lock = threading.Lock()
         lock.acquire()
         reply.add(lock)
@@ -211,8 +211,8 @@ class RequestClient(ReferenceCounts):
         try:
             while not reply.done and time.monotonic() < deadline:
                 lock.acquire(timeout=0.05)  # it may have been done before it saw the lock
-                if strand.interrupted() and not reply.done:
-                    strand.stop()
+                if thread_state.interrupted() and not reply.done:
+                    thread_state.raise_deferred_or_timeout()
         finally:
             reply.remove(lock)
 

@@ -84,7 +84,7 @@ class RingExchange:
         return own + sum(link.kick_out >= 0 for link in self._node.dispatcher.links())
 
     def read(self, link: Link, frames: list[Frame]) -> None:
-        """Append frames of a link that do not lie whole in the mailbox; the baton is held."""
+        """Append frames of a link that do not lie whole in the mailbox; the lead is held."""
         link.unfinished = True
         try:
             link.read_mail(frames)
@@ -158,12 +158,12 @@ class RingExchange:
 
     def wake(self, links: list[Link]) -> None:
         """Wake the receivers for whom something was left by these links, all at once if that can be."""
-        strand = current()
-        strand.enter()  # an interrupt must not come between a write and the note of it
+        thread_state = current()
+        thread_state.enter()  # an interrupt must not come between a write and the note of it
         try:
             self._wake(list(dict.fromkeys(links)))
         finally:
-            strand.leave()
+            thread_state.leave()
 
     def _wake(self, links: list[Link]) -> None:
         unaware = [link for link in links if link.supports_group_wakeup] if len(links) > 1 else []

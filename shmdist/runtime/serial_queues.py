@@ -54,7 +54,7 @@ class SerialQueues:
             del self._waiting[key]
             return None
 
-    def run(self, node: Node, first: IncomingCall, strand: ThreadState) -> None:
+    def run(self, node: Node, first: IncomingCall, thread_state: ThreadState) -> None:
         """Run a task and its lane after it, or refuse them; raises nothing."""
         tasks = node.tasks
         task: IncomingCall | None = first
@@ -62,14 +62,14 @@ class SerialQueues:
             refusal = task.refusal
             try:
                 if refusal is None:
-                    tasks.run(task, strand)
+                    tasks.run(task, thread_state)
                 else:
                     tasks.refuse(task, refusal)
             except Exception as error:
                 node.reserve.open()
                 _log.exception("%r failed: %r", task, error)
-                if strand.task is task:
-                    strand.end()
+                if thread_state.task is task:
+                    thread_state.end()
                 firmly(tasks.refuse, task, error)
             if not task.frame.lane:
                 return

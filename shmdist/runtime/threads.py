@@ -90,8 +90,8 @@ class ThreadPool:
     Parameters
     ----------
     stand_by : callable
-        Given its strand and a callable: sleeps until there is something to do, calls that to say that the
-        thread stands by no more, and does what there is to do.
+        Given its thread state and a callable: sleeps until there is something to do, calls that to say
+        that the thread stands by no more, and does what there is to do.
     wake : callable
         Wakes a thread that stands by; safe in finalizers.
     """
@@ -128,8 +128,8 @@ class ThreadPool:
         """
         if self.closing and sys.is_finalizing():  # Python would wait for ever for the thread to begin
             raise RuntimeError("can't start new thread: the program is at its end")
-        strand = current()
-        strand.enter()  # users' code comes here: an interrupt must not lose the job, or a half-made thread
+        thread_state = current()
+        thread_state.enter()  # an interrupt of users' code must not lose the job, or a half-made thread
         try:
             with self._lock:
                 idle = self._idle.pop() if self._idle else None
@@ -139,7 +139,7 @@ class ThreadPool:
             else:
                 self._spawn(_Member(), job)
         finally:
-            strand.leave()
+            thread_state.leave()
 
     def soon(self, job: Job) -> None:
         """Run a short `job` on another thread; when none can be had, on the one that is free next."""
@@ -162,8 +162,8 @@ class ThreadPool:
         """Make sure that a thread stands by; False when none can be had."""
         if self.parked:
             return True
-        strand = current()
-        strand.enter()  # as in `start`
+        thread_state = current()
+        thread_state.enter()  # as in `start`
         try:
             member = _Member()
             with self._lock:
@@ -176,7 +176,7 @@ class ThreadPool:
                 return self._wait_for_standby()
             return True
         finally:
-            strand.leave()
+            thread_state.leave()
 
     def _wait_for_standby(self) -> bool:
         """Wait a moment for a thread that has just done its job; a shorter one where all of them block."""
@@ -228,10 +228,10 @@ class ThreadPool:
         failures = 0
         try:
             try:
-                strand = current()
-                strand.depth = 1
+                thread_state = current()
+                thread_state.runtime_depth = 1
                 stand_by = functools.partial(
-                    self._stand_by, strand, functools.partial(self.parked.discard, member)
+                    self._stand_by, thread_state, functools.partial(self.parked.discard, member)
                 )
                 member.job = thread.take()
             except Exception:

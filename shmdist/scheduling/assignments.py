@@ -293,8 +293,8 @@ class Assignments:
             self._divided(SplitRequest(batch, kept=divide((node.pid, batch.call_id))))
             return
         payload = codec.dumps((_divide_for, (node.pid, batch.call_id), {}))
-        strand = current()
-        strand.enter()
+        thread_state = current()
+        thread_state.enter()
         try:
             with contextlib.suppress(ShmdistError, OSError):  # it is dying, and its batches come back
                 node.request(
@@ -305,7 +305,7 @@ class Assignments:
                     callback=lambda reply: self._divided(SplitRequest(batch, reply)),
                 )
         finally:
-            strand.leave()
+            thread_state.leave()
 
 
 def _divide_for(pid: int, call_id: int) -> int | None:

@@ -121,9 +121,9 @@ class MapRun:
         self.retry = retry
         self.describe = describe
         self.lane = 1 + next(self.node.lanes) % 0xFFFFFFFE
-        self.cell = Waiter()
+        self.waiter = Waiter()
         if self.feed is not None:
-            self.feed.fed = partial(self.node.dispatcher.complete, self.cell)
+            self.feed.fed = partial(self.node.dispatcher.complete, self.waiter)
         self.inbox: deque[Any] = deque()  # what has come: replies, batches that ran here, divisions
         self.out = Assignments(self.node, self.lane, self._arrived)
         self.calls: dict[int, Batch] = {}  # batches by call
@@ -164,12 +164,12 @@ class MapRun:
                         continue  # a worker could not be reached: others get what it was to have
                     if self.exhausted or not self.starved:
                         break
-                strand = current()  # asked each time: the generator may go on in another thread
-                strand.enter()
+                thread_state = current()  # asked each time: the generator may go on in another thread
+                thread_state.enter()
                 try:
                     self._wait()
                 finally:
-                    strand.leave()
+                    thread_state.leave()
                 if self.node.has_output:
                     self.node.print_output(*[it.pid for it in list(self.inbox) if type(it) is PendingReply])
                 self._collect(ready)
@@ -194,10 +194,10 @@ class MapRun:
             timeout = due if timeout is None else min(timeout, due)
         if self.out.stuck:
             timeout = _AGAIN if timeout is None else min(timeout, _AGAIN)
-        self.cell.done = False
+        self.waiter.done = False
         fed = self.starved and self.feed is not None and not self.feed.hungry
         if not self.inbox and not fed:
-            self.node.dispatcher.wait(self.cell, timeout, spin=SPIN if self.sizes.brief else 0.0)
+            self.node.dispatcher.wait(self.waiter, timeout, spin=SPIN if self.sizes.brief else 0.0)
 
     def _cancel(self) -> None:
         """Cancel what is out, and let the workers forget the function."""
@@ -370,8 +370,8 @@ class MapRun:
         payloads = [(batch, payload) for batch, payload in pickled if payload is not None]
         if not payloads:
             return
-        strand = current()
-        strand.enter()
+        thread_state = current()
+        thread_state.enter()
         parts, sent, written = OutgoingFrames(), 0, 0
         try:
             together = codec.Payload()
@@ -408,7 +408,7 @@ class MapRun:
                 raise
         finally:
             node.sharing.take_back(parts, pid)  # a later frame of them could not be made, say
-            strand.leave()
+            thread_state.leave()
         if pid in node.lost_processes or pid in self.unreachable:
             self._fail_sent(pid, [batch for batch, _ in payloads[:sent]])
         for batch, _ in payloads[sent:]:
@@ -449,7 +449,7 @@ class MapRun:
     def _arrived(self, what: PendingReply | Batch | SplitRequest) -> None:
         """Take note of something that has come; on any thread."""
         self.inbox.append(what)
-        self.node.dispatcher.complete(self.cell)
+        self.node.dispatcher.complete(self.waiter)
 
     def _start_here(self, batch: Batch) -> None:
         """Run a batch on a thread of this process."""

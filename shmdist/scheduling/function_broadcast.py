@@ -46,12 +46,12 @@ class BroadcastFunction:
         if holders is not None and pid not in holders:
             self.payload = codec.dumps(self.f, self._what, self._what)
             self.payload.spread = {}
-        strand = current()
-        strand.enter()
+        thread_state = current()
+        thread_state.enter()
         try:
             self._send_to(pid, wakeups)
         finally:
-            strand.leave()
+            thread_state.leave()
 
     def _send_to(self, pid: int, wakeups: Unwoken) -> None:
         node = self.node

@@ -227,21 +227,21 @@ def _nothing() -> None:
     """Tell nobody."""
 
 
-def interrupt(strand: Any, task: Any) -> None:
+def interrupt(thread_state: Any, task: Any) -> None:
     """Interrupt the next wait of the runtime on another thread, if that runs `task`."""
-    if strand is None:
+    if thread_state is None:
         return  # it has not begun, and will see that it need not
-    with strand.guard:
-        if strand.task is task:
-            strand.due = strand.pending = True
-            strand.wake()
+    with thread_state.guard:
+        if thread_state.task is task:
+            thread_state.interrupt_pending = thread_state.has_deferred = True
+            thread_state.wake()
 
 
-def _await_end(over: Waiter, strand: Any, task: Any) -> None:
+def _await_end(over: Waiter, thread_state: Any, task: Any) -> None:
     """Wait for the end of what was interrupted; once more, if only a finalizer that ran there has ended."""
     until = time.monotonic() + _CLOSING
     while not current_node().dispatcher.wait(over, _AGAIN) and time.monotonic() < until:
-        interrupt(strand, task)
+        interrupt(thread_state, task)
 
 
 # ---------------------------------------------------------------------- a reader of its own
@@ -304,29 +304,29 @@ class Reader:
         self._feed.closed = self._feed.notice = True
         with self._lock:
             begun, self._begun = self._begun, True
-            reading, strand = self._reading, self._strand
+            reading, thread_state = self._reading, self._strand
         if not begun:
             self._feed.let_go()
             return
         self.wake()
         if reading and self._interruptible:
-            interrupt(strand, self)
+            interrupt(thread_state, self)
         if not reading or self._interruptible:
-            _await_end(self._over, strand, self)
+            _await_end(self._over, thread_state, self)
 
     def _run(self) -> None:
         """Body of its thread."""
-        strand = self._strand = current()
-        depth = strand.depth
+        thread_state = self._strand = current()
+        depth = thread_state.runtime_depth
         if self._interruptible:
-            strand.begin(self)
+            thread_state.begin(self)
         try:
-            strand.depth = 0
+            thread_state.runtime_depth = 0
             self._context.run(self._read)
         finally:
             if self._interruptible:
-                strand.end()
-            strand.depth = depth
+                thread_state.end()
+            thread_state.runtime_depth = depth
             self._dispatcher.complete(self._over)
 
     def _read(self) -> None:
@@ -364,7 +364,7 @@ class _Driver:
     is suspended while the caller reads; so the other thread may go on with it then.
     """
 
-    interrupted = False  # as a remote call has it, for which that thread's strand takes it
+    interrupted = False  # as a remote call has it, for which that thread's thread state takes it
 
     def __init__(self, run: Any, feed: Feed) -> None:
         self._dispatcher = current_node().dispatcher
@@ -429,11 +429,11 @@ class _Driver:
         self._drive()
 
     def _drive(self) -> None:
-        strand = self._strand = current()
-        depth = strand.depth
-        strand.begin(self)
+        thread_state = self._strand = current()
+        depth = thread_state.runtime_depth
+        thread_state.begin(self)
         try:
-            strand.depth = 0
+            thread_state.runtime_depth = 0
             self._feed.asks = False
             if not self._stopped:
                 self._context.run(self._collect)
@@ -441,8 +441,8 @@ class _Driver:
             if not self._stopped:  # else nothing raises it, and it would keep what its frames have
                 self.failure = error
         finally:
-            strand.end()
-            strand.depth = depth
+            thread_state.end()
+            thread_state.runtime_depth = depth
             self.over = True
             self._dispatcher.complete(self._ended)
             self.tell()
@@ -456,14 +456,14 @@ class _Driver:
 
     def wait(self) -> None:
         """Sleep until there are outcomes, or there is room in the feed, or the run is over."""
-        strand = current()
-        strand.enter()
+        thread_state = current()
+        thread_state.enter()
         try:
             self._cell.done = False
             if not self.outcomes and not self.over and not self._feed.has_room:
                 self._dispatcher.wait(self._cell)
         finally:
-            strand.leave()
+            thread_state.leave()
 
     def stop(self) -> None:
         """End the run, and wait for that; not for ever, for it may be inside the program's own code."""

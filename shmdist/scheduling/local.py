@@ -127,14 +127,14 @@ class _Crew:
         """Wait until an element has ended, or a time of the monotonic clock; return those that have."""
         if self.running or until is not None:
             timeout = None if until is None else max(0.0, until - time.monotonic())
-            strand = current()
-            strand.enter()
+            thread_state = current()
+            thread_state.enter()
             try:
                 self._cell.done = False
                 if not self._ended:
                     self._node.dispatcher.wait(self._cell, timeout)
             finally:
-                strand.leave()
+                thread_state.leave()
         ended = [self._ended.popleft() for _ in range(len(self._ended))]
         self.running -= len(ended)
         for place, *_ in ended:

@@ -40,19 +40,19 @@ def run_on_thread(
     task = LocalTask()
 
     def run() -> None:
-        strand = current()
+        thread_state = current()
         value, failure = None, None
-        strand.begin(task)
-        task.strand = strand
+        thread_state.begin(task)
+        task.thread_state = thread_state
         try:
             try:
-                strand.expose()
+                thread_state.enter_user_code()
                 value = node.tasks.context.new().run(f, *args)
             finally:
-                strand.cover()
+                thread_state.leave_user_code()
         except BaseException as error:
             failure = error
-        strand.end()
+        thread_state.end()
         try:
             ended(value, failure)
         finally:

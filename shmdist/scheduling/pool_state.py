@@ -359,8 +359,8 @@ Node.operations.update({"lend": _lend, "pool": _run})
 def give_back(owner: int, rrid: RRID, pid: int) -> None:
     """Give a worker back to the pool `rrid` on `owner`; an interrupt does not keep it from that."""
     node = current_node()
-    strand = current()
-    strand.enter()
+    thread_state = current()
+    thread_state.enter()
     try:
         if owner == node.pid:
             channel_from_id(rrid).give_back(pid, node.pid)
@@ -380,4 +380,4 @@ def give_back(owner: int, rrid: RRID, pid: int) -> None:
     except ProcessExitedException:
         pass  # the pool is gone, and what the call has brought is still good
     finally:
-        strand.leave()
+        thread_state.leave()

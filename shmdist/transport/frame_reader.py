@@ -1,6 +1,6 @@
 """The reading side of a link: from the bytes of a socket and the frames in a ring to whole frames.
 
-Only the holder of the process's reading baton (``runtime.reactor``) reads, so it needs no lock.
+Only the process's leader (``runtime.reactor``) reads, so it needs no lock.
 Reads never block: what has come of a frame is kept here until the rest comes, and a large
 frame is received straight into its final memory, so a peer that stops in the middle of a frame
 holds up nobody else.
@@ -98,7 +98,7 @@ class Reader:
     def read(self, frames: list[Frame]) -> bool:
         """Append the frames that have come whole; False at the end of the link.
 
-        Only the baton's holder may call this.  Never blocks.
+        Only the leader may call this.  Never blocks.
         """
         budget = _TURN
         receive = self._receive
@@ -153,7 +153,7 @@ class Reader:
         self.unfinished = False
 
     def read_mail(self, frames: list[Frame]) -> None:
-        """Append the frames that were left in the mailbox; for the baton's holder, again if that failed.
+        """Append the frames that were left in the mailbox; for the leader, again if that failed.
 
         Raises
         ------

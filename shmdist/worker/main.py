@@ -389,10 +389,10 @@ class _Worker:
         """Serve on the main thread, then end the process."""
         node = self.node
         self.serving = True
-        strand = current()
-        strand.main = False
-        strand.signalled = True
-        signal.signal(signal.SIGINT, strand.on_signal)
+        thread_state = current()
+        thread_state.main = False
+        thread_state.signalled = True
+        signal.signal(signal.SIGINT, thread_state.on_signal)
         node.dispatcher.threads.ensure_standby()
         node.dispatcher.start(self._give_up_alone)
         node.dispatcher.serve()
@@ -430,7 +430,7 @@ class _Worker:
 
     def end(self) -> None:
         """End in order: atexit handlers run, and finalizers, which may do what they may in user code."""
-        current().depth = 0
+        current().runtime_depth = 0
         for opened in self.doors:
             opened.close()
         sys.exit(0)

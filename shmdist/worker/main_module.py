@@ -175,9 +175,9 @@ def _globals_of_all(here: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _ask_master(name: str) -> tuple[bool, Any]:
-    node, strand = current_node(), current()
+    node, thread_state = current_node(), current()
     payload = codec.dumps_call(_give, (name,), {})
-    strand.enter()
+    thread_state.enter()
     try:
         reply = node.request(1, int(Kind.CALL), WANT_VALUE, payload)
         try:
@@ -187,7 +187,7 @@ def _ask_master(name: str) -> tuple[bool, Any]:
             node.cancel(reply)
             raise
     finally:
-        strand.leave()
+        thread_state.leave()
     answer: tuple[bool, Any] = node.open(reply, f"the search for {name} of __main__")
     return answer
 

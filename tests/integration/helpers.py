@@ -59,7 +59,7 @@ def settled_state(between_tests=False):
     with node.lock:
         node.refs._check()
         entries = {tuple(rrid): repr(entry) for rrid, entry in list(node.refs.entries.items())}
-    running = [task for task in list(node.tasks.running.values()) if task.strand is not _my_strand()]
+    running = [task for task in list(node.tasks.running.values()) if task.thread_state is not _my_strand()]
     node.sharing.pay()
     shared = node.sharing.state()
     descriptors = _descriptors(node)

@@ -185,16 +185,16 @@ class Interrupt:
 
     def can(self, mine):
         """Tell whether an interrupt can come to the calling thread."""
-        strand = current()
-        return strand.main or (strand.task is not None and not strand.task.interrupted)
+        thread_state = current()
+        return thread_state.main or (thread_state.task is not None and not thread_state.task.interrupted)
 
     def __call__(self, site):
-        strand = current()
-        if strand.main:
+        thread_state = current()
+        if thread_state.main:
             signal.raise_signal(signal.SIGINT)
         else:
-            strand.task.interrupted = True
-            strand.interrupt_call(strand.task)
+            thread_state.task.interrupted = True
+            thread_state.interrupt_call(thread_state.task)
 
     def told(self, caught):
         """Tell whether the outcome of an operation is the interrupt."""

@@ -303,9 +303,9 @@ class World:
         if hit and mine and act.at_returns and side == "home" and not come:
             faults.append("the interrupt was lost")
         _swallowed.clear()
-        if current().depth:
+        if current().runtime_depth:
             faults.append("interrupts are put off for good")
-            current().depth = 0
+            current().runtime_depth = 0
         try:
             for each in (self.worker, self.other):
                 assert sd.remotecall_fetch(_back, each, self.home, 3) == -3
@@ -317,9 +317,9 @@ class World:
     @staticmethod
     def _as_new():
         """Let the call that this code belongs to, on a worker, be one that was never interrupted."""
-        strand = current()
-        if strand.task is not None:
-            strand.task.interrupted = strand.struck = False
+        thread_state = current()
+        if thread_state.task is not None:
+            thread_state.task.interrupted = thread_state.interrupt_delivered = False
 
     # ------------------------------------------------------------------ the proof
 

@@ -132,8 +132,8 @@ def test_no_item_is_lost_that_came_with_ctrl_c():
 import signal
 from shmdist.runtime.reactor import Reactor
 real = Reactor.wait
-def wait(self, cell, timeout=None):
-    value = real(self, cell, timeout)
+def wait(self, waiter, timeout=None):
+    value = real(self, waiter, timeout)
     os.kill(os.getpid(), signal.SIGINT)
     return value
 for where in (2, 1):

@@ -172,8 +172,8 @@ def test_cancelled_calls_free_what_they_held(cluster, started):
 
 def _lose_the_first(lost):
     """Let this process's next signal to a call come to nothing."""
-    strand = current_node().dispatcher._main
-    strike = type(strand).interrupt_call
+    thread_state = current_node().dispatcher._main
+    strike = type(thread_state).interrupt_call
 
     def lossy(self, task):
         if lost:
@@ -181,7 +181,7 @@ def _lose_the_first(lost):
         else:
             lost.append(task)
 
-    type(strand).interrupt_call = lossy
+    type(thread_state).interrupt_call = lossy
 
 
 def test_a_signal_that_comes_just_before_a_system_call_is_repeated(fresh, started):

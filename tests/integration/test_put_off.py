@@ -20,8 +20,8 @@ def watch():
         function = getattr(kind, name)
 
         def run(*args, **kwargs):
-            strand = current()
-            if (strand.main or strand.task is not None) and not strand.depth:
+            thread_state = current()
+            if (thread_state.main or thread_state.task is not None) and not thread_state.runtime_depth:
                 bare.append(f"{kind.__name__}.{name}")
             return function(*args, **kwargs)
 

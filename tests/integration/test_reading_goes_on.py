@@ -83,7 +83,7 @@ def test_an_error_at_each_call_of_the_path(fresh, error, path):
     worker = fresh()[0]
     channel = sd.RemoteChannel(lambda: sd.Channel(10), worker)
     assert _raise_at_each(path, error, worker, channel) == []
-    assert current().depth == 0  # Ctrl-C is the program's
+    assert current().runtime_depth == 0  # Ctrl-C is the program's
 
 
 def _raise_in_worker(path, due, error):

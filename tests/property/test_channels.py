@@ -24,12 +24,12 @@ class Waiting:
 
     def __init__(self, channel: Channel, local: bool) -> None:
         self.channel = channel
-        self.cell = ResultWaiter() if local else None
+        self.waiter = ResultWaiter() if local else None
         self.told: tuple[str, Any] | None = None
 
     @property
     def handed_in(self) -> Any:
-        return self if self.cell is None else self.cell
+        return self if self.waiter is None else self.waiter
 
     def resolve(self, value: object) -> None:
         assert self.told is None
@@ -42,11 +42,11 @@ class Waiting:
         self.told = ("failed", exc)
 
     def outcome(self) -> tuple[str, Any] | None:
-        if self.cell is None:
+        if self.waiter is None:
             return self.told
-        if not self.cell.done:
+        if not self.waiter.done:
             return None
-        return ("resolved", self.cell.value) if self.cell.exc is None else ("failed", self.cell.exc)
+        return ("resolved", self.waiter.value) if self.waiter.exc is None else ("failed", self.waiter.exc)
 
 
 @dataclass

@@ -46,11 +46,11 @@ Make = Callable[..., Channel]
 
 def on_block(monkeypatch: pytest.MonkeyPatch, f: Callable[[ResultWaiter], None]) -> None:
     """Have `f` run when a thread is about to wait, its operation queued."""
-    real = Channel._block  # not `cell.sleep`: inside the runtime a signal wakes only what waits there
+    real = Channel._block  # not `waiter.sleep`: inside the runtime a signal wakes only what waits there
 
-    def block(cell: ResultWaiter, timeout: float | None) -> None:
-        f(cell)
-        real(cell, timeout)
+    def block(waiter: ResultWaiter, timeout: float | None) -> None:
+        f(waiter)
+        real(waiter, timeout)
 
     monkeypatch.setattr(Channel, "_block", staticmethod(block))
 
@@ -167,17 +167,17 @@ class TestCompletions:
         assert isinstance(second.error, ChannelClosed)
 
     def test_cell(self) -> None:
-        cell = ResultWaiter()
-        assert repr(cell) == "<ResultWaiter waiting>"
-        cell.wake()
-        cell.sleep(0)
-        cell.wake()
-        cell.wake()  # twice is as good as once
-        cell.sleep(None)  # returns early: woken
-        assert not cell.done
-        cell.resolve(1)
-        cell.sleep(None)
-        assert (cell.done, cell.value, repr(cell)) == (True, 1, "<ResultWaiter resolved>")
+        waiter = ResultWaiter()
+        assert repr(waiter) == "<ResultWaiter waiting>"
+        waiter.wake()
+        waiter.sleep(0)
+        waiter.wake()
+        waiter.wake()  # twice is as good as once
+        waiter.sleep(None)  # returns early: woken
+        assert not waiter.done
+        waiter.resolve(1)
+        waiter.sleep(None)
+        assert (waiter.done, waiter.value, repr(waiter)) == (True, 1, "<ResultWaiter resolved>")
         failed = ResultWaiter()
         failed.fail(KeyError())
         assert (failed.done, repr(failed)) == (True, "<ResultWaiter failed>")
@@ -190,7 +190,7 @@ class TestInterrupt:
     def test_withdraws(self, make: Make, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
         channel = make(1)
 
-        def interrupt(cell: ResultWaiter) -> None:
+        def interrupt(waiter: ResultWaiter) -> None:
             raise KeyboardInterrupt
 
         on_block(monkeypatch, interrupt)
@@ -203,7 +203,7 @@ class TestInterrupt:
     def test_withdraws_a_put(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         channel = make()
 
-        def interrupt(cell: ResultWaiter) -> None:
+        def interrupt(waiter: ResultWaiter) -> None:
             raise KeyboardInterrupt
 
         on_block(monkeypatch, interrupt)
@@ -214,10 +214,10 @@ class TestInterrupt:
     def test_item_that_was_given_already_goes_back(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         channel = make(2)
 
-        def give_then_interrupt(cell: ResultWaiter) -> None:
+        def give_then_interrupt(waiter: ResultWaiter) -> None:
             channel.put("a")
             channel.put("b")
-            assert cell.done
+            assert waiter.done
             raise KeyboardInterrupt
 
         on_block(monkeypatch, give_then_interrupt)
@@ -231,7 +231,7 @@ class TestInterrupt:
         channel = make(2)
         second = Recorder(channel)
 
-        def give_then_interrupt(cell: ResultWaiter) -> None:
+        def give_then_interrupt(waiter: ResultWaiter) -> None:
             channel.take_async(second)
             channel.put("a")
             raise KeyboardInterrupt
@@ -247,7 +247,7 @@ class TestInterrupt:
         channel = make()
         taker = Recorder(channel)
 
-        def take_then_interrupt(cell: ResultWaiter) -> None:
+        def take_then_interrupt(waiter: ResultWaiter) -> None:
             channel.take_async(taker)
             raise KeyboardInterrupt
 
@@ -286,7 +286,7 @@ class TestInterrupt:
         channel = make()
         calls = iter(range(3))
 
-        def block(cell: ResultWaiter, timeout: float | None) -> None:
+        def block(waiter: ResultWaiter, timeout: float | None) -> None:
             if next(calls, None) is None:
                 channel.untake("a")
 
@@ -310,7 +310,7 @@ class TestInterrupt:
         """A real signal, in a thread that really sleeps."""
         channel = make(1)
         asleep = threading.Event()
-        on_block(monkeypatch, lambda cell: asleep.set())
+        on_block(monkeypatch, lambda waiter: asleep.set())
 
         def press() -> None:
             assert asleep.wait(30)
@@ -399,9 +399,9 @@ class TestThreads:
         channel, n_items = make(1), 500
         interrupted = threading.local()
 
-        def interrupt(cell: ResultWaiter) -> None:
+        def interrupt(waiter: ResultWaiter) -> None:
             if getattr(interrupted, "by_me", False):
-                cell.sleep(1e-5)
+                waiter.sleep(1e-5)
                 raise KeyboardInterrupt
 
         on_block(monkeypatch, interrupt)
@@ -430,7 +430,7 @@ class TestThreads:
     ) -> None:
         channel = make()
         asleep = threading.Semaphore(0)
-        on_block(monkeypatch, lambda cell: asleep.release())
+        on_block(monkeypatch, lambda waiter: asleep.release())
         results = [threads.start(getattr(channel, verb)) for verb in ("take", "fetch", "wait") * 5]
         for _ in results:
             assert asleep.acquire(timeout=30)

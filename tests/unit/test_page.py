@@ -83,7 +83,7 @@ def test_words_beyond_the_page(page, word):
         native.module.begin(page.numbers, word, 1, 1)
 
 
-COUNT = 10_000
+COUNT = 200_000  # many times what one process does before the other one has a processor
 WORKER = f"""
 import sys
 from tests.unit.test_page import begin_of

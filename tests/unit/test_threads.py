@@ -93,7 +93,7 @@ def test_a_thread_that_begins_late_is_not_taken_for_dead(monkeypatch):
 )
 def test_a_job_that_a_thread_died_with(dying, monkeypatch, place):
     ends, done = threading.Event(), []
-    threads = ThreadPool(lambda strand, woken: (woken(), ends.wait(5))[1])
+    threads = ThreadPool(lambda thread_state, woken: (woken(), ends.wait(5))[1])
     dying(*place)
     for _ in range(3):
         with pytest.raises(RuntimeError, match="can't start new thread"):
@@ -117,7 +117,7 @@ def test_a_call_made_while_the_thread_of_the_one_before_died(error):
     done, jobs = [], []
 
     class Reactor:
-        threads = ThreadPool(lambda strand, woken: None)
+        threads = ThreadPool(lambda thread_state, woken: None)
 
         def start(self, job):
             if not jobs:
@@ -140,7 +140,7 @@ def test_the_turn_is_not_lost_when_no_thread_can_follow():
     inside, ends, done, jobs = threading.Event(), threading.Event(), [], []
 
     class Reactor:
-        threads = ThreadPool(lambda strand, woken: None)
+        threads = ThreadPool(lambda thread_state, woken: None)
 
         def start(self, job):
             if len(jobs) == 2:
@@ -176,20 +176,20 @@ def test_a_thread_is_inside_the_runtime_from_its_first_step(monkeypatch, step):
 
     def look(self, *args):
         if threading.get_ident() != me:
-            depths.append(interrupts.current().depth)
+            depths.append(interrupts.current().runtime_depth)
         return original(self, *args)
 
     monkeypatch.setattr(owner, name, look)
-    threads = ThreadPool(lambda strand: None)
+    threads = ThreadPool(lambda thread_state: None)
     done = threading.Event()
     threads.start(done.set)
     assert done.wait(5) and depths[0] == 1
     monkeypatch.undo()
     others = []
-    thread = threading.Thread(target=lambda: others.append(interrupts.current().depth))
+    thread = threading.Thread(target=lambda: others.append(interrupts.current().runtime_depth))
     thread.start()
     thread.join()
-    assert others == [0] and interrupts.current().depth == 0
+    assert others == [0] and interrupts.current().runtime_depth == 0
     threads.close()
     assert threads.join(5)
 

@@ -16,7 +16,7 @@ import pytest
 
 from shmdist.runtime.interrupts import ThreadState, Waiter
 from tests.unit.test_channels import Threads
-from tests.unit.test_strand import ctrl_c, threads
+from tests.unit.test_interrupts import ctrl_c, threads
 
 __all__ = ["threads"]  # a fixture
 
@@ -31,41 +31,41 @@ def no_finalizers() -> Iterator[None]:
 
 
 class Task:
-    """What strands need of a remote call."""
+    """What thread states need of a remote call."""
 
     interrupted = False
 
 
-def run_task(strand: ThreadState, task: Any, user: Callable[[], Any]) -> BaseException | None:
+def run_task(thread_state: ThreadState, task: Any, user: Callable[[], Any]) -> BaseException | None:
     """Run user code as `runtime.executor` does; nothing may escape."""
     error: BaseException | None = None
-    strand.begin(task)
-    task.strand = strand
+    thread_state.begin(task)
+    task.thread_state = thread_state
     try:
         try:
-            strand.expose()
+            thread_state.enter_user_code()
             user()
         finally:
-            strand.cover()
+            thread_state.leave_user_code()
     except BaseException as caught:
         error = caught
-    strand.end()
+    thread_state.end()
     return error
 
 
 def interrupt(task: Any) -> None:
     """As `CallExecutor.interrupt` does."""
     task.interrupted = True
-    strand = getattr(task, "strand", None)
-    if strand is not None:
-        strand.interrupt_call(task)
+    thread_state = getattr(task, "thread_state", None)
+    if thread_state is not None:
+        thread_state.interrupt_call(task)
 
 
 class Striker:
     """Interrupts a task when the thread that runs it is at a certain line, counted from the beginning."""
 
-    def __init__(self, strand: ThreadState, moment: int, gap: int) -> None:
-        self.strand, self.moment, self.gap = strand, moment, gap
+    def __init__(self, thread_state: ThreadState, moment: int, gap: int) -> None:
+        self.thread_state, self.moment, self.gap = thread_state, moment, gap
         self.task: Any = Task()
         self.passed = 0
         self.target: ThreadState | None = None
@@ -76,7 +76,7 @@ class Striker:
         before = sys.gettrace()
         sys.settrace(self.trace)
         try:
-            return run_task(self.strand, self.task, user)
+            return run_task(self.thread_state, self.task, user)
         finally:
             sys.settrace(before)
 
@@ -85,12 +85,12 @@ class Striker:
             self.passed += 1
             if self.passed == self.moment:
                 self.task.interrupted = True
-                self.target = getattr(self.task, "strand", None)
+                self.target = getattr(self.task, "thread_state", None)
             # While this thread has the guard, the interrupter waits for it.
-            if self.passed >= self.moment + self.gap and not self.strand.guard._is_owned():
+            if self.passed >= self.moment + self.gap and not self.thread_state.guard._is_owned():
                 self.struck = True
                 if self.target is not None:
-                    self.exposed = self.strand.task is self.task and not self.strand.depth
+                    self.exposed = self.thread_state.task is self.task and not self.thread_state.runtime_depth
                     self.target.interrupt_call(self.task)
         return self.trace
 
@@ -99,12 +99,12 @@ class TestCalls:
     """Interrupts of remote calls, from another thread."""
 
     @pytest.fixture
-    def strand(self) -> Iterator[ThreadState]:
-        """A strand of a thread of the runtime; the tests run its task on this thread."""
-        strand = ThreadState()
-        strand.depth = 1
-        yield strand
-        assert (strand.depth, strand.task, strand.pending) == (1, None, False)
+    def thread_state(self) -> Iterator[ThreadState]:
+        """A thread state of a thread of the runtime; the tests run its task on this thread."""
+        thread_state = ThreadState()
+        thread_state.runtime_depth = 1
+        yield thread_state
+        assert (thread_state.runtime_depth, thread_state.task, thread_state.has_deferred) == (1, None, False)
 
     @staticmethod
     def from_outside(task: Any) -> None:
@@ -112,7 +112,7 @@ class TestCalls:
         thread.start()
         thread.join()
 
-    def test_in_user_code(self, strand: ThreadState) -> None:
+    def test_in_user_code(self, thread_state: ThreadState) -> None:
         task = Task()
         reached = []
 
@@ -122,72 +122,72 @@ class TestCalls:
                 reached.append(1)
             reached.append(2)
 
-        assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
+        assert isinstance(run_task(thread_state, task, user), KeyboardInterrupt)
         assert 2 not in reached
 
-    def test_in_the_runtime_it_is_put_off_until_the_door(self, strand: ThreadState) -> None:
+    def test_in_the_runtime_it_is_put_off_until_the_door(self, thread_state: ThreadState) -> None:
         task = Task()
         reached: list[object] = []
 
         def user() -> None:
-            strand.enter()
-            strand.enter()
+            thread_state.enter()
+            thread_state.enter()
             self.from_outside(task)
-            strand.leave()
-            assert strand.interrupted()
+            thread_state.leave()
+            assert thread_state.interrupted()
             reached.append("inside")
             try:
-                strand.leave()
+                thread_state.leave()
             finally:
-                reached.append(strand.depth)
+                reached.append(thread_state.runtime_depth)
             reached.append("after")
 
-        assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
+        assert isinstance(run_task(thread_state, task, user), KeyboardInterrupt)
         assert reached == ["inside", 0]
 
-    def test_delivered_by_a_wait(self, strand: ThreadState) -> None:
+    def test_delivered_by_a_wait(self, thread_state: ThreadState) -> None:
         task = Task()
 
         def user() -> None:
-            cell, lock = Waiter(), threading.Lock()
+            waiter, lock = Waiter(), threading.Lock()
             lock.acquire()
-            cell.add(lock)
-            strand.enter()
+            waiter.add(lock)
+            thread_state.enter()
             try:
-                strand.cell = cell
+                thread_state.waits_for = waiter
                 self.from_outside(task)
                 assert lock.acquire(False)
-                strand.deliver()
+                thread_state.raise_deferred()
             finally:
-                strand.cell = None
-                strand.leave()
+                thread_state.waits_for = None
+                thread_state.leave()
 
-        assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
+        assert isinstance(run_task(thread_state, task, user), KeyboardInterrupt)
 
-    def test_before_it_begins(self, strand: ThreadState) -> None:
+    def test_before_it_begins(self, thread_state: ThreadState) -> None:
         task = Task()
         interrupt(task)
         reached: list[int] = []
-        assert isinstance(run_task(strand, task, lambda: reached.append(1)), KeyboardInterrupt)
+        assert isinstance(run_task(thread_state, task, lambda: reached.append(1)), KeyboardInterrupt)
         assert not reached
 
-    def test_after_it_has_ended(self, strand: ThreadState) -> None:
+    def test_after_it_has_ended(self, thread_state: ThreadState) -> None:
         task, other = Task(), Task()
-        assert run_task(strand, task, lambda: None) is None
+        assert run_task(thread_state, task, lambda: None) is None
         self.from_outside(task)
-        assert run_task(strand, other, lambda: self.from_outside(task)) is None
+        assert run_task(thread_state, other, lambda: self.from_outside(task)) is None
 
-    def test_between_user_code_and_the_end(self, strand: ThreadState) -> None:
+    def test_between_user_code_and_the_end(self, thread_state: ThreadState) -> None:
         task = Task()
-        strand.begin(task)
-        strand.expose()
-        strand.cover()
+        thread_state.begin(task)
+        thread_state.enter_user_code()
+        thread_state.leave_user_code()
         self.from_outside(task)
-        assert strand.pending is False or strand.depth == 1
-        strand.end()
-        assert run_task(strand, Task(), lambda: None) is None
+        assert thread_state.has_deferred is False or thread_state.runtime_depth == 1
+        thread_state.end()
+        assert run_task(thread_state, Task(), lambda: None) is None
 
-    def test_user_code_that_swallows_it(self, strand: ThreadState) -> None:
+    def test_user_code_that_swallows_it(self, thread_state: ThreadState) -> None:
         task = Task()
         caught = []
 
@@ -199,29 +199,29 @@ class TestCalls:
             except KeyboardInterrupt:
                 caught.append(1)
 
-        assert run_task(strand, task, user) is None
+        assert run_task(thread_state, task, user) is None
         assert caught
-        assert run_task(strand, Task(), lambda: None) is None
+        assert run_task(thread_state, Task(), lambda: None) is None
 
     @pytest.mark.parametrize("gap", [0, 1, 5])
-    def test_at_each_line(self, strand: ThreadState, gap: int) -> None:
-        """Wherever the thread stands, of the task's code and of the strand's own.
+    def test_at_each_line(self, thread_state: ThreadState, gap: int) -> None:
+        """Wherever the thread stands, of the task's code and of the thread state's own.
 
         `gap` lines of this thread pass between the interrupter's two steps.
         """
 
         def user() -> None:
-            strand.enter()
-            strand.enter()
-            strand.leave()
-            strand.leave()
+            thread_state.enter()
+            thread_state.enter()
+            thread_state.leave()
+            thread_state.leave()
 
         outcomes = set()
         for moment in itertools.count(1):
-            striker = Striker(strand, moment, gap)
+            striker = Striker(thread_state, moment, gap)
             error = striker.run(user)
             assert error is None or isinstance(error, KeyboardInterrupt)
-            assert (strand.depth, strand.pending, strand.task) == (1, False, None), moment
+            assert (thread_state.runtime_depth, thread_state.has_deferred, thread_state.task) == (1, False, None), moment
             for _ in range(10):
                 pass  # what was still on its way would be raised here
             if striker.exposed:
@@ -240,21 +240,21 @@ class TestCalls:
         over = threading.Event()
 
         def runner() -> list[bool]:
-            strand = ThreadState()
-            strand.depth = 1
+            thread_state = ThreadState()
+            thread_state.runtime_depth = 1
             outcomes = []
             for i, task in enumerate(tasks):
 
                 def user(i: int = i) -> None:
                     begun[i].set()
                     for _ in range(200 if i % 3 else 5000):  # time for the interrupt to come
-                        strand.enter()
-                        strand.leave()
+                        thread_state.enter()
+                        thread_state.leave()
 
-                error = run_task(strand, task, user)
+                error = run_task(thread_state, task, user)
                 assert error is None or isinstance(error, KeyboardInterrupt)
                 # Here the thread is the runtime's: an exception would end the test.
-                assert (strand.depth, strand.pending, strand.task) == (1, False, None)
+                assert (thread_state.runtime_depth, thread_state.has_deferred, thread_state.task) == (1, False, None)
                 outcomes.append(error is not None)
             over.set()
             return outcomes
@@ -283,16 +283,16 @@ class TestSignalledCalls:
     """Interrupts of calls on a worker's main thread, by a signal that is the process's."""
 
     @pytest.fixture
-    def strand(self) -> Iterator[ThreadState]:
-        strand = ThreadState()
-        strand.depth = 1
-        strand.signalled = True
-        before = signal.signal(signal.SIGINT, strand.on_signal)
-        yield strand
+    def thread_state(self) -> Iterator[ThreadState]:
+        thread_state = ThreadState()
+        thread_state.runtime_depth = 1
+        thread_state.signalled = True
+        before = signal.signal(signal.SIGINT, thread_state.on_signal)
+        yield thread_state
         signal.signal(signal.SIGINT, before)
-        assert (strand.depth, strand.task, strand.pending) == (1, None, False)
+        assert (thread_state.runtime_depth, thread_state.task, thread_state.has_deferred) == (1, None, False)
 
-    def test_in_user_code(self, strand: ThreadState) -> None:
+    def test_in_user_code(self, thread_state: ThreadState) -> None:
         task = Task()
         reached = []
 
@@ -302,25 +302,25 @@ class TestSignalledCalls:
                 pass
             reached.append(1)
 
-        assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
+        assert isinstance(run_task(thread_state, task, user), KeyboardInterrupt)
         assert not reached
 
-    def test_in_the_runtime_it_is_put_off_until_the_door(self, strand: ThreadState) -> None:
+    def test_in_the_runtime_it_is_put_off_until_the_door(self, thread_state: ThreadState) -> None:
         task = Task()
         reached = []
 
         def user() -> None:
-            strand.enter()
+            thread_state.enter()
             interrupt(task)
             ctrl_c()
             reached.append("inside")
-            strand.leave()
+            thread_state.leave()
             reached.append("after")
 
-        assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
+        assert isinstance(run_task(thread_state, task, user), KeyboardInterrupt)
         assert reached == ["inside"]
 
-    def test_once_for_a_task(self, strand: ThreadState) -> None:
+    def test_once_for_a_task(self, thread_state: ThreadState) -> None:
         """Ctrl-C in a terminal reaches the worker as well; what clears up must not be hit again."""
         task = Task()
         cleared = []
@@ -331,17 +331,17 @@ class TestSignalledCalls:
                 ctrl_c()
             finally:
                 ctrl_c()
-                strand.enter()
+                thread_state.enter()
                 ctrl_c()
-                strand.leave()
+                thread_state.leave()
                 cleared.append(1)
 
-        assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
+        assert isinstance(run_task(thread_state, task, user), KeyboardInterrupt)
         assert cleared
         other = Task()
-        assert isinstance(run_task(strand, other, lambda: interrupt(other)), KeyboardInterrupt)
+        assert isinstance(run_task(thread_state, other, lambda: interrupt(other)), KeyboardInterrupt)
 
-    def test_what_a_finalizer_swallows_comes_again(self, strand: ThreadState) -> None:
+    def test_what_a_finalizer_swallows_comes_again(self, thread_state: ThreadState) -> None:
         """Once for all finalizers of a collection, and then in the task."""
         task, reached, swallowed = Task(), [], []
 
@@ -352,7 +352,7 @@ class TestSignalledCalls:
                     reached.append(self)
                 except KeyboardInterrupt:
                     swallowed.append(1)
-                assert not strand.struck
+                assert not thread_state.interrupt_delivered
                 ctrl_c()
 
         def user() -> None:
@@ -365,23 +365,23 @@ class TestSignalledCalls:
             ctrl_c()
             reached.append("never")
 
-        assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
+        assert isinstance(run_task(thread_state, task, user), KeyboardInterrupt)
         assert swallowed == [1] and len(reached) == 2 and "never" not in reached
         reached.clear()
 
-    def test_in_a_wait_of_a_finalizer_as_well(self, strand: ThreadState) -> None:
+    def test_in_a_wait_of_a_finalizer_as_well(self, thread_state: ThreadState) -> None:
         task, swallowed = Task(), []
 
         class Ends:
             def __del__(self) -> None:
-                strand.enter()
+                thread_state.enter()
                 try:
                     ctrl_c()
-                    strand.deliver()
+                    thread_state.raise_deferred()
                 except KeyboardInterrupt:
                     swallowed.append(1)
                 finally:
-                    strand.leave()
+                    thread_state.leave()
 
         def user() -> None:
             task.interrupted = True
@@ -389,21 +389,21 @@ class TestSignalledCalls:
             cycle.append(cycle)
             del cycle
             gc.collect()
-            assert swallowed and not strand.struck
+            assert swallowed and not thread_state.interrupt_delivered
             ctrl_c()
 
-        assert isinstance(run_task(strand, task, user), KeyboardInterrupt)
+        assert isinstance(run_task(thread_state, task, user), KeyboardInterrupt)
 
-    def test_a_signal_for_nobody(self, strand: ThreadState) -> None:
+    def test_a_signal_for_nobody(self, thread_state: ThreadState) -> None:
         ctrl_c()  # idle
         task = Task()
-        assert run_task(strand, task, ctrl_c) is None  # running, not interrupted
+        assert run_task(thread_state, task, ctrl_c) is None  # running, not interrupted
         task.interrupted = True
         ctrl_c()  # ended
 
-    def test_before_it_begins(self, strand: ThreadState) -> None:
+    def test_before_it_begins(self, thread_state: ThreadState) -> None:
         task = Task()
         task.interrupted = True
         reached: list[int] = []
-        assert isinstance(run_task(strand, task, lambda: reached.append(1)), KeyboardInterrupt)
+        assert isinstance(run_task(thread_state, task, lambda: reached.append(1)), KeyboardInterrupt)
         assert not reached

@@ -31,15 +31,15 @@ def ctrl_c() -> None:
 
 class TestMainThread:
     @pytest.fixture
-    def strand(self) -> Iterator[ThreadState]:
-        strand = ThreadState()
-        strand.main = True
+    def thread_state(self) -> Iterator[ThreadState]:
+        thread_state = ThreadState()
+        thread_state.main = True
         before = signal.getsignal(signal.SIGINT)
-        yield strand
+        yield thread_state
         after = signal.getsignal(signal.SIGINT)
         signal.signal(signal.SIGINT, before)
         assert after == before
-        assert (strand.depth, strand.pending) == (0, False)
+        assert (thread_state.runtime_depth, thread_state.has_deferred) == (0, False)
 
     @pytest.fixture
     def handle(self) -> Iterator[Callable[[Any], None]]:
@@ -51,59 +51,59 @@ class TestMainThread:
         yield handle
         signal.signal(signal.SIGINT, before)
 
-    def test_without_an_interrupt(self, strand: ThreadState) -> None:
-        strand.enter()
-        assert strand.depth == 1
-        strand.leave()
+    def test_without_an_interrupt(self, thread_state: ThreadState) -> None:
+        thread_state.enter()
+        assert thread_state.runtime_depth == 1
+        thread_state.leave()
 
-    def test_put_off_inside_and_raised_on_leaving(self, strand: ThreadState) -> None:
-        strand.enter()
-        assert not strand.interrupted()
+    def test_put_off_inside_and_raised_on_leaving(self, thread_state: ThreadState) -> None:
+        thread_state.enter()
+        assert not thread_state.interrupted()
         ctrl_c()
-        assert strand.interrupted()
+        assert thread_state.interrupted()
         with pytest.raises(KeyboardInterrupt):
-            strand.leave()
-        assert not strand.interrupted()
+            thread_state.leave()
+        assert not thread_state.interrupted()
         with pytest.raises(KeyboardInterrupt):
             ctrl_c()  # outside, it is raised at once
 
-    def test_nested(self, strand: ThreadState) -> None:
-        strand.enter()
-        strand.enter()
+    def test_nested(self, thread_state: ThreadState) -> None:
+        thread_state.enter()
+        thread_state.enter()
         ctrl_c()
-        strand.leave()
-        assert strand.pending
-        strand.enter()
-        strand.leave()
-        assert strand.pending
+        thread_state.leave()
+        assert thread_state.has_deferred
+        thread_state.enter()
+        thread_state.leave()
+        assert thread_state.has_deferred
         with pytest.raises(KeyboardInterrupt):
-            strand.leave()
+            thread_state.leave()
 
-    def test_delivered_where_nothing_is_half_done(self, strand: ThreadState) -> None:
-        strand.enter()
+    def test_delivered_where_nothing_is_half_done(self, thread_state: ThreadState) -> None:
+        thread_state.enter()
         try:
             ctrl_c()
             with pytest.raises(KeyboardInterrupt):
-                strand.deliver()
+                thread_state.raise_deferred()
         finally:
-            strand.leave()  # not raised a second time
+            thread_state.leave()  # not raised a second time
 
-    def test_many_are_one(self, strand: ThreadState) -> None:
-        strand.enter()
+    def test_many_are_one(self, thread_state: ThreadState) -> None:
+        thread_state.enter()
         for _ in range(3):
             ctrl_c()
         with pytest.raises(KeyboardInterrupt):
-            strand.leave()
+            thread_state.leave()
 
     def test_the_programs_own_handler_is_called(
-        self, strand: ThreadState, handle: Callable[[Any], None]
+        self, thread_state: ThreadState, handle: Callable[[Any], None]
     ) -> None:
         seen: list[tuple[int, FrameType | None]] = []
         handle(lambda signum, stack: seen.append((signum, stack)))
-        strand.enter()
+        thread_state.enter()
         ctrl_c()
         assert not seen
-        strand.leave()
+        thread_state.leave()
         [(signum, stack)] = seen
         assert signum == signal.SIGINT
         assert stack is not None
@@ -111,90 +111,90 @@ class TestMainThread:
         assert len(seen) == 2
 
     def test_the_programs_own_handler_raises(
-        self, strand: ThreadState, handle: Callable[[Any], None]
+        self, thread_state: ThreadState, handle: Callable[[Any], None]
     ) -> None:
         def handler(signum: int, stack: FrameType | None) -> None:
             raise LookupError("mine")
 
         handle(handler)
-        strand.enter()
+        thread_state.enter()
         ctrl_c()
         with pytest.raises(LookupError, match="mine"):
-            strand.leave()
+            thread_state.leave()
         assert signal.getsignal(signal.SIGINT) is handler
 
     def test_the_handler_may_use_the_runtime(
-        self, strand: ThreadState, handle: Callable[[Any], None]
+        self, thread_state: ThreadState, handle: Callable[[Any], None]
     ) -> None:
         depths = []
 
         def handler(signum: int, stack: FrameType | None) -> None:
-            strand.enter()
-            depths.append(strand.depth)
-            strand.leave()
+            thread_state.enter()
+            depths.append(thread_state.runtime_depth)
+            thread_state.leave()
 
         handle(handler)
-        strand.enter()
+        thread_state.enter()
         ctrl_c()
-        strand.deliver()  # inside
+        thread_state.raise_deferred()  # inside
         ctrl_c()
-        strand.leave()  # at the door
+        thread_state.leave()  # at the door
         assert depths == [2, 1]
         assert signal.getsignal(signal.SIGINT) is handler
 
-    def test_ignored_stays_ignored(self, strand: ThreadState, handle: Callable[[Any], None]) -> None:
+    def test_ignored_stays_ignored(self, thread_state: ThreadState, handle: Callable[[Any], None]) -> None:
         handle(signal.SIG_IGN)
-        strand.enter()
+        thread_state.enter()
         ctrl_c()
-        strand.leave()
+        thread_state.leave()
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         ctrl_c()
 
     def test_the_systems_default_becomes_an_exception(
-        self, strand: ThreadState, handle: Callable[[Any], None]
+        self, thread_state: ThreadState, handle: Callable[[Any], None]
     ) -> None:
         handle(signal.SIG_DFL)
-        strand.enter()
+        thread_state.enter()
         ctrl_c()
         with pytest.raises(KeyboardInterrupt):
-            strand.leave()
+            thread_state.leave()
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
-    def test_an_error_passes_with_the_handler_put_back(self, strand: ThreadState) -> None:
+    def test_an_error_passes_with_the_handler_put_back(self, thread_state: ThreadState) -> None:
         with pytest.raises(ZeroDivisionError):
             try:
-                strand.enter()
+                thread_state.enter()
                 raise ZeroDivisionError
             finally:
-                strand.leave()
+                thread_state.leave()
 
-    def test_wakes_a_wait(self, strand: ThreadState) -> None:
+    def test_wakes_a_wait(self, thread_state: ThreadState) -> None:
         kicks: list[str] = []
-        strand.kick = lambda: kicks.append("kick")
-        cell, lock = Waiter(), threading.Lock()
+        thread_state.kick = lambda: kicks.append("kick")
+        waiter, lock = Waiter(), threading.Lock()
         lock.acquire()
-        cell.add(lock)
-        strand.enter()
-        strand.cell = cell
+        waiter.add(lock)
+        thread_state.enter()
+        thread_state.waits_for = waiter
         ctrl_c()
         assert lock.acquire(False)
         assert not kicks
-        strand.cell, strand.leading = None, True
+        thread_state.waits_for, thread_state.leading = None, True
         ctrl_c()
         assert kicks == ["kick"]
         with pytest.raises(KeyboardInterrupt):
-            strand.leave()
+            thread_state.leave()
 
     def test_other_threads_leave_the_handler_alone(self, threads: Threads) -> None:
         before = signal.getsignal(signal.SIGINT)
 
         def elsewhere() -> int:
-            strand = current()
-            assert not strand.main
-            strand.enter()
+            thread_state = current()
+            assert not thread_state.main
+            thread_state.enter()
             assert signal.getsignal(signal.SIGINT) is before
-            strand.leave()
-            return strand.depth
+            thread_state.leave()
+            return thread_state.runtime_depth
 
         assert threads.start(elsewhere)() == 0
 
@@ -202,22 +202,22 @@ class TestMainThread:
         """As the finalizers may that run in it, of which the collector comes to some."""
 
         def elsewhere() -> int:
-            strand = current()
-            strand.begin(ThreadState())
-            strand.depth, calls = 0, 0
+            thread_state = current()
+            thread_state.begin(ThreadState())
+            thread_state.runtime_depth, calls = 0, 0
 
             def hook(frame: FrameType, event: str, function: Any) -> None:
                 nonlocal calls
-                strand.enter()
-                strand.leave()
+                thread_state.enter()
+                thread_state.leave()
                 calls += 1
 
             sys.setprofile(hook)
-            strand.enter()
-            strand.leave()
+            thread_state.enter()
+            thread_state.leave()
             sys.setprofile(None)
-            assert strand.depth == 0
-            strand.end()
+            assert thread_state.runtime_depth == 0
+            thread_state.end()
             return calls
 
         assert threads.start(elsewhere)() > 3
@@ -231,16 +231,16 @@ class TestMainThread:
 
 class TestCells:
     def test_wakes_all(self) -> None:
-        cell = Waiter()
+        waiter = Waiter()
         locks = [threading.Lock() for _ in range(3)]
         for lock in locks:
             lock.acquire()
-            cell.add(lock)
-        cell.remove(locks[1])
-        cell.remove(locks[1])
-        cell.wake()
+            waiter.add(lock)
+        waiter.remove(locks[1])
+        waiter.remove(locks[1])
+        waiter.wake()
         assert [lock.locked() for lock in locks] == [False, True, False]
-        cell.wake()  # awake already
-        cell.add(locks[1])
-        cell.wake()
+        waiter.wake()  # awake already
+        waiter.add(locks[1])
+        waiter.wake()
         assert not locks[1].locked()
