@@ -392,7 +392,7 @@ def interrupt(*pids: Any) -> None:
         if pid == node.pid:
             node.tasks.interrupt_all()
             continue
-        node.post(node.link_to(pid), int(Kind.STOP), 0, 0)
+        node.post(node.link_to(pid), int(Kind.INTERRUPT_ALL), 0, 0)
         member = cluster.members.get(pid) if cluster is not None else None
         if member is not None:
             member.manager.manage(pid, member.config, "interrupt")

@@ -21,7 +21,7 @@ from shmdist.serialization import codec
 from shmdist.transport.link import LinkClosed
 from shmdist.transport.messages import NOT_RUN, WANT_VALUE, Kind
 
-_CALL, _OP = int(Kind.CALL), int(Kind.OP)
+_CALL, _REFERENCE_OP = int(Kind.CALL), int(Kind.REFERENCE_OP)
 _TAKES = ("take", "lend")  # operations whose value is lost to others, and goes back when nobody gets it
 GRACE = 0.5  # seconds that an owner has, when the time is up, to say whether an operation was done
 _WRITING = 0.1  # seconds in which it may be written, at least
@@ -51,7 +51,7 @@ def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float 
         thread_state.enter()
         try:
             if timeout is None:
-                reply = node.request(owner, _OP, 0, payload)
+                reply = node.request(owner, _REFERENCE_OP, 0, payload)
                 node.wait(reply)
             else:
                 begun = time.monotonic()
@@ -108,7 +108,7 @@ def ask_later(
         reply = PendingReply(next(node.call_ids), owner, answered)
         node.pending[reply.call_id] = reply
         with contextlib.suppress(LinkClosed):  # its death is on its way to us
-            node.post(link, _OP, 0, reply.call_id, payload)
+            node.post(link, _REFERENCE_OP, 0, reply.call_id, payload)
         if owner in node.lost_processes and node.pending.pop(reply.call_id, None) is not None:
             node.fail(reply, node.death(owner))
     return True
@@ -119,7 +119,7 @@ def _send_in_time(node: Node, owner: int, payload: codec.Payload, until: float) 
     thread_state = current()
     thread_state.send_deadline = until
     try:
-        return node.request(owner, _OP, 0, payload)
+        return node.request(owner, _REFERENCE_OP, 0, payload)
     except TimeoutError:
         return None
     finally:

@@ -523,7 +523,7 @@ class FunctionStore:
         return len(self._table)
 
     def put(self, frame: Frame) -> None:
-        """Keep a FUNC frame; on the reading thread, so it is not read yet."""
+        """Keep a FUNCTION frame; on the reading thread, so it is not read yet."""
         self._table[frame.link.pid, frame.call_id] = [[frame], threading.Lock(), None]
 
     def drop(self, pid: int, number: int) -> None:

@@ -6,22 +6,23 @@ more, and nothing says so.  Each process looks at its links to other hosts, twen
 rest follows as from any link that ends: who waits for that process gets
 `ProcessExitedException`, with calls under way or none, and a write that is blocked there ends.
 
-What is a sign of life, by road:
+What is a sign of life, by kind of link:
 
-======================= ==================================== ===================================
-road                    process 1 hears                      the worker hears
-======================= ==================================== ===================================
-direct TCP              the kernel there (``transport.keepalive``)    the kernel there
-through a login         the SSH server there, which it       BEAT, sent every third of the
-                        asks, and the kernel there           time: see below
+======================= ============================= ======================================
+link                    process 1 hears               the worker hears
+======================= ============================= ======================================
+direct TCP              the kernel there              the kernel there
+                        (``transport.keepalive``)
+through a login         the SSH server there, which   HEARTBEAT, sent every third of the time:
+                        it asks, and the kernel there see below
                         (``connection.heard``)
 relayed by process 1    nothing of its own: process 1 hears whether the two workers live, and
                         tells each when the other does not
 AF_UNIX                 nothing: both ends have one kernel, which ends the link with the process
-a manager's own         ``connection.heard()``, a value that BEAT
-                        changes with each sign, if it is
-                        there
-======================= ==================================== ===================================
+a manager's own         ``connection.heard()``, a     HEARTBEAT
+                        value that changes with each
+                        sign, if it is there
+======================= ============================= ======================================
 
 A worker's watcher hears what the worker does, and through a login also what comes on the worker's
 standard input, where process 1 sends a byte every fourth of the time.
@@ -37,7 +38,7 @@ So in all the cases that matter:
 - *held up ourselves*: a look counts for no more than the time between two looks.
 
 Through a login the worker's own kernel talks with the SSH server beside it, which does not
-tell that its client is gone.  So process 1 sends BEAT there, and the worker counts bytes that
+tell that its client is gone.  So process 1 sends HEARTBEAT there, and the worker counts bytes that
 came.  There, and only there, a process 1 that is stopped or holds its interpreter for longer than
 the timeout is taken for dead by its workers.
 
@@ -164,7 +165,7 @@ class HeartbeatMonitor:
         """Let the other side hear this process, where no kernel does that."""
         # Bytes that are under way are as good, and what is stuck is not to be added to.
         if self._node.pid == 1 and link.bridged and not link.is_writing:
-            self._node.post(link, int(Kind.BEAT), 0, 0)
+            self._node.post(link, int(Kind.HEARTBEAT), 0, 0)
 
     def _give_up(self, link: Link, timeout: float) -> None:
         _log.warning("nothing has come from the host of process %d for %g s", link.pid, timeout)

@@ -55,7 +55,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmdist._log import Log, warn
 from shmdist.memory.leases import PRIVATE
-from shmdist.runtime.host_copy_receiver import COPY, GONE, HERE, HostCopyReceiver, answer_of
+from shmdist.runtime.host_copy_receiver import GONE, HERE, HOST_COPY, HostCopyReceiver, answer_of
 from shmdist.serialization import codec
 from shmdist.serialization.arrays import LINE, SharedSource, contiguous
 from shmdist.transport.link import LinkClosed
@@ -220,7 +220,7 @@ class HostCopySender:
         payload = codec.pickled(("here", copy.number))
         payload.buffers.append(raw())
         try:
-            node.send(node.links[pid], codec.frame(COPY, 0, 0, copy.number, payload), None)
+            node.send(node.links[pid], codec.frame(HOST_COPY, 0, 0, copy.number, payload), None)
         except (LinkClosed, KeyError):
             return False  # its death is on its way
         copy.patience = PATIENCE + time.monotonic() - begun
@@ -231,7 +231,7 @@ class HostCopySender:
     def _ask(self, copy: HostCopy, pid: int, what: Any, seconds: float) -> int | None:
         """Return a process's answer; None when there is none in time."""
         copy.asked.add(pid)
-        return answer_of(self.node, self.node.request(pid, COPY, 0, codec.pickled(what)), seconds)
+        return answer_of(self.node, self.node.request(pid, HOST_COPY, 0, codec.pickled(what)), seconds)
 
     def _leave_alone(self, pid: int) -> None:
         now = time.monotonic()
@@ -274,7 +274,7 @@ class HostCopySender:
         for pid in pids:
             link = self.node.links.get(pid)
             if link is not None:
-                self.node.post(link, COPY, 0, 0, codec.pickled(("forget", number)))
+                self.node.post(link, HOST_COPY, 0, 0, codec.pickled(("forget", number)))
 
 
 def _may_share(one: PeerInfo, other: PeerInfo) -> bool:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shmdist.runtime.node import Node
     from shmdist.runtime.sharing import SharedMemory
 
-COPY, _RESULT = int(Kind.COPY), int(Kind.RESULT)
+HOST_COPY, _RESULT = int(Kind.HOST_COPY), int(Kind.RESULT)
 HERE, GONE, APART = range(3)  # answers: it is here; the lender has it not; nothing can be shared
 _log = Log("copies")
 
@@ -68,7 +68,7 @@ class HostCopyReceiver:
         self._node = node = sharing.node
         self._lock = threading.Lock()  # guards the table; a leaf
         self.table: dict[Key, _ReceivedCopy] = {}
-        node.controls[Kind.COPY] = self._on_frame
+        node.controls[Kind.HOST_COPY] = self._on_frame
         node.lost_hooks.append(self._lost)
 
     def __repr__(self) -> str:
@@ -169,7 +169,7 @@ class HostCopyReceiver:
             return GONE
         if not link.is_local:
             return APART
-        reply = node.request(lender, COPY, 0, codec.pickled(("give", *key)))
+        reply = node.request(lender, HOST_COPY, 0, codec.pickled(("give", *key)))
         answer = answer_of(node, reply, deadline - time.monotonic())
         if answer != HERE or reply.frame is None:
             return GONE if answer is None else answer
@@ -265,4 +265,4 @@ def answer_of(node: Node, reply: PendingReply, seconds: float) -> int | None:
     return None if frame is None or frame.flags & BROKEN else pickle.loads(frame.body)
 
 
-__all__ = ["COPY", "GONE", "HERE", "HostCopyReceiver", "answer_of"]
+__all__ = ["HOST_COPY", "GONE", "HERE", "HostCopyReceiver", "answer_of"]

@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from shmdist.runtime.node import Node
     from shmdist.transport.link import Link
 
-_WITH_DESCRIPTOR, _BEAT = {int(Kind.SEGMENT), int(Kind.MAIL)}, int(Kind.BEAT)
+_WITH_DESCRIPTOR, _HEARTBEAT = {int(Kind.SEGMENT), int(Kind.RING)}, int(Kind.HEARTBEAT)
 _TRIES = 8  # times that what has come is tried to be taken, until its link is ended
 _PAUSE = 1e-3  # seconds until the second one; then twice as many each time
-_CALL, _OP, _RESULT = int(Kind.CALL), int(Kind.OP), int(Kind.RESULT)
+_CALL, _REFERENCE_OP, _RESULT = int(Kind.CALL), int(Kind.REFERENCE_OP), int(Kind.RESULT)
 _log = Log("dispatch")
 
 
@@ -164,7 +164,7 @@ class PollSet:
             task.ticket = frame.link.calls_read
             frame.link.calls_read += 1
             self._inbox.append(task)
-        elif kind == _OP:
+        elif kind == _REFERENCE_OP:
             node, link, call_id = self._node, frame.link, frame.call_id
             node.waiting[link.pid, call_id] = PendingOperation(node, link, call_id)  # it can be withdrawn now
             self._inbox.append(frame)
@@ -176,7 +176,7 @@ class PollSet:
         for frame in self._frames:
             if frame.kind in _WITH_DESCRIPTOR:  # all of them, for the descriptors come in their order
                 self._node.control(frame)
-                frame.kind = _BEAT  # it is handled, and has nothing more to say
+                frame.kind = _HEARTBEAT  # it is handled, and has nothing more to say
 
     def _close_links(self) -> None:
         for link in list(self._links.values()):

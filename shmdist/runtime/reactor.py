@@ -96,7 +96,7 @@ class Reactor(PollSet):
         super().__init__(node)
         self._leader_lock = threading.Lock()  # held by the one thread that reads
         self._holder: ThreadState | None = None  # that thread
-        self._inbox: deque[Any] = deque()  # tasks and OP frames read, not yet run; the leader's
+        self._inbox: deque[Any] = deque()  # tasks and operations read, not yet run; the leader's
         self._followers: deque[Waiter] = deque()  # woken to take the lead; append and pop are atomic
         self._leader: Waiter | None = None  # what the reading thread waits for itself
         self._turns = 0  # how often the lead was let go, more or less: it is counted without a lock

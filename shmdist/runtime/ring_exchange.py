@@ -1,7 +1,7 @@
 """Hands out ring slots: who may write frames into our rings, and whose rings we write into.
 
 A link gets a slot when it has been read a few times, so that processes which hardly talk need
-none. The mailbox's descriptor goes with a MAIL frame; who cannot map it goes on using the
+none. The mailbox's descriptor goes with a RING frame; who cannot map it goes on using the
 socket, and nothing else changes.
 
 A process that leaves something for many others at once (a map's first batches) wakes them
@@ -147,7 +147,7 @@ class RingExchange:
                     self._node.dispatcher.poller.add_bell(fd)
                     self._bells[link] = fd
             # The descriptor may get lost; who has said nothing is woken by himself.
-            self._node.post(link, int(Kind.MAIL), 0, 0, codec.pickled((_HEARD, 0, False)))
+            self._node.post(link, int(Kind.RING), 0, 0, codec.pickled((_HEARD, 0, False)))
             return
         try:
             link.mail_out = RingWriter(Window(fd, SIZE), slot)
@@ -228,7 +228,7 @@ _KICK, _BELL, _HEARD = -1, -2, -3  # in the place of a slot
 
 def _send(link: Link, slot: int, fd: int, bells: bool) -> None:
     payload = codec.pickled((slot, os.fstat(fd).st_ino, bells))
-    link.send(codec.frame(int(Kind.MAIL), 0, 0, 0, payload), fd=fd)
+    link.send(codec.frame(int(Kind.RING), 0, 0, 0, payload), fd=fd)
 
 
 def _exists(ospid: int) -> bool:

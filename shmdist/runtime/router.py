@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from shmdist.runtime.executor import IncomingCall
     from shmdist.runtime.node import Node
 
-_CANCEL, _REFS, _OP = int(Kind.CANCEL), int(Kind.REFS), int(Kind.OP)
+_CANCEL, _REFS, _REFERENCE_OP = int(Kind.CANCEL), int(Kind.REFS), int(Kind.REFERENCE_OP)
 _CALL, _RESULT = int(Kind.CALL), int(Kind.RESULT)
 _LEASES, _SEGMENT, _AUDIT = int(Kind.LEASES), int(Kind.SEGMENT), int(Kind.AUDIT)
 _COUNTS = (_REFS, _LEASES, _AUDIT)
@@ -43,7 +43,7 @@ def fail(node: Node, frame: Frame, error: Exception) -> IncomingCall | None:
             frame.lane = 0  # it has not entered it
         task.refusal = error
         return task
-    elif frame.kind == _OP:
+    elif frame.kind == _REFERENCE_OP:
         key = (frame.link.pid, frame.call_id)
         operation = node.waiting.get(key) or PendingOperation(node, frame.link, frame.call_id)
         operation.fail(error)
@@ -54,7 +54,7 @@ def fail(node: Node, frame: Frame, error: Exception) -> IncomingCall | None:
 
 def operate(node: Node, frame: Frame) -> None:
     """Run an operation on a reference that lives here; or what was put off until the reading is let go of."""
-    if frame.kind == Kind.DROP:
+    if frame.kind == Kind.DROP_FUNCTION:
         node.functions.drop(frame.link.pid, frame.call_id)
         return
     operation = node.waiting.get((frame.link.pid, frame.call_id))
@@ -108,15 +108,15 @@ def control(node: Node, frame: Frame) -> None:
             operation.withdraw(given_up=not frame.flags & AT_ONCE)
         elif not frame.flags & AT_ONCE:  # else it is answered already
             node.tasks.cancel(key, for_good=bool(frame.flags & FOR_GOOD))
-    elif kind == Kind.FUNC:
+    elif kind == Kind.FUNCTION:
         node.functions.put(frame)
-    elif kind == Kind.DROP:
+    elif kind == Kind.DROP_FUNCTION:
         node.dispatcher.put_off(frame)  # what a function holds has users' finalizers, which must not run here
-    elif kind == Kind.STOP:
+    elif kind == Kind.INTERRUPT_ALL:
         node.tasks.interrupt_all()
-    elif kind == Kind.MAIL:
+    elif kind == Kind.RING:
         node.dispatcher.mail.accept(frame)
-    elif kind == Kind.BEAT:
+    elif kind == Kind.HEARTBEAT:
         pass  # that it came is all
     else:
         handler = node.controls.get(kind)
@@ -150,4 +150,4 @@ def _return_item(node: Node, owner: int, rrid: RRID, frame: Frame, item: list[An
     if not item:
         item += [codec.loads(frame, node.give_back)]
     payload = codec.dumps(("untake", tuple(rrid), item[0]))
-    node.request(owner, _OP, 0, payload)
+    node.request(owner, _REFERENCE_OP, 0, payload)

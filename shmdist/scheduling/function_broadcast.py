@@ -12,7 +12,7 @@ from shmdist.serialization import codec
 from shmdist.transport.link import LinkClosed, Unwoken
 from shmdist.transport.messages import Kind, OutgoingFrames
 
-_FUNC = int(Kind.FUNC)
+_FUNCTION = int(Kind.FUNCTION)
 _SMALL = 1 << 16  # bytes of a function that nobody is woken for to forget it
 
 
@@ -60,7 +60,7 @@ class BroadcastFunction:
             if pid in self.there:
                 return
             try:
-                parts = codec.frame(_FUNC, 0, 0, self.number, self.payload, link)
+                parts = codec.frame(_FUNCTION, 0, 0, self.number, self.payload, link)
                 node.send(link, parts, self.payload, wakeups=wakeups)
             except LinkClosed:
                 raise node.death(pid) from None
@@ -74,7 +74,7 @@ class BroadcastFunction:
         if alone or pid in self.there or pid not in self.node.links:
             self.send_to(pid)
             return
-        codec.frame(int(Kind.FUNC), 0, 0, self.number, self.payload, self.node.links[pid], parts)
+        codec.frame(int(Kind.FUNCTION), 0, 0, self.number, self.payload, self.node.links[pid], parts)
         together.refs += self.payload.refs
         self.there.add(pid)
 
@@ -91,9 +91,9 @@ class BroadcastFunction:
             pid = next(iter(self.there))
             link = node.links.get(pid)
             if link is not None:
-                frame = codec.frame(int(Kind.DROP), 0, 0, self.number, None)
+                frame = codec.frame(int(Kind.DROP_FUNCTION), 0, 0, self.number, None)
                 if not quietly or not link.leave(frame, []):
-                    node.post(link, int(Kind.DROP), 0, self.number)
+                    node.post(link, int(Kind.DROP_FUNCTION), 0, self.number)
             self.there.discard(pid)
 
     def drop_in_turn(self) -> None:

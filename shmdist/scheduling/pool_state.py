@@ -30,7 +30,7 @@ from shmdist.runtime.stack import need_stack
 from shmdist.serialization import codec
 from shmdist.transport.messages import Kind
 
-_OP = int(Kind.OP)
+_REFERENCE_OP = int(Kind.REFERENCE_OP)
 _MOMENT = 0.05  # seconds for which the lock is waited for where nothing may block
 
 
@@ -369,7 +369,7 @@ def give_back(owner: int, rrid: RRID, pid: int) -> None:
         call_id = next(node.call_ids)
         link = node.link_to(owner)
         reply = node.pending[call_id] = PendingReply(call_id, owner)
-        node.post(link, _OP, 0, call_id, payload)
+        node.post(link, _REFERENCE_OP, 0, call_id, payload)
         if owner in node.lost_processes:
             node.pending.pop(call_id, None)
             return

@@ -10,9 +10,9 @@ from typing import Any
 
 from shmdist.transport.messages import BROKEN, HAS_REFS, IN_BLOCK, TOKEN, BadFrame, Frame, Kind
 
-_COPY = int(Kind.COPY)
+_HOST_COPY = int(Kind.HOST_COPY)
 #: Frames that may arrive broken: their senders are told so.
-_ANSWERED = {int(kind) for kind in (Kind.CALL, Kind.OP, Kind.RESULT, Kind.FUNC, Kind.COPY)}
+_ANSWERED = {int(kind) for kind in (Kind.CALL, Kind.REFERENCE_OP, Kind.RESULT, Kind.FUNCTION, Kind.HOST_COPY)}
 _MOST = 1 << 24  # buffers of a frame: many more than anybody sends, and still a table that fits
 _NUMPY_FROM = 1 << 16  # bytes from which numpy's uncleared memory is worth asking for
 _SCRATCH = memoryview(bytearray(1 << 16))  # where bytes go that nobody will see
@@ -49,7 +49,7 @@ class FrameAssembler:
             raise BadFrame("a frame has more buffers than make sense")
         self.frame = Frame(kind, flags, lane, call_id, b"", [])
         self.broken = False
-        self.room: Callable[[int], Any] = partial(room, call_id) if kind == _COPY else allocate
+        self.room: Callable[[int], Any] = partial(room, call_id) if kind == _HOST_COPY else allocate
         self.sections: list[Any] = []  # body and buffers, as far as they are begun
         self.refs = 1 if flags & HAS_REFS else -1  # index of the section that holds the references
         self.tokens: list[int] = []  # indices of the sections that are tokens

@@ -74,7 +74,7 @@ if TYPE_CHECKING:
 PATIENCE = 0.02  # seconds in which a process may take nothing before what is sent to it is queued
 _IOV_MAX = 1024  # parts a system call takes
 _TRIES = 8  # times that the rest of a frame is tried to be written, whatever fails
-_WAKE_UP = HEADER.pack(Kind.BEAT, 0, 0, 0, 0, 0, 0)  # has no other meaning than that it comes
+_WAKE_UP = HEADER.pack(Kind.HEARTBEAT, 0, 0, 0, 0, 0, 0)  # has no other meaning than that it comes
 
 
 class LinkClosed(OSError):

@@ -11,39 +11,39 @@ bytes of that buffer lie in a block of shared memory, and the token says where.
 What the receiver needs to route the frame and to answer it stands in the header, apart
 from the pickled body: a body that cannot be read costs that one call and never the link.
 
-======== ======================== ============================================ =========
-kind     body                     meaning                                      answer
-======== ======================== ============================================ =========
-CALL     (f, args, kwargs)        run ``f(*args, **kwargs)``                   by flags
-RESULT   value or captured error  the answer to CALL or OP ``call_id``         none
-OP       (name, rrid, args)       an operation on a reference's owner          RESULT
-CANCEL   none                     give up CALL or OP ``call_id``               none
-REFS     ((whence, id, pid, n,    counts of references of ``call_id`` change;  none
-         teller)..)               ``reporter`` told of them (``runtime.count_audit``)
-FUNC     a function               keep it under ``call_id`` for later calls    none
-DROP     none                     forget function ``call_id``                  none
-HELLO    Hello                    first frame on a link, from who connected    none
-JOIN     Join                     process 1 makes the receiver a member        RESULT
-PEERS    tuple of PeerInfo        further members                              none
-LOST     (pid, error, notes)      a member is gone, and how far it was          none
-STOP     none                     interrupt every call that runs here          none
-EXIT     none                     leave the cluster and end                    none
-SEGMENT  (owner, number, size)    map this memory, whose descriptor is with    RESULT
-                                  the frame; of size 0: forget it              none
-LEASES   ((serial, pid, n,        counts of blocks of ``call_id`` change       none
-         teller)..)
-RELAY    pid                      join the sender and ``pid``, by process 1    RESULT
-BEAT     none                     the sender is alive (``runtime.heartbeat``)      none
-MAIL     (slot, inode, bells)     short frames may be left in this slot of     none
-                                  the mailbox whose descriptor is with it; of
-                                  slot -1: it wakes who looks into that, who
-                                  can listen to bells if the third is true; of
-                                  -2: a bell, which wakes many at once; of
-                                  -3: the sender listens to the bell
-COPY     (what, ...)              a copy of a value (``runtime.host_copies``)       by what
-AUDIT    (pid, sender)            what has ``call_id`` from ``pid``, which is  none
-                                  lost? For the same, and what it has: that
-======== ======================== ============================================ =========
+============= ======================= ================================================= =======
+kind          body                    meaning                                           answer
+============= ======================= ================================================= =======
+CALL          (f, args, kwargs)       run ``f(*args, **kwargs)``                        by flags
+RESULT        value or captured error the answer to CALL or REFERENCE_OP ``call_id``    none
+REFERENCE_OP  (name, rrid, args)      an operation on a reference's owner               RESULT
+CANCEL        none                    give up CALL or REFERENCE_OP ``call_id``          none
+REFS          ((whence, id, pid, n,   counts of references of ``call_id`` change;       none
+              teller)..)              ``reporter`` told of them (``runtime.count_audit``)
+FUNCTION      a function              keep it under ``call_id`` for later calls         none
+DROP_FUNCTION none                    forget function ``call_id``                       none
+HELLO         Hello                   first frame on a link, from who connected         none
+JOIN          Join                    process 1 makes the receiver a member             RESULT
+PEERS         tuple of PeerInfo       further members                                   none
+LOST          (pid, error, notes)     a member is gone, and how far it was              none
+INTERRUPT_ALL none                    interrupt every call that runs here               none
+EXIT          none                    leave the cluster and end                         none
+SEGMENT       (owner, number, size)   map this memory, whose descriptor is with the     RESULT
+                                      frame; of size 0: forget it
+LEASES        ((serial, pid, n,       counts of blocks of ``call_id`` change            none
+              teller)..)
+RELAY         pid                     join the sender and ``pid``, by process 1         RESULT
+HEARTBEAT     none                    the sender is alive (``runtime.heartbeat``)       none
+RING          (slot, inode, bells)    short frames may be left in this slot of the      none
+                                      mailbox whose descriptor is with it; of slot -1:
+                                      it wakes who looks into that, who can listen to
+                                      bells if the third is true; of -2: a bell, which
+                                      wakes many at once; of -3: the sender listens to
+                                      the bell
+HOST_COPY     (what, ...)             a copy of a value (``runtime.host_copies``)       by what
+AUDIT         (pid, sender)           what has ``call_id`` from ``pid``, which is lost? none
+                                      For the same, and what it has: that
+============= ======================= ================================================= =======
 
 A frame is a plain mutable record and not a frozen dataclass: one is made for every
 message that arrives, and a frozen one costs five times as much to make.
@@ -74,23 +74,23 @@ class Kind(IntEnum):
 
     CALL = 1
     RESULT = 2
-    OP = 3
+    REFERENCE_OP = 3
     CANCEL = 4
     REFS = 5
-    FUNC = 6
-    DROP = 7
+    FUNCTION = 6
+    DROP_FUNCTION = 7
     HELLO = 8
     JOIN = 9
     PEERS = 10
     LOST = 11
-    STOP = 12
+    INTERRUPT_ALL = 12
     EXIT = 13
     SEGMENT = 14
     LEASES = 15
     RELAY = 16
-    BEAT = 17
-    MAIL = 18
-    COPY = 19
+    HEARTBEAT = 17
+    RING = 18
+    HOST_COPY = 19
     AUDIT = 20
 
 
@@ -102,7 +102,7 @@ WANT_VALUE = 0x10  # the value itself (remotecall_fetch)
 WANT_STORE = 0x20  # keep the value here as a Future; tell when it is there
 BY_NAME = 0x04  # the body is the name of a function, and its arguments (``serialization.function_names``)
 BY_VALUE = 0x08  # the body is a pickled function, and its arguments (``serialization.pickled_functions``)
-BY_ID = 0x40  # the body is (function id, args, kwargs): a function sent before by FUNC
+BY_ID = 0x40  # the body is (function id, args, kwargs): a function sent before by FUNCTION
 # Flags of CANCEL; NOT_RUN withdraws a call that has not begun, and leaves another alone.
 FOR_GOOD = 0x40  # of a call: its Future is cancelled, whatever the call still comes to
 AT_ONCE = 0x10  # of an operation: it is done now or not at all, and the answer tells which

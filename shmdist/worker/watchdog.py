@@ -45,7 +45,7 @@ Tried on Linux 6.18, with sockets that nobody reads:
   worker may be taken for cut off if process 1 holds its interpreter too, both do for longer than the
   timeout, and arrays are stuck both ways.
 - Bytes: they count as they fall into the buffer, until it is full.  Then none come.  So through a
-  login a worker to which a large array is stuck would seem cut off, and BEAT could not be sent
+  login a worker to which a large array is stuck would seem cut off, and HEARTBEAT could not be sent
   either.  Hence process 1 also sends bytes on the channel of the worker's standard input, which has
   room of its own (``managers.ssh.tunnel.Pulse``).  When the road is cut while an array is on it, the last
   bytes are those that the SSH server still had; they may come some tenths of a second after the cut.

@@ -7,7 +7,7 @@ import pytest
 
 from shmdist.runtime import host_copy_receiver
 from shmdist.runtime.host_copies import HostCopySender
-from shmdist.runtime.host_copy_receiver import COPY, GONE, HERE
+from shmdist.runtime.host_copy_receiver import GONE, HERE, HOST_COPY
 from shmdist.runtime.node import Node
 from shmdist.serialization import codec
 from shmdist.serialization.arrays import LINE
@@ -43,7 +43,7 @@ class TestReceiving:
         near, far = links
         payload = codec.pickled(("here", number))
         payload.buffers.append(b"x" * NBYTES)
-        near.post([*codec.frame(COPY, 0, 0, number, payload), *codec.frame(COPY, 0, 0, 99, None)])
+        near.post([*codec.frame(HOST_COPY, 0, 0, number, payload), *codec.frame(HOST_COPY, 0, 0, 99, None)])
         frames = []
         while len(frames) < 2:
             near.flush(block=False)

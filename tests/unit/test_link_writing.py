@@ -509,12 +509,12 @@ class TestWake:
         a, b = pair
         a.wake()
         [frame] = collect(b, 1)
-        assert frame.kind == Kind.BEAT
+        assert frame.kind == Kind.HEARTBEAT
         with a._write:
             a.wake()
         assert not ready(b.fd, 0)
         a.send(encode(b"body"))
-        assert [frame.kind for frame in collect(b, 2)] == [Kind.BEAT, 1]
+        assert [frame.kind for frame in collect(b, 2)] == [Kind.HEARTBEAT, 1]
         a.shut()
         a.wake()
         assert not a.is_writing
