@@ -20,7 +20,7 @@ from shmdist.managers.base import ClusterManager, WorkerConfig
 from shmdist.runtime.node import current_node
 from shmdist.transport import listener
 
-_SOON = 10.0  # seconds that anything may take which has begun
+_SOON_SECONDS = 10.0  # that anything may take which has begun
 
 
 class ContractError(AssertionError):
@@ -151,7 +151,7 @@ class _Suite:
             for pid in pids:
                 again = self.manager.connect(pid, self.recorder.by_pid[pid])
                 try:
-                    listener.authenticate_as_client(again, b"not the cookie", 1, _SOON)
+                    listener.authenticate_as_client(again, b"not the cookie", 1, _SOON_SECONDS)
                 except Exception:
                     pass
                 else:
@@ -159,7 +159,7 @@ class _Suite:
                     raise ContractError(f"worker {pid} lets in one who does not know the cookie")
                 again = self.manager.connect(pid, self.recorder.by_pid[pid])
                 try:
-                    listener.authenticate_as_client(again, current_node().cookie, 1, _SOON)
+                    listener.authenticate_as_client(again, current_node().cookie, 1, _SOON_SECONDS)
                 except Exception as error:
                     raise ContractError(
                         f"a second connection to worker {pid} cannot be made: {type(error).__name__}: {error}"
@@ -181,7 +181,7 @@ class _Suite:
                 else:
                     raise ContractError(f"an error on worker {pid} was lost")
             for first, second in itertools.pairwise(pids):
-                found = remotecall(remotecall_fetch, first, _myid, second).fetch(timeout=3 * _SOON)
+                found = remotecall(remotecall_fetch, first, _myid, second).fetch(timeout=3 * _SOON_SECONDS)
                 _expect(found == second, f"worker {first} calls worker {second}, and gets worker {found}")
 
     def interrupting(self) -> None:
@@ -192,7 +192,7 @@ class _Suite:
             remotecall_fetch(abs, pid, -1)  # a lane of its own: the call before it has been read
             interrupt(*pids)
             try:
-                call.fetch(timeout=_SOON)
+                call.fetch(timeout=_SOON_SECONDS)
             except RemoteException as error:
                 _expect("KeyboardInterrupt" in str(error), f"the interrupted call ended in {error!r}")
             except TimeoutError:
@@ -221,7 +221,7 @@ class _Suite:
             pid, ended = pids[-1], _ending(pids[-1])
             call = remotecall(os.kill, pid, current_node().peers[pid].ospid, signal.SIGKILL)
             try:
-                call.fetch(timeout=_SOON)
+                call.fetch(timeout=_SOON_SECONDS)
             except ProcessExitedException:
                 pass
             except TimeoutError:
@@ -251,7 +251,7 @@ class _Suite:
         for _ in range(2):  # the first time may bring what stays
             with self.workers() as pids:
                 remotecall_fetch(abs, pids[0], -1)
-            deadline = time.monotonic() + _SOON
+            deadline = time.monotonic() + _SOON_SECONDS
             while counts and _open() > counts[0] and time.monotonic() < deadline:
                 time.sleep(0.02)
             counts.append(_open())
@@ -261,7 +261,7 @@ class _Suite:
         )
 
     def _expect_gone(self, pid: int, ended: Callable[[], bool], why: str) -> None:
-        deadline = time.monotonic() + _SOON
+        deadline = time.monotonic() + _SOON_SECONDS
         while time.monotonic() < deadline:
             if ended() and self.recorder.told(pid)[-1:] == ["finalize"]:
                 break

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _MARK = "SHMDIST_IS_TO_BE_WORKER"  # a variable that a worker removes: who still has it is no worker
 _IGNORES_ENVIRONMENT = re.compile("-[bBdiOPqRsSuvVx]*[EI]")  # -E or -I, perhaps among other flags
 _BE_WORKER = "from shmdist.__main__ import main; main(['worker'])"
-_LONGEST = 1 << 20  # bytes of a worker's output looked through for its line
+_MAX_OUTPUT_BYTES = 1 << 20  # of a worker's output looked through for its line
 
 
 class LocalManager(ClusterManager):
@@ -239,7 +239,7 @@ class _Launch:
                 self.address = line.decode().strip()
                 self.text[fd] = before + rest
                 self.up = True
-            elif len(self.text[fd]) > _LONGEST:
+            elif len(self.text[fd]) > _MAX_OUTPUT_BYTES:
                 self.fail("printed much, but not where it listens")
         if not data and fd == self.out and not self.up:
             with contextlib.suppress(subprocess.TimeoutExpired):

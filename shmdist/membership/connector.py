@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from shmdist.runtime.node import Node
     from shmdist.transport.link import Link
 
-DIRECT = 2.0  # seconds a direct connection may take before process 1 is asked
-_ARRIVAL = 10.0  # seconds that a connection which was announced may take
+DIRECT_TIMEOUT = 2.0  # a direct connection may take before process 1 is asked
+_ARRIVAL_TIMEOUT = 10.0  # that a connection which was announced may take
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -55,7 +55,7 @@ def connections(node: Node, peer: PeerInfo, errors: list[str]) -> Iterator[Conne
         if family == "tcp" and peer.host in mute:
             errors.append(f"{family} {place}: that host has not answered before")
             continue
-        ways.append((f"{family} {place}", partial(listener.connect, (family, place), DIRECT)))
+        ways.append((f"{family} {place}", partial(listener.connect, (family, place), DIRECT_TIMEOUT)))
     for name, way in ways:
         try:
             connection = way()
@@ -76,7 +76,7 @@ def connect_via_relay(node: Node, pid: int) -> Link | str:
     reply = node.request(1, int(Kind.RELAY), 0, codec.dumps(pid))
     node.wait_inside(reply)
     error = node.open(reply, "asking process 1 for a connection")
-    deadline = time.monotonic() + _ARRIVAL
+    deadline = time.monotonic() + _ARRIVAL_TIMEOUT
     while error is None and time.monotonic() < deadline:
         link = node.links.get(pid)
         if link is not None:
@@ -85,4 +85,4 @@ def connect_via_relay(node: Node, pid: int) -> Link | str:
     return f"by process 1: {error or 'the connection did not arrive'}"
 
 
-__all__ = ["DIRECT", "connect_via_manager", "connect_via_relay", "connections", "reachable"]
+__all__ = ["DIRECT_TIMEOUT", "connect_via_manager", "connect_via_relay", "connections", "reachable"]

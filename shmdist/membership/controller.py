@@ -41,10 +41,10 @@ from shmdist.transport.link import Link, LinkClosed
 from shmdist.transport.messages import Join, Kind, PeerInfo
 from shmdist.transport.versions import Versions
 
-_EXIT = 3.0  # seconds a worker gets to end when it is asked to, before it is killed
-_INQUEST = 0.5  # seconds a worker gets to end whose link has ended: who waits for it must be told soon
+_EXIT_TIMEOUT = 3.0  # a worker gets to end when it is asked to, before it is killed
+_EXIT_CAUSE_SECONDS = 0.5  # a worker gets to end whose link has ended: who waits for it must be told soon
 _ATEXIT = 1.0  # the same when the program ends
-_FINALIZERS = 1.0  # seconds that finalizers of what is garbage get then, before the workers end
+_FINALIZER_SECONDS = 1.0  # that finalizers of what is garbage get then, before the workers end
 _log = Log("cluster")
 
 
@@ -307,7 +307,7 @@ class ClusterController:
             pass  # nobody is there to tell, and who waits has waited long enough
         elif process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=_INQUEST)
+                process.wait(timeout=_EXIT_CAUSE_SECONDS)
             exitcode, signal_name = describe_exit(getattr(process, "exit_status", process.poll)())
             oom = signal_name == "SIGKILL" and self._out_of_memory(member)
         elif hasattr(member.config.userdata, "wait"):  # its login tells, and has its last words
@@ -415,7 +415,7 @@ class ClusterController:
     def remove(self, pids: Sequence[int], waitfor: float | None) -> None:
         """Remove workers; see :func:`rmprocs`."""
         if waitfor is None:
-            self._end(pids, _EXIT)
+            self._end(pids, _EXIT_TIMEOUT)
             return
         self.ask_to_exit(pids)
         left = self._wait_gone(pids, waitfor)
@@ -459,7 +459,7 @@ class ClusterController:
         over.acquire()
 
         def watch() -> None:
-            if not over.acquire(timeout=_FINALIZERS):
+            if not over.acquire(timeout=_FINALIZER_SECONDS):
                 self._end(list(self.members), _ATEXIT)
 
         self.node.dispatcher.start(watch)

@@ -21,7 +21,7 @@ from shmdist.transport import listener
 from shmdist.transport.link import Link
 from shmdist.transport.messages import Frame, Hello, Kind
 
-_CHUNK = 1 << 18  # bytes moved at once
+_CHUNK_BYTES = 1 << 18  # moved at once
 
 
 def serve(node: Node, members: dict[int, Any], frame: Frame) -> None:
@@ -59,7 +59,7 @@ def _join(node: Node, members: dict[int, Any], first: int, second: int) -> None:
 
 def _move(source: socket.socket, sink: socket.socket, left: threading.Semaphore) -> None:
     """Move bytes until either end closes; then close both."""
-    buffer = memoryview(bytearray(_CHUNK))
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
     with contextlib.suppress(OSError):
         while count := source.recv_into(buffer):
             sink.sendall(buffer[:count])

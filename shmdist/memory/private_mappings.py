@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Part = tuple[int, int]  # where it begins in the segment, and its size
 
-_WORTH_KEEPING = 1 << 20  # bytes of a mapping from which on it is kept
+_MIN_KEPT_BYTES = 1 << 20  # of a mapping from which on it is kept
 _MOST = 8  # mappings of a segment that are kept
 
 
@@ -51,7 +51,7 @@ class MappingCache:
             There is no room for a mapping.
         """
         part = (start, size)
-        if size >= _WORTH_KEEPING:
+        if size >= _MIN_KEPT_BYTES:
             with self._lock:
                 clean = self._clean.get(part)
                 if clean:
@@ -66,7 +66,7 @@ class MappingCache:
 
     def rest(self, view: PrivateView) -> None:
         """Take a mapping back that nothing looks into any more. It never blocks."""
-        if view.can_be_cleaned and view.size >= _WORTH_KEEPING and len(self) < _MOST:
+        if view.can_be_cleaned and view.size >= _MIN_KEPT_BYTES and len(self) < _MOST:
             self._used.append(view)
 
     def tidy(self, make: Callable[[int, int], PrivateView]) -> None:

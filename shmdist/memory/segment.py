@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PAGE = mmap.PAGESIZE
-_NOTES = 4096  # bytes of a page for notes
-SLOTS = _NOTES // 16
+_PAGE_BYTES = 4096  # of a page for notes
+SLOTS = _PAGE_BYTES // 16
 LANES = 64  # lanes that have words of their own on a page; more of them share
 BEGUN = 2 * SLOTS  # the first of these words
-_SIZE = _NOTES + 16 * LANES
+_SIZE = _PAGE_BYTES + 16 * LANES
 _DONTNEED, _REMOVE, _POPULATE_READ, _POPULATE_WRITE = 4, 9, 22, 23  # Linux: advice to the system about pages
 _LINUX = sys.platform == "linux"
-_TOGETHER = 16 << 20  # bytes from which on two threads copy
-_PIECE = 4 << 20  # bytes that one of them copies at a time
+_TWO_THREADS_BYTES = 16 << 20  # from which on two threads copy
+_COPY_BYTES = 4 << 20  # that one of them copies at a time
 _SPARE = 16  # the system keeps one part in so many of the memory it has
 _CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -257,7 +257,7 @@ class Segment:
             return
         target = self.array[offset : offset + nbytes]
         bytes_ = numpy.frombuffer(source, "B")
-        if nbytes < _TOGETHER or _CPUS < 2:
+        if nbytes < _TWO_THREADS_BYTES or _CPUS < 2:
             numpy.copyto(target, bytes_)
         else:
             _copy_together(target, bytes_, start)
@@ -413,7 +413,7 @@ def _copy_together(target: Any, source: Any, start: Callable[[Callable[[], None]
     """Copy an array of bytes, with the help of another thread if one comes in time."""
     import numpy
 
-    pieces = -(-len(source) // _PIECE)
+    pieces = -(-len(source) // _COPY_BYTES)
     numbers = itertools.count()  # of pieces; next() is one atomic step
     helping: list[bool] = []
     helped = threading.Lock()
@@ -421,7 +421,7 @@ def _copy_together(target: Any, source: Any, start: Callable[[Callable[[], None]
 
     def work() -> None:
         while (number := next(numbers)) < pieces:
-            part = slice(number * _PIECE, (number + 1) * _PIECE)
+            part = slice(number * _COPY_BYTES, (number + 1) * _COPY_BYTES)
             numpy.copyto(target[part], source[part])
 
     def help_out() -> None:

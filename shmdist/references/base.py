@@ -23,15 +23,15 @@ from shmdist.transport.messages import NOT_RUN, WANT_VALUE, Kind
 
 _CALL, _REFERENCE_OP = int(Kind.CALL), int(Kind.REFERENCE_OP)
 _TAKES = ("take", "lend")  # operations whose value is lost to others, and goes back when nobody gets it
-GRACE = 0.5  # seconds that an owner has, when the time is up, to say whether an operation was done
-_WRITING = 0.1  # seconds in which it may be written, at least
+ANSWER_GRACE_SECONDS = 0.5  # that an owner has, when the time is up, to say whether an operation was done
+_MIN_WRITE_SECONDS = 0.1  # in which it may be written, at least
 
 
 def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float | None = None) -> Any:
     """Run an operation on the reference `rrid` at its owner, another process.
 
     The owner judges what was in time. When the time is up it is told to do the operation at once or
-    not at all, and has `GRACE` seconds to answer which of the two it was; what was done after all is
+    not at all, and has `ANSWER_GRACE_SECONDS` to answer which of the two it was; what was done after all is
     a success. So a timeout of 0 is a try.
 
     Raises
@@ -55,10 +55,10 @@ def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float 
                 node.wait(reply)
             else:
                 begun = time.monotonic()
-                reply = _send_in_time(node, owner, payload, begun + max(timeout, _WRITING))
+                reply = _send_in_time(node, owner, payload, begun + max(timeout, _MIN_WRITE_SECONDS))
                 if reply is not None and not node.wait(reply, begun + timeout - time.monotonic()):
                     node.hurry(reply)
-                    if not node.wait(reply, GRACE):
+                    if not node.wait(reply, ANSWER_GRACE_SECONDS):
                         raise TimeoutError(
                             f"{what} timed out after {timeout:.3g} s; the process does not answer, so it "
                             f"may be done when it goes on"

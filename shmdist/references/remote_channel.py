@@ -15,7 +15,7 @@ from shmdist.references.base import Reference, ask, call_owner
 from shmdist.references.channel import Channel
 from shmdist.references.future import Future
 from shmdist.references.future_interface import NO_TAKE
-from shmdist.references.server import LENIENCY, local_channel
+from shmdist.references.server import USER_CHANNEL_MIN_SECONDS, local_channel
 from shmdist.runtime.interrupts import current, enter, leave
 from shmdist.runtime.node import current_node, process_id
 from shmdist.runtime.waiting import ResultWaiter
@@ -201,7 +201,7 @@ def _within(timeout: float, channel: Any, name: str, args: tuple[Any, ...]) -> A
     thread_state = current()
     thread_state.enter()
     try:
-        in_time = current_node().dispatcher.wait(waiter, max(timeout, LENIENCY))  # type: ignore[arg-type]  # same face
+        in_time = current_node().dispatcher.wait(waiter, max(timeout, USER_CHANNEL_MIN_SECONDS))  # type: ignore[arg-type]  # same face
     except BaseException:
         if not given_up.acquire(False) and name == "take":
             channel.put(waiter.value)

@@ -18,7 +18,7 @@ from shmdist.runtime.interrupts import current
 from shmdist.runtime.node import Node
 from shmdist.runtime.replies import PendingOperation
 
-LENIENCY = 0.05  # seconds that the method of a user's own channel has at least, whatever the timeout
+USER_CHANNEL_MIN_SECONDS = 0.05  # that the method of a user's own channel has at least, whatever the timeout
 
 
 def local_channel(node: Node, rrid: RRID) -> Any:
@@ -114,7 +114,7 @@ class _UserChannelOperation:
         if self._operation.given_up:
             return self._decided.acquire(False)
         try:
-            self._node.dispatcher.later(LENIENCY, self._end)  # so that it finds what is there
+            self._node.dispatcher.later(USER_CHANNEL_MIN_SECONDS, self._end)  # so that it finds what is there
         except (RuntimeError, MemoryError):  # no thread can be had
             self._end()
         return False

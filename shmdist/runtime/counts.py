@@ -19,15 +19,15 @@ from shmdist.refcount.receipts import Receipts
 from shmdist.refcount.table import RRID, Entry, RefTable, State
 from shmdist.runtime.interrupts import collection_runs, current
 from shmdist.serialization import codec
-from shmdist.transport.link import PATIENCE, Link, LinkClosed, SendInterrupted
+from shmdist.transport.link import STUCK_SECONDS, Link, LinkClosed, SendInterrupted
 from shmdist.transport.messages import Arrived, Frame, Kind
 
 if TYPE_CHECKING:
     from shmdist.runtime.reactor import Reactor
 
 _REFS = int(Kind.REFS)
-_FLUSH_DELAY = 0.005  # seconds that dropped references are gathered before they are told
-_LONGEST_COLLECTION = 1.0  # seconds
+_FLUSH_SECONDS = 0.005  # that dropped references are gathered before they are told
+_MAX_COLLECTION_SECONDS = 1.0
 
 #: A change of a count: whence and number of the reference, the process, by how much, and who told.
 Change = tuple[int, int, int, int, int]
@@ -127,7 +127,7 @@ class ReferenceCounts:
             if owner not in self.lost_processes:
                 link = self.way_to(owner)
                 parts = codec.frame(_REFS, 0, 0, owner, codec.pickled(changes))
-                queued = not link.send(parts, interrupted, patience=PATIENCE)
+                queued = not link.send(parts, interrupted, patience=STUCK_SECONDS)
         except SendInterrupted as stopped:
             if stopped.begun:
                 del changes[:]
@@ -278,11 +278,11 @@ class ReferenceCounts:
     def housekeeping(self) -> None:
         """Do what was asked for by finalizers; on a standby thread."""
         try:
-            deadline = time.monotonic() + _LONGEST_COLLECTION
+            deadline = time.monotonic() + _MAX_COLLECTION_SECONDS
             if self.released or self.errands or collection_runs():
-                time.sleep(_FLUSH_DELAY)  # more of them come together
+                time.sleep(_FLUSH_SECONDS)  # more of them come together
             while collection_runs() and time.monotonic() < deadline:
-                time.sleep(_FLUSH_DELAY)  # a finalizer asks before all that go with it are noted
+                time.sleep(_FLUSH_SECONDS)  # a finalizer asks before all that go with it are noted
             # Also when another thread was faster: who asked us must be able to ask again.
             self.flush_released()
             while self.errands:

@@ -27,8 +27,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-_LOOK = 1e-3  # seconds until the first look whether a thread that has not begun is still there
-_SELDOM = 0.05  # seconds between two looks at most
+_FIRST_LOOK_SECONDS = 1e-3  # until the first look whether a thread that has not begun is still there
+_MAX_LOOK_SECONDS = 0.05  # between two looks at most
 
 Job = Callable[[], None]
 
@@ -77,12 +77,12 @@ class DaemonThread(threading.Thread):
             No thread can be had; the job is not done.
         """
         super().start()
-        look = _LOOK
+        look = _FIRST_LOOK_SECONDS
         try:
             while not self._word.acquire(timeout=look):
                 if self._body is not None and self._body() is None:
                     break
-                look = min(2 * look, _SELDOM)
+                look = min(2 * look, _MAX_LOOK_SECONDS)
         except Exception:
             pass  # it has taken its job, or it finds none
         try:

@@ -14,7 +14,7 @@ given to: each takes a ticket, and goes through the link's gate when its argumen
 read and its turn has come. One that stands still while its arguments are read (it sleeps, waits for a
 lock or for a remote call) loses its place when the next call is ready: it holds up itself alone. One that
 gets on keeps its place, however slow: to import a package or to read a large argument may take seconds,
-and what the next call finds must not depend on that. `_LONGEST` bounds this.
+and what the next call finds must not depend on that. `_MAX_GATE_SECONDS` bounds this.
 A call that is refused gives its place up without waiting for its turn.
 
 What tells an error must not need what is lacking: memory and descriptors that are kept back
@@ -62,13 +62,13 @@ if TYPE_CHECKING:
     from shmdist.transport.link import Link
 
 _RESULT = int(Kind.RESULT)
-_LOOK = 0.25  # seconds between two looks at a call whose arguments are read, and which holds up the next one
-_IDLE = 1e-3  # seconds of processor time between two looks below which it stands still
-_LONGEST = 60.0  # seconds that it may hold that up while it gets on
+_GATE_LOOK_SECONDS = 0.25  # between two looks at a call whose arguments are read while the next one waits
+_IDLE_CPU_SECONDS = 1e-3  # of processor time between two looks below which it stands still
+_MAX_GATE_SECONDS = 60.0  # that it may hold that up while it gets on
 _IMPORT = "<frozen importlib._bootstrap>"  # in the frames of an import
-_SMALL = 1 << 12  # bytes of an atom, which cannot change, of which a copy goes ahead of any fetch
-_AGAIN = 0.02  # seconds until it is looked whether a signal has come
-_GRACE = 0.1  # seconds a call gets to end by itself when it is interrupted
+_SMALL_ATOM_BYTES = 1 << 12  # of an atom, which cannot change, of which a copy goes ahead of any fetch
+_REPEAT_SIGNAL_SECONDS = 0.02  # until it is looked whether a signal has come
+_INTERRUPT_GRACE_SECONDS = 0.1  # a call gets to end by itself when it is interrupted
 
 
 def _begin_in_c(page: ProgressPage, lane: int, call_id: int) -> bool:
@@ -311,16 +311,16 @@ class CallExecutor:
         head, since, looked, seen = -1, 0.0, 0.0, None
         while link.calls_started < ticket and not link.closed:
             first = ticket == min(link.at_gate)
-            if turn.wait(_LOOK if first else _LONGEST) or not first:
+            if turn.wait(_GATE_LOOK_SECONDS if first else _MAX_GATE_SECONDS) or not first:
                 continue
             now = time.monotonic()
             if head != link.calls_started:
                 head, since, seen = link.calls_started, now, None
-            elif now - looked > 2 * _LOOK:
+            elif now - looked > 2 * _GATE_LOOK_SECONDS:
                 seen = None  # this thread could not run either
             used = self._time_used(link, head)
-            stands = used is not None and seen is not None and abs(used - seen) < _IDLE
-            if stands or now - since > _LONGEST:
+            stands = used is not None and seen is not None and abs(used - seen) < _IDLE_CPU_SECONDS
+            if stands or now - since > _MAX_GATE_SECONDS:
                 link.start_next(head)
             seen, looked = used, now
 
@@ -384,7 +384,7 @@ class CallExecutor:
             task.stored = True
         if captured is not None:
             node.answer(task.link, frame.call_id, STORED | IS_ERROR, node.dump_error(captured))
-        elif type(value) in atoms.ATOMS and sys.getsizeof(value) < _SMALL:
+        elif type(value) in atoms.ATOMS and sys.getsizeof(value) < _SMALL_ATOM_BYTES:
             node.answer(task.link, frame.call_id, STORED, codec.dumps(value))
         else:
             node.answer(task.link, frame.call_id, STORED, None)
@@ -452,13 +452,13 @@ class CallExecutor:
         later = self._node.dispatcher.later
         with contextlib.suppress(Exception):  # no thread can be had: once must do
             if thread_state.signalled:
-                later(_AGAIN, lambda: self._make_sure(task, thread_state))
+                later(_REPEAT_SIGNAL_SECONDS, lambda: self._make_sure(task, thread_state))
             else:
-                later(_GRACE, lambda: self._answer_for(task))
+                later(_INTERRUPT_GRACE_SECONDS, lambda: self._answer_for(task))
 
     def _make_sure(self, task: IncomingCall, thread_state: ThreadState) -> None:
         """Repeat a signal: one that comes just before a system call begins does not end that."""
-        pause = _AGAIN
+        pause = _REPEAT_SIGNAL_SECONDS
         while self.running.get(task.key) is task and thread_state.task is task:
             if thread_state.interrupt_delivered:
                 break

@@ -19,7 +19,7 @@ is never refused. Each array is made over a private mapping of the block, in whi
 written stays its own; nobody writes to the block itself.
 
 Whatever goes wrong, and whoever does not answer in time, the value goes by the stream, as it
-would have without all this. Who could not share is left alone for a while (`ALONE`).
+would have without all this. Who could not share is left alone for a while (`RETRY_SHARING_SECONDS`).
 
 Who holds the block
 -------------------
@@ -32,7 +32,7 @@ a copy as long as its payload, and as long as frames with tokens of it wait to b
 Nobody waits for a user's code
 ------------------------------
 Requests are noted by who reads, and done on threads of the runtime. A process whose
-interpreter is held, by C code say, does not answer. Who is to take from it waits for `PATIENCE`,
+interpreter is held, by C code say, does not answer. Who is to take from it waits for `ANSWER_SECONDS`,
 and as long again as the bytes took to send, for they may still be on their way; then the sender
 has another one lend them, or makes the taker the first of its host. A taker that stands
 still itself is sent the bytes, and reads them when it can. What comes too late finds its entry
@@ -64,9 +64,9 @@ from shmdist.transport.messages import TOKEN, BlockRef, OutgoingFrames, PeerInfo
 if TYPE_CHECKING:
     from shmdist.runtime.sharing import SharedMemory
 
-PATIENCE = 2.0  # seconds that another process may take to answer
-ALONE = 30.0  # seconds for which a process that could not share is sent its own
-_PACE = 1 << 28  # bytes of memory that it may take a second to make ready
+ANSWER_SECONDS = 2.0  # that another process may take to answer
+RETRY_SHARING_SECONDS = 30.0  # for which a process that could not share is sent its own
+_BYTES_PER_SECOND = 1 << 28  # bytes of memory that it may take a second to make ready
 _log = Log("copies")
 
 
@@ -95,7 +95,7 @@ class HostCopy:
         self.there: set[int] = set()
         self.lenders: dict[int, None] = {}
         self.asked: set[int] = set()
-        self.patience = PATIENCE
+        self.patience = ANSWER_SECONDS
 
     def __repr__(self) -> str:
         return f"<HostCopy {self.number}, at {sorted(self.there)}>"
@@ -198,7 +198,7 @@ class HostCopySender:
                 return (often or self._has_sibling(pid)) and self._send_first(copy, raw, nbytes, pid)
             # It says so when it has waited for its lender for so long: or it stands still itself.
             what = ("take", copy.number, lender, copy.patience)
-            answer = self._ask(copy, pid, what, copy.patience + PATIENCE)
+            answer = self._ask(copy, pid, what, copy.patience + ANSWER_SECONDS)
             if answer == HERE:
                 copy.there.add(pid)
                 copy.lenders[pid] = None
@@ -212,7 +212,7 @@ class HostCopySender:
     def _send_first(self, copy: HostCopy, raw: Callable[[], Any], nbytes: int, pid: int) -> bool:
         """Send a copy to the first process of a host."""
         node = self.node
-        seconds = PATIENCE + nbytes / _PACE
+        seconds = ANSWER_SECONDS + nbytes / _BYTES_PER_SECOND
         if self._ask(copy, pid, ("room", copy.number, nbytes), seconds) != HERE:
             self._leave_alone(pid)
             return False
@@ -223,7 +223,7 @@ class HostCopySender:
             node.send(node.links[pid], codec.frame(HOST_COPY, 0, 0, copy.number, payload), None)
         except (LinkClosed, KeyError):
             return False  # its death is on its way
-        copy.patience = PATIENCE + time.monotonic() - begun
+        copy.patience = ANSWER_SECONDS + time.monotonic() - begun
         copy.there.add(pid)
         copy.lenders[pid] = None
         return True
@@ -236,7 +236,7 @@ class HostCopySender:
     def _leave_alone(self, pid: int) -> None:
         now = time.monotonic()
         self._alone = {other: until for other, until in self._alone.items() if until > now}
-        self._alone[pid] = now + ALONE
+        self._alone[pid] = now + RETRY_SHARING_SECONDS
         _log.info("process %d shares no copies for now", pid)
 
     def _members(self) -> list[PeerInfo]:

@@ -10,11 +10,11 @@ Protocol
 - A thread that is to load a module takes `_lock` first, and holds it for that import and all inside it.
   A module that is there whole costs nothing of this.
 - *A module that waits while it is imported* (it starts a thread and joins it, makes a remote call, wants
-  a lock whose holder imports) would wait for ever.  So who waits looks at the holder every `_PAUSE`:
-  when the holder stays at one instruction, for `_WAITING` seconds in code that waits and `_STUCK`
+  a lock whose holder imports) would wait for ever.  So who waits looks at the holder every `_LOOK_SECONDS`:
+  when the holder stays at one instruction, for `_WAITING_SECONDS` in code that waits and `_STUCK_SECONDS`
   elsewhere, the import goes on beside it, as without this file.
 - *A lock left behind*, by an exception that came between its taking and the ``try``, or by a fork: its
-  holder imports nothing for `_WAITING` seconds, and the lock is replaced.
+  holder imports nothing for `_WAITING_SECONDS`, and the lock is replaced.
 
 No other lock is wanted while `_lock` is held but those of the modules, and whatever they do.
 """
@@ -28,9 +28,9 @@ from collections.abc import Callable
 from types import FrameType, ModuleType
 from typing import Any
 
-_PAUSE = 0.01  # seconds between two looks at the holder
-_WAITING = 0.1  # seconds that the holder stays at one instruction of code that waits
-_STUCK = 2.0  # seconds that it stays at one of any other code, in which it may load a large library
+_LOOK_SECONDS = 0.01  # between two looks at the holder
+_WAITING_SECONDS = 0.1  # that the holder stays at one instruction of code that waits
+_STUCK_SECONDS = 2.0  # that it stays at one of any other code, in which it may load a large library
 _PACKAGE = __name__.partition(".")[0]
 
 _find_and_load: Any = None  # Python's own
@@ -116,7 +116,7 @@ def _wait() -> Any:
     since = 0.0
     while True:
         lock = _lock
-        if lock.acquire(timeout=_PAUSE):
+        if lock.acquire(timeout=_LOOK_SECONDS):
             return lock
         holder = _holder
         place, limit = _look_at(holder)
@@ -141,11 +141,11 @@ def _look_at(ident: int) -> tuple[tuple[int, int], float]:
     while outer is not None and outer.f_code not in codes:
         outer = outer.f_back
     if frame is None or outer is None or outer.f_code is not codes[0]:
-        return _NOWHERE, _WAITING
+        return _NOWHERE, _WAITING_SECONDS
     module = frame.f_globals.get("__name__", "")
     waits = module in _WAITERS or module.partition(".")[0] == _PACKAGE
     # Not the frame itself, which would keep alive what is in it.
-    return (id(frame), frame.f_lasti), _WAITING if waits else _STUCK
+    return (id(frame), frame.f_lasti), _WAITING_SECONDS if waits else _STUCK_SECONDS
 
 
 _WAITERS = frozenset({"threading", "queue", "selectors", "subprocess"})

@@ -6,7 +6,7 @@ finalizers wake it when nobody else is going to look at what they queued.
 
 It grows the arena after a value had to take the stream, up to `limit`, and only while the
 system has memory to spare; pages are reserved and touched before they are used. What nobody
-has used for `IDLE` seconds goes back to the system, whole segments at a time where it can be.
+has used for `IDLE_SECONDS` goes back to the system, whole segments at a time where it can be.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from shmdist.transport.poller import WakeupFd
 if TYPE_CHECKING:
     from shmdist.runtime.sharing import SharedMemory
 
-IDLE = 5.0  # seconds after which unused memory goes back
-_TICK = 0.02  # seconds between looks while there is traffic
-_LIVELY = 1.0  # seconds after the last use during which there is traffic
-_SMALLEST = 8 << 20  # bytes of a segment, at least
+IDLE_SECONDS = 5.0  # after which unused memory goes back
+_TICK_SECONDS = 0.02  # between looks while there is traffic
+_TRAFFIC_SECONDS = 1.0  # after the last use during which there is traffic
+_MIN_SEGMENT_BYTES = 8 << 20  # of a segment, at least
 _LARGEST = 256 << 20  # and at most, but for a single larger block
-_STEP = 16 << 20  # bytes touched at a time
-_BACK_OFF = 1.0  # seconds in which growing is not tried again after it failed
-_KEPT = 1.0  # seconds for which the memory of a process that is gone is kept for tokens on their way
+_TOUCH_BYTES = 16 << 20  # touched at a time
+_GROW_RETRY_SECONDS = 1.0  # in which growing is not tried again after it failed
+_KEEP_SECONDS = 1.0  # for which the memory of a process that is gone is kept for tokens on their way
 _FEW, _MANY = 1 << 20, 64 << 20  # bytes of a segment made for small shared arrays: at least, and at most
 _log = Log("keeper")
 
@@ -154,7 +154,7 @@ class ArenaMaintainer:
 
     def keep_for_now(self, segment: Segment) -> None:
         """Keep a segment for a moment."""
-        self._kept.append((time.monotonic() + _KEPT, segment))
+        self._kept.append((time.monotonic() + _KEEP_SECONDS, segment))
         if not self._running:
             self._ensure()
         self.wake()
@@ -192,7 +192,7 @@ class ArenaMaintainer:
         holds = self._sharing.holds
         while not self.closing:
             wait = self._wait_time()
-            holds.idle = wait > _TICK
+            holds.idle = wait > _TICK_SECONDS
             # Looked at again now that finalizers and senders see that we sleep.
             if holds.idle and (holds.ended or self._wants):
                 holds.idle = False
@@ -200,8 +200,8 @@ class ArenaMaintainer:
             if poller.poll(None if wait == _FOR_EVER else int(wait * 1000)):
                 kick.clear()
                 holds.idle = False
-                self._last_use = max(self._last_use, time.monotonic() - _LIVELY / 2)
-                poller.poll(int(_TICK * 1000))  # more comes together; and what is being sent, is sent
+                self._last_use = max(self._last_use, time.monotonic() - _TRAFFIC_SECONDS / 2)
+                poller.poll(int(_TICK_SECONDS * 1000))  # more comes together; and what is being sent, is sent
                 kick.clear()
             if not self.closing:
                 try:
@@ -214,14 +214,14 @@ class ArenaMaintainer:
     def _wait_time(self) -> float:
         """Return the seconds until the next look."""
         quiet = time.monotonic() - self._last_use
-        if quiet < _LIVELY or self._kept:
-            return _TICK
+        if quiet < _TRAFFIC_SECONDS or self._kept:
+            return _TICK_SECONDS
         sharing = self._sharing
         with sharing.lock:
             free = sharing.arena.total - sharing.arena.lent - sharing.arena.cold
             spares = any(len(segment.spares) for segment in sharing.holds.segments.values())
         if free > 0 or spares or sharing.unsent_releases:
-            return max(_TICK, IDLE - quiet)
+            return max(_TICK_SECONDS, IDLE_SECONDS - quiet)
         return _FOR_EVER
 
     def _turn(self) -> None:
@@ -234,13 +234,13 @@ class ArenaMaintainer:
             try:
                 self._provide(nbytes, pid)
             except MemoryError as error:
-                self._retry_at = time.monotonic() + _BACK_OFF
+                self._retry_at = time.monotonic() + _GROW_RETRY_SECONDS
                 self.trouble("memory", str(error))
             except Exception as error:  # the process for which it is has gone meanwhile, say
                 _log.info("no block for process %d: %s", pid, error)
         sharing.pay()
         now = time.monotonic()
-        idle = now - self._last_use >= IDLE
+        idle = now - self._last_use >= IDLE_SECONDS
         if not idle:  # else they are taken down
             for segment in list(sharing.holds.segments.values()):
                 segment.tidy_spares()
@@ -257,7 +257,7 @@ class ArenaMaintainer:
             try:
                 self._provide(nbytes, None)
             except MemoryError as error:
-                self._retry_at = time.monotonic() + _BACK_OFF
+                self._retry_at = time.monotonic() + _GROW_RETRY_SECONDS
                 self.trouble("memory", str(error))
 
     def _provide(self, nbytes: int, pid: int | None) -> None:
@@ -274,7 +274,7 @@ class ArenaMaintainer:
             return
         if self.warm(nbytes):
             return
-        size = max(size, min(max(there, _SMALLEST), _LARGEST))
+        size = max(size, min(max(there, _MIN_SEGMENT_BYTES), _LARGEST))
         if there + size > self.limit:
             size = whole_pages(nbytes)
         try:
@@ -383,8 +383,8 @@ _ADVICE = {
 
 
 def _touch(segment: Segment, offset: int, size: int) -> None:
-    for start in range(offset, offset + size, _STEP):
-        segment.touch(start, min(_STEP, offset + size - start))
+    for start in range(offset, offset + size, _TOUCH_BYTES):
+        segment.touch(start, min(_TOUCH_BYTES, offset + size - start))
 
 
 def _over(nbytes: int, limit: int) -> str:

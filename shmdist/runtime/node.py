@@ -70,7 +70,7 @@ from shmdist.transport.link import Link
 from shmdist.transport.messages import BROKEN, IS_ERROR, NOT_RUN, Frame, Kind, PeerInfo
 
 _RESULT, _CANCEL = int(Kind.RESULT), int(Kind.CANCEL)
-_NEWS = 0.3  # seconds that process 1 may take to tell how another one ended
+_EXIT_CAUSE_SECONDS = 0.3  # that process 1 may take to tell how another one ended
 _log = Log("node")
 
 
@@ -206,7 +206,7 @@ class Node(RequestClient):
             raise SystemExit
         return copy.copy(self.lost_processes.get(pid) or ProcessExitedException(pid))
 
-    def deaths(self, pids: Collection[int], patience: float = _NEWS) -> list[BaseException]:
+    def deaths(self, pids: Collection[int], patience: float = _EXIT_CAUSE_SECONDS) -> list[BaseException]:
         """Return how processes went that are about to go, or have gone; waits a moment for the news."""
         deadline = time.monotonic() + patience
         while any(pid not in self.lost_processes for pid in pids) and time.monotonic() < deadline:
@@ -236,7 +236,7 @@ class Node(RequestClient):
         self.leaving.add(link.pid)  # before it is known how it went, which takes a moment
         self.lost(link.pid, self.find_exit_cause(link.pid))
 
-    def exit_cause_from_master(self, pid: int, patience: float = _NEWS) -> BaseException:
+    def exit_cause_from_master(self, pid: int, patience: float = _EXIT_CAUSE_SECONDS) -> BaseException:
         """Find out how a process ended from process 1, which will tell in a moment."""
         deadline = time.monotonic() + patience
         while pid not in self.reported_exits and time.monotonic() < deadline:

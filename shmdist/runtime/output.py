@@ -13,10 +13,10 @@ more, and writes to it without any of Python's locks: who prints beside it can s
 
 What is bounded
 ---------------
-- A pipe of which `_BUDGET` bytes wait to be written is *paused*: nobody reads it, so that the worker's
+- A pipe of which `_MAX_QUEUED_BYTES` wait to be written is *paused*: nobody reads it, so that the worker's
   prints wait once its pipe is full too. It is read again when half of that is written.
 - :meth:`Outputs.show` waits for what was printed before an answer came, for as long as something is written
-  every `_STALL` seconds. After that nobody waits (`stalled`) until something is written again.
+  every `_STALL_SECONDS`. After that nobody waits (`stalled`) until something is written again.
 - At the end of the program the writer gives up when nothing could be written for a second.
 
 A text without a newline is taken for a line when an answer comes from its worker, or the pipe ends.
@@ -42,13 +42,13 @@ from shmdist._log import Log
 from shmdist.runtime.daemon_thread import DaemonThread
 from shmdist.runtime.interrupts import current
 
-_CHUNK = 1 << 16  # bytes read at once
-_TURN = 1 << 20  # bytes of one pipe read before the links get their turn
+_READ_BYTES = 1 << 16  # read at once
+_MAX_READ_BYTES = 1 << 20  # of one pipe read before the links get their turn
 _TAIL = 50  # lines of stderr kept for the error that tells of a worker's death
-_LONGEST = 1 << 20  # bytes after which a line is shown though it has not ended
-_BUDGET = 1 << 18  # bytes of one pipe that may wait to be written
-_STALL = 0.25  # seconds without anything written after which no answer waits for output
-_PIECE = 4096  # bytes: a pipe that takes anything takes so many (PIPE_BUF)
+_MAX_LINE_BYTES = 1 << 20  # after which a line is shown though it has not ended
+_MAX_QUEUED_BYTES = 1 << 18  # of one pipe that may wait to be written
+_STALL_SECONDS = 0.25  # without anything written after which no answer waits for output
+_WRITE_BYTES = 4096  # bytes: a pipe that takes anything takes so many (PIPE_BUF)
 _PREFIX_OFF = ("0", "no", "off", "false")
 _log = Log("output")
 
@@ -130,8 +130,8 @@ class Outputs:
             pipe = self._pipes.get(fd)
             if pipe is None:
                 return False
-            alive = self._read(pipe, _BUDGET)
-            if alive and pipe.waiting > _BUDGET and not pipe.paused:
+            alive = self._read(pipe, _MAX_QUEUED_BYTES)
+            if alive and pipe.waiting > _MAX_QUEUED_BYTES and not pipe.paused:
                 pipe.paused = True
                 self._pause(fd)
             self._look()
@@ -139,9 +139,9 @@ class Outputs:
 
     def _read(self, pipe: _Pipe, budget: float) -> bool:
         pipe.more = False
-        for _ in range(_TURN // _CHUNK):
+        for _ in range(_MAX_READ_BYTES // _READ_BYTES):
             try:
-                data = os.read(pipe.fd, _CHUNK)
+                data = os.read(pipe.fd, _READ_BYTES)
             except BlockingIOError:
                 return True
             except OSError:
@@ -151,7 +151,7 @@ class Outputs:
                 return False
             pipe.taken += len(data)
             self._cut(pipe, data)
-            if len(data) < _CHUNK:
+            if len(data) < _READ_BYTES:
                 return True
             if pipe.waiting > budget:
                 break
@@ -167,7 +167,7 @@ class Outputs:
                 self._line(pipe, line)
             pipe.rest.clear()
         pipe.rest += rest
-        if len(pipe.rest) > _LONGEST:
+        if len(pipe.rest) > _MAX_LINE_BYTES:
             self._end_line(pipe)
 
     def _end_line(self, pipe: _Pipe) -> None:
@@ -239,7 +239,7 @@ class Outputs:
             now = time.monotonic()
             if self._progress != seen:
                 seen, since = self._progress, now
-            elif now - since > _STALL:
+            elif now - since > _STALL_SECONDS:
                 self.stalled = True
         return True
 
@@ -280,7 +280,7 @@ class Outputs:
     def _next(self) -> list[tuple[_Pipe, str, int]]:
         """Take the next lines of one stream."""
         taken: list[tuple[_Pipe, str, int]] = []
-        room = _CHUNK
+        room = _READ_BYTES
         while self.lines and room > 0 and self.lines[0][0].error == (taken or self.lines)[0][0].error:
             taken.append(self.lines.popleft())
             room -= taken[-1][2]
@@ -291,7 +291,7 @@ class Outputs:
         self._written += len(lines)
         for pipe, _, nbytes in lines:
             pipe.waiting -= nbytes
-            if pipe.paused and pipe.waiting <= _BUDGET // 2:
+            if pipe.paused and pipe.waiting <= _MAX_QUEUED_BYTES // 2:
                 pipe.paused = False
                 pipe.more = True
                 if self._pipes.get(pipe.fd) is pipe:
@@ -322,7 +322,7 @@ class Outputs:
         view = memoryview(data)
         while view and self._wait_for(fd):
             with contextlib.suppress(BlockingIOError):
-                view = view[os.write(fd, view[:_PIECE]) :]
+                view = view[os.write(fd, view[:_WRITE_BYTES]) :]
                 self._note_progress()
 
     def _wait_for(self, fd: int) -> bool:

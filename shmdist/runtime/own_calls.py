@@ -30,9 +30,9 @@ from shmdist.runtime.threads import Attempt
 if TYPE_CHECKING:
     from shmdist.runtime.reactor import Reactor
 
-_NAP = 1e-3  # seconds a call runs before the next is begun beside it; as in ``dispatch``
+_OVERTAKE_SECONDS = 1e-3  # a call runs before the next is begun beside it; as in ``runtime.reactor``
 _TRIES = 3  # times that a call is tried to be begun
-_SHORTEST = _NAP / 10  # the same when the call before it was a long one as well
+_SHORTEST = _OVERTAKE_SECONDS / 10  # the same when the call before it was a long one as well
 _log = Log("owncalls")
 
 Job = Callable[[], None]
@@ -221,10 +221,10 @@ class OwnCalls:
 
         Behind a long one, the call `seen` that is about to begin probably takes long, too.
         """
-        nap = _SHORTEST if seen else _NAP
+        nap = _SHORTEST if seen else _OVERTAKE_SECONDS
         while True:
             time.sleep(nap)
-            nap = min(2 * nap, _NAP)
+            nap = min(2 * nap, _OVERTAKE_SECONDS)
             with self._lock:
                 if not self._waiting:
                     self._followed = False

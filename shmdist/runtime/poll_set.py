@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _WITH_DESCRIPTOR, _HEARTBEAT = {int(Kind.SEGMENT), int(Kind.RING)}, int(Kind.HEARTBEAT)
 _TRIES = 8  # times that what has come is tried to be taken, until its link is ended
-_PAUSE = 1e-3  # seconds until the second one; then twice as many each time
+_RETRY_SECONDS = 1e-3  # until the second one; then twice as many each time
 _CALL, _REFERENCE_OP, _RESULT = int(Kind.CALL), int(Kind.REFERENCE_OP), int(Kind.RESULT)
 _log = Log("dispatch")
 
@@ -247,7 +247,7 @@ class PollSet:
         self._node.reserve.open()
         _log.exception("an error in the thread that reads: %r", error)
         if self._failures > 1:
-            time.sleep(_PAUSE * (1 << min(self._failures, 7)))
+            time.sleep(_RETRY_SECONDS * (1 << min(self._failures, 7)))
 
     def _insist(self, callback: Any, reply: PendingReply, error: Exception) -> None:
         """Tell of an answer again: whoever is told raises nothing, but where it has no memory for that."""

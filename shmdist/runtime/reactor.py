@@ -28,7 +28,7 @@ Late handing over
 -----------------
 Handing the reading over costs more than most calls, so it is done late. Each time the
 lead is let go, `_turns` counts and `_last` notes when. A standby thread that is woken
-within `GRACE` of that naps: who let go is probably back in microseconds, to read on or
+within `OVERTAKE_SECONDS` of that naps: who let go is probably back in microseconds, to read on or
 with the next of a queue of short calls, which belongs to the thread that is working
 through it. It naps on while the count moves, the longer the faster, or while the thread that
 let go is in no user's code, and reads when the lead has lain free for a whole nap: the call
@@ -74,13 +74,13 @@ if TYPE_CHECKING:
     from shmdist.runtime.executor import IncomingCall
     from shmdist.runtime.node import Node
 
-SPIN = 50e-6  # seconds a reader polls before it sleeps
-GRACE = 1e-3  # seconds a call may run before the reading is taken over from it
-_NAPS = 20  # so many times that, when the thread that had the reading runs no call
-_LONGEST_NAP = 8 * GRACE  # seconds that it may run where it follows many short ones
-_SHORT = 10_000  # calls a second that are short, for that
-_LONGEST = 1e6  # seconds of one sleep: a system call takes no more than 24 days
-_PATIENCE = 3  # times that calls are left to it while it does not come
+SPIN_SECONDS = 50e-6  # a reader polls before it sleeps
+OVERTAKE_SECONDS = 1e-3  # a call may run before the reading is taken over from it
+_MAX_NAPS = 20  # so many times that, when the thread that had the reading runs no call
+_MAX_NAP_SECONDS = 8 * OVERTAKE_SECONDS  # that it may run where it follows many short ones
+_SHORT_CALLS_PER_SECOND = 10_000  # calls a second that are short, for that
+_MAX_SLEEP_SECONDS = 1e6  # of one sleep: a system call takes no more than 24 days
+_MAX_LEFT_CALLS = 3  # times that calls are left to it while it does not come
 _log = Log("dispatch")
 _now = time.perf_counter
 _yield = getattr(os, "sched_yield", lambda: None)
@@ -176,7 +176,7 @@ class Reactor(PollSet):
             last = self._last = _now()
             if not turns & 3:
                 # Many in a short time: a standby thread that naps beside them makes arming needless.
-                left = left or last - self._lively < GRACE
+                left = left or last - self._lively < OVERTAKE_SECONDS
                 self._lively = last
             self._leader_lock.release()
             held = False
@@ -215,7 +215,7 @@ class Reactor(PollSet):
 
     # ------------------------------------------------------------------ waiting threads
 
-    def wait(self, waiter: Waiter, timeout: float | None = None, *, spin: float = SPIN) -> bool:
+    def wait(self, waiter: Waiter, timeout: float | None = None, *, spin: float = SPIN_SECONDS) -> bool:
         """Wait until `waiter` is done, reading the links meanwhile.
 
         The caller is inside the runtime (``thread_state.runtime_depth`` > 0).
@@ -244,7 +244,7 @@ class Reactor(PollSet):
             if thread_state.has_deferred:
                 thread_state.raise_deferred()
                 continue
-            left = -1.0 if deadline is None else min(deadline - time.monotonic(), _LONGEST)
+            left = -1.0 if deadline is None else min(deadline - time.monotonic(), _MAX_SLEEP_SECONDS)
             if deadline is not None and left <= 0:
                 return False
             if self._take() or self._follow(waiter, left, thread_state):
@@ -396,7 +396,7 @@ class Reactor(PollSet):
         """
         inbox, poll = self._inbox, self._poll
         self._leader = waiter
-        spin_until = _now() + SPIN if forever else 0.0
+        spin_until = _now() + SPIN_SECONDS if forever else 0.0
         while not self.closing:
             if not forever and (self._main_waiter is not None or (leave and inbox and self._main_returns())):
                 self._left += bool(inbox)
@@ -421,9 +421,9 @@ class Reactor(PollSet):
                 if forever:
                     self._left = 0
                 self._leader = waiter
-                spin_until = _now() + SPIN
+                spin_until = _now() + SPIN_SECONDS
             elif poll(0):
-                spin_until = _now() + SPIN
+                spin_until = _now() + SPIN_SECONDS
             elif _now() < spin_until:
                 box = self.mail.box
                 if box is None or not box.watch():
@@ -507,8 +507,8 @@ class Reactor(PollSet):
                 self.poller.unwake()
                 self.threads.guarded(self._housekeeping)
             # A main thread that was waited for in vain, or told us so, is busy with a long answer.
-            leave = self._left < _PATIENCE
-            if leave and _now() - self._last < GRACE and not self._followers:
+            leave = self._left < _MAX_LEFT_CALLS
+            if leave and _now() - self._last < OVERTAKE_SECONDS and not self._followers:
                 if self._napping:
                     return  # one is enough
                 leave = self._wait_for_previous_leader()
@@ -535,28 +535,30 @@ class Reactor(PollSet):
         """Leave the reading to the thread that had the lead a moment ago; False if it stays away long."""
         self._napping = True
         turns, naps, nap = self._turns - 1, 0, 0.0
-        while not self.closing and not self._followers and self._left < _PATIENCE:
+        while not self.closing and not self._followers and self._left < _MAX_LEFT_CALLS:
             # Who runs no user code is about to be back, though the system may let it wait. A worker's main
             # thread: calls had better run there, where interrupts reach all of them. The last one to run a
             # call: with a thread more for each that is late, all are later still.
             main, runner = self._main, self._runner
             late = (main is not None and main.runtime_depth) or (runner is not None and runner.runtime_depth)
-            if turns == self._turns and (not late or naps > _NAPS):
+            if turns == self._turns and (not late or naps > _MAX_NAPS):
                 break
-            if self._turns - turns > _SHORT * nap > 0:
-                nap = min(2 * nap, _LONGEST_NAP)  # calls are short, and each look holds one of them up
+            if self._turns - turns > _SHORT_CALLS_PER_SECOND * nap > 0:
+                nap = min(2 * nap, _MAX_NAP_SECONDS)  # calls are short, and each look holds one of them up
             else:
                 # Where many calls block, each new one is probably going to block as well.
-                nap = GRACE if len(self.threads) < 8 else GRACE / 10
+                nap = OVERTAKE_SECONDS if len(self.threads) < 8 else OVERTAKE_SECONDS / 10
             turns, naps = self._turns, naps + 1
             time.sleep(nap)
         self._napping = False
-        return naps <= _NAPS and self._left < _PATIENCE
+        return naps <= _MAX_NAPS and self._left < _MAX_LEFT_CALLS
 
     def held_up(self) -> bool:
         """Take note that this thread waits to write an answer; False, for that is not to be given up."""
         if self._main is current():
-            self._left = _PATIENCE
+            self._left = _MAX_LEFT_CALLS
+        elif self._runner is current():
+            self._runner = None
         return False
 
     # ------------------------------------------------------------------ end

@@ -28,7 +28,7 @@ from shmdist.runtime.interrupts import Waiter, current
 from shmdist.runtime.replies import PendingReply
 from shmdist.runtime.stack import need_stack
 from shmdist.serialization import codec
-from shmdist.transport.link import PATIENCE, Link, LinkClosed, SendInterrupted, Unwoken
+from shmdist.transport.link import STUCK_SECONDS, Link, LinkClosed, SendInterrupted, Unwoken
 from shmdist.transport.messages import AT_ONCE, HEADER, NO_LANE, Kind, OutgoingFrames
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class RequestClient(ReferenceCounts):
             if sharing.has_pending_releases():
                 self._pay(link)
             # Who has a time limit wants to know whether it was written by then.
-            patience = PATIENCE if thread_state.send_deadline == math.inf else math.inf
+            patience = STUCK_SECONDS if thread_state.send_deadline == math.inf else math.inf
             while not parts.gone:
                 try:
                     written = link.send(parts, thread_state.interrupted, fd, wakeups, patience)
@@ -233,7 +233,7 @@ class RequestClient(ReferenceCounts):
                 pending_releases = self.sharing.pending_releases(link)
                 parts.unsent_releases = pending_releases.unsent_releases
                 parts[:0] = pending_releases  # in one piece with the answer
-            written = link.send(parts, self.dispatcher.held_up, patience=PATIENCE)
+            written = link.send(parts, self.dispatcher.held_up, patience=STUCK_SECONDS)
             parts.gone = True
         except LinkClosed:
             return False

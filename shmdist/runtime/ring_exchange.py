@@ -34,7 +34,7 @@ from shmdist.transport.ring import SIZE, InboundRings, RingWriter
 if TYPE_CHECKING:
     from shmdist.runtime.node import Node
 
-_SOON = 2e-4  # seconds for which a receiver may have to wait until others can be woken with it
+_MAX_WAKE_DELAY_SECONDS = 2e-4  # for which a receiver may have to wait until others can be woken with it
 LIVELY = 8  # reads of a link after which it gets a slot
 _log = Log("mail")
 
@@ -57,7 +57,7 @@ class BatchedWakeups(list[Link]):
     def turn(self) -> None:
         """Wake those who have waited for a while: what comes next may take as long."""
         now = time.perf_counter()
-        if now - self._since > _SOON:
+        if now - self._since > _MAX_WAKE_DELAY_SECONDS:
             self._since = now
             if self:
                 self._mail.wake(self)

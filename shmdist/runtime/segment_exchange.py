@@ -2,8 +2,8 @@
 
 A segment is offered to a process once: its descriptor goes with a frame, and the answer says
 whether it is mapped there now. Only then are tokens of it sent to that process; who cannot map
-it gets everything by the stream. So does a process that does not answer in `ANSWER_TIME`, until
-it has answered; and one that could not map it is asked again after `RETRY` seconds.
+it gets everything by the stream. So does a process that does not answer in `ANSWER_SECONDS`, until
+it has answered; and one that could not map it is asked again after `RETRY_SECONDS`.
 
 A shared array has no other way. Its token is sent behind the offer if the answer takes longer, for a
 receiver that stands still is to hold up nobody. He comes to the offer first
@@ -28,8 +28,8 @@ from shmdist.transport.messages import Frame, Kind
 if TYPE_CHECKING:
     from shmdist.runtime.sharing import SharedMemory
 
-ANSWER_TIME = 0.1  # seconds in which a process may answer an offer before nobody waits for that
-RETRY = 5.0  # seconds after which who could not map a segment is asked again: it had no descriptor, say
+ANSWER_SECONDS = 0.1  # in which a process may answer an offer before nobody waits for that
+RETRY_SECONDS = 5.0  # after which who could not map a segment is asked again: it had no descriptor, say
 _SEGMENT, _RESULT = int(Kind.SEGMENT), int(Kind.RESULT)
 
 
@@ -117,12 +117,12 @@ class SegmentExchange:
                 peer.accepted.setdefault(key[0], set()).add(key[1])
                 peer.refused.pop(key, None)
             else:
-                peer.refused[key] = trouble, time.monotonic() + RETRY
+                peer.refused[key] = trouble, time.monotonic() + RETRY_SECONDS
         if trouble is not None:
             self._sharing.keeper.trouble("mapping", f"process {pid} cannot map shared memory ({trouble})")
 
     def ensure_mapped(
-        self, segment: Segment, pid: int, patience: float = ANSWER_TIME, *, needed: bool = False
+        self, segment: Segment, pid: int, patience: float = ANSWER_SECONDS, *, needed: bool = False
     ) -> bool:
         """See to it that a process has mapped a segment.
 
@@ -147,7 +147,7 @@ class SegmentExchange:
         if link is None or not link.is_stuck:
             node.wait_inside(reply, offer.since + patience - time.monotonic())
         while needed and not offer.sent and not reply.done:  # by another thread, which is about to
-            node.wait_inside(reply, ANSWER_TIME)
+            node.wait_inside(reply, ANSWER_SECONDS)
         if not reply.done:
             if link is not None:
                 link.note_stuck()

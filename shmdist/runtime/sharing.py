@@ -57,7 +57,7 @@ from shmdist.runtime.maintenance import ArenaMaintainer
 from shmdist.runtime.segment_exchange import SegmentExchange
 from shmdist.serialization import arrays, codec
 from shmdist.serialization.arrays import LINE, SharedSource, StridedSource, contiguous
-from shmdist.transport.link import PATIENCE, Link, LinkClosed
+from shmdist.transport.link import STUCK_SECONDS, Link, LinkClosed
 from shmdist.transport.messages import TOKEN, BlockRef, Frame, Kind, OutgoingFrames
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class SharedMemory:
             if not (unsent_releases or changes) or owner in node.lost_processes:
                 return
             link, parts = node.way_to(owner), _leases_frame(owner, [*unsent_releases, *changes])
-            written = link.send(parts, patience=PATIENCE)
+            written = link.send(parts, patience=STUCK_SECONDS)
         except BaseException:
             self._owe(owner, unsent_releases)
             raise

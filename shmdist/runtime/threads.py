@@ -36,16 +36,16 @@ from shmdist._log import Log
 from shmdist.runtime.daemon_thread import DaemonThread, Job
 from shmdist.runtime.interrupts import ThreadState, current
 
-_PARKED = 2  # threads kept standing by
-_IDLE = 32  # other threads kept for reuse
-_IDLE_TIME = 10.0  # seconds an idle thread waits for work before it ends
+_MAX_PARKED = 2  # threads kept standing by
+_MAX_IDLE = 32  # other threads kept for reuse
+_IDLE_SECONDS = 10.0  # an idle thread waits for work before it ends
 #: Idle threads that stay, for what is to be done when the program ends: Python 3.12.0 and 3.12.1 make
 #: none any more when atexit handlers run.
 _RESERVE = 8 if (3, 12) <= sys.version_info < (3, 12, 2) else 0
-_MOST = 4096  # threads by default: 100 MiB of memory where all of them block
-_STACK = 8 << 20  # bytes of a thread's stack, where no limit says otherwise
-_MOMENT = 0.02  # seconds in which a thread that has answered a call is ready for the next one
-_FIRST_STEPS = 1 << 18  # bytes that a thread needs to begin
+_DEFAULT_MAX_THREADS = 4096  # threads by default: 100 MiB of memory where all of them block
+_DEFAULT_STACK_BYTES = 8 << 20  # of a thread's stack, where no limit says otherwise
+_STANDBY_SECONDS = 0.02  # in which a thread that has answered a call is ready for the next one
+_THREAD_START_BYTES = 1 << 18  # that a thread needs to begin
 _TRIES = 3  # times that a job is told that it has failed, and that a thread tries to go on
 _log = Log("threads")
 
@@ -182,11 +182,11 @@ class ThreadPool:
         """Wait a moment for a thread that has just done its job; a shorter one where all of them block."""
         now = time.monotonic()
         # Not so long each time, but for as long as a thread takes that has just sent its answer.
-        limit = now + (_MOMENT if now >= self._vain_until else _MOMENT / 10)
+        limit = now + (_STANDBY_SECONDS if now >= self._vain_until else _STANDBY_SECONDS / 10)
         while not self.parked and time.monotonic() < limit:
-            time.sleep(_MOMENT / 40)
+            time.sleep(_STANDBY_SECONDS / 40)
         if not self.parked:
-            self._vain_until = time.monotonic() + _MOMENT
+            self._vain_until = time.monotonic() + _STANDBY_SECONDS
         return bool(self.parked)
 
     def _spawn(self, member: _Member, job: Job | None) -> None:
@@ -264,14 +264,14 @@ class ThreadPool:
             if self._late and member not in self.parked:
                 member.job = self._late.popleft()
                 return True
-            if len(self.parked) < _PARKED:
+            if len(self.parked) < _MAX_PARKED:
                 self.parked.add(member)
                 self._vain_until = 0.0
         if member in self.parked:
             self.guarded(stand_by)
             return True
         with self._lock:
-            if len(self._idle) >= _IDLE or self.closing:
+            if len(self._idle) >= _MAX_IDLE or self.closing:
                 return False
             self._idle.append(member)
             member.idle = True
@@ -279,7 +279,7 @@ class ThreadPool:
 
     def _sleep(self, member: _Member) -> bool:
         """Wait for a job; False when none has come for long."""
-        while not member.lock.acquire(timeout=_IDLE_TIME):
+        while not member.lock.acquire(timeout=_IDLE_SECONDS):
             with self._lock:
                 if member in self._idle and (self.closing or len(self._idle) > _RESERVE):
                     self._idle.remove(member)
@@ -334,7 +334,7 @@ def most_threads() -> int:
     try:
         return max(2, int(os.environ.get("SHMDIST_MAX_THREADS", "")))
     except ValueError:
-        return _MOST
+        return _DEFAULT_MAX_THREADS
 
 
 def _probe() -> None:
@@ -354,6 +354,6 @@ def _probe() -> None:
     if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         stack = threading.stack_size() or resource.getrlimit(resource.RLIMIT_STACK)[0]
         try:
-            bytearray((stack if 0 < stack < 1 << 40 else _STACK) + _FIRST_STEPS)
+            bytearray((stack if 0 < stack < 1 << 40 else _DEFAULT_STACK_BYTES) + _THREAD_START_BYTES)
         except MemoryError:
             raise RuntimeError("can't start new thread: there is no memory for its stack") from None

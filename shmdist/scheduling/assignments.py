@@ -18,7 +18,7 @@ A worker is stopped, say, or holds its interpreter:
 
 - One that takes nothing of what is sent to it (``transport.link``) gets no batch while others can have it.
   Large batches are sent one by one, so that the first that waits keeps the others back.
-- One that does not even begin its first batch within `_UNREAD` seconds has all of them taken back when
+- One that does not even begin its first batch within `_NOT_BEGUN_SECONDS` has all of them taken back when
   another has nothing left, by its page. It gets no others until it has answered for these: it has read
   them then, and found that they are not its own any more.
 - What has begun stays with the worker, whatever becomes of it: no element runs twice. Where there is no
@@ -46,9 +46,9 @@ from shmdist.serialization import codec
 from shmdist.transport.link import Link
 from shmdist.transport.messages import NOT_RUN, WANT_VALUE, Kind
 
-_STUCK = 0.005  # seconds after which a batch is taken back that waits, or divided that runs
-_UNREAD = 0.02  # seconds after which a first batch is taken back that its worker has not begun
-_STEAL = 0.002  # seconds of work below which a waiting batch is not worth taking back
+_TAKE_BACK_SECONDS = 0.005  # after which a batch is taken back that waits, or divided that runs
+_NOT_BEGUN_SECONDS = 0.02  # after which a first batch is taken back that its worker has not begun
+_MIN_STOLEN_SECONDS = 0.002  # of work below which a waiting batch is not worth taking back
 _CALL, _CANCEL = int(Kind.CALL), int(Kind.CANCEL)
 
 
@@ -143,7 +143,7 @@ class Assignments:
         self._node = node
         self._lane = lane
         self._divided = divided
-        self._unread = _UNREAD
+        self._unread = _NOT_BEGUN_SECONDS
         self.back: dict[int, int] = {}  # workers of batches that were taken back, by call, until they answer
         self.batches: dict[int, list[Batch]] = {}  # by worker, in the order in which it runs them
         self.stuck = False  # a batch may be taken back in a moment: `rebalance` wants to be asked again
@@ -248,7 +248,7 @@ class Assignments:
                         taken += self._take_back(page, batches)
             elif not batches[0].final:
                 self.stuck = True
-                if now - batches[0].since > _STUCK:
+                if now - batches[0].since > _TAKE_BACK_SECONDS:
                     running.append(batches[0])
         running.sort(key=lambda batch: -len(batch.elements))
         for batch in running[: len(idle)]:
@@ -265,7 +265,9 @@ class Assignments:
     def _is_worth(self, batch: Batch, now: float, cost: float | None) -> bool:
         """Tell whether it is worth it to take a batch back that waits behind another one."""
         # It may also be short, but wait behind one that takes unexpectedly long.
-        return cost is None or cost * len(batch.elements) > _STEAL or now - batch.since > _STUCK
+        if cost is None or cost * len(batch.elements) > _MIN_STOLEN_SECONDS:
+            return True
+        return now - batch.since > _TAKE_BACK_SECONDS
 
     def _take_back(self, page: ProgressPage | None, batches: list[Batch]) -> list[Batch]:
         """Take back what a worker has not begun; returns what is its own no more."""

@@ -34,7 +34,7 @@ from shmdist.serialization.isolated_items import IsolatedItems, LoadFailure, Par
 from shmdist.serialization.pickled_functions import kept
 from shmdist.transport import native
 
-_PROBE = 0.0005  # seconds that a worker spends to find out what elements cost
+_PROBE_SECONDS = 0.0005  # that a worker spends to find out what elements cost
 
 #: What a batch came to, where it ran: the seconds it took; values, one for each element that
 #: ended, None for those that failed; and packed errors by place in the batch, or None. A plain
@@ -80,7 +80,7 @@ class BatchRunner:
         batch : list or range
             A list is emptied of what :func:`divide` takes away.
         probe : bool
-            Stop after `_PROBE` seconds, but not before the first element has ended.
+            Stop after `_PROBE_SECONDS`, but not before the first element has ended.
         key : (int, int)
             Who sent it, and its number there.
         page : Page, optional
@@ -110,7 +110,7 @@ class BatchRunner:
             start = time.perf_counter()
             size = 1 if probe else len(batch)
             while _work(f, star, source, values, errors, numbers, slot + 1, size) and probe:
-                if len(values) < size or time.perf_counter() - start > _PROBE:
+                if len(values) < size or time.perf_counter() - start > _PROBE_SECONDS:
                     break
                 size = 2 * len(values)
             seconds = time.perf_counter() - start

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 WINDOW = 2  # batches of a run that a worker has at a time, at least
 _DEEPEST = 64  # and at most, when they are short
-_AHEAD = 0.001  # seconds of work that a worker should have waiting
-_MESSAGE = 15e-6  # seconds that a message costs its receiver, roughly
+_QUEUED_WORK_SECONDS = 0.001  # of work that a worker should have waiting
+_MESSAGE_SECONDS = 15e-6  # that a message costs its receiver, roughly
 _GROW = 16  # a batch is at most so many times as large as any that came back
-_LONG = 0.02  # seconds of work in a batch, at most
+_MAX_BATCH_SECONDS = 0.02  # of work in a batch, at most
 _PROBED = 4096  # elements in the first batches, at most, when they are cheap to send
 _FEW = 32  # elements of an input that may go out in one batch to each worker
 _CHEAP = frozenset({int, float, bool, complex, type(None)})  # types of elements that are cheap to send
-_BRIEF = 0.002  # seconds of work that may go out in one batch at the end
-_HEAVY = 4 << 20  # bytes of a batch, at most, when it has several elements
-_LOAD = 16 << 20  # bytes that a worker has waiting, at most, when it has more than `WINDOW` batches
-_SHORT = 0.0001  # seconds of work below which a smaller batch is not worth its message
+_LAST_BATCH_SECONDS = 0.002  # of work that may go out in one batch at the end
+_MAX_BATCH_BYTES = 4 << 20  # of a batch, at most, when it has several elements
+_MAX_QUEUED_BYTES = 16 << 20  # that a worker has waiting, at most, when it has more than `WINDOW` batches
+_MIN_BATCH_SECONDS = 0.0001  # of work below which a smaller batch is not worth its message
 
 
 class BatchSizer:
@@ -83,7 +83,7 @@ class BatchSizer:
         if self.fixed is not None:
             return self.fixed
         size = self._by_cost(drawn, workers)
-        return size if size * self.weight <= _HEAVY else max(1, int(_HEAVY / self.weight))
+        return size if size * self.weight <= _MAX_BATCH_BYTES else max(1, int(_MAX_BATCH_BYTES / self.weight))
 
     def _by_cost(self, drawn: int, workers: int) -> int:
         """Return how many they should be, whatever they weigh."""
@@ -94,17 +94,17 @@ class BatchSizer:
             few = min(_PROBED, -(-total // (workers if total <= _FEW else WINDOW * workers)))
             return max(1, few) if self.cheap else 1
         cost = max(self.cost, 1e-8)
-        size = _LONG / cost
+        size = _MAX_BATCH_SECONDS / cost
         if self.total is not None:
-            if self.last and cost * self.last < 2 * _BRIEF:
+            if self.last and cost * self.last < 2 * _LAST_BATCH_SECONDS:
                 return self.last
             share = (self.total - drawn) / workers
-            if cost * share < _BRIEF:
+            if cost * share < _LAST_BATCH_SECONDS:
                 # The rest is little, and goes out in one batch each. The size is kept, for the
                 # share of the rest becomes smaller as one after the other gets his.
-                self.last = min(math.ceil(max(share, _SHORT / cost)), self.largest * _GROW)
+                self.last = min(math.ceil(max(share, _MIN_BATCH_SECONDS / cost)), self.largest * _GROW)
                 return self.last
-            size = min(size, max(share / 2, _SHORT / cost))
+            size = min(size, max(share / 2, _MIN_BATCH_SECONDS / cost))
         return max(1, min(int(size), self.largest * _GROW))
 
     @property
@@ -112,15 +112,15 @@ class BatchSizer:
         """Whether a batch is probably back in no time."""
         if self.cost is None:
             return self.fixed == 1
-        return self.cost * (self.fixed or self.largest) < _SHORT
+        return self.cost * (self.fixed or self.largest) < _MIN_BATCH_SECONDS
 
     def window(self, drawn: int, workers: int) -> int:
         """Return how many batches a worker should have: some work ahead, but no more."""
         if self.cost is None:
             return WINDOW
         size = self.next(drawn, workers)
-        most = min(_DEEPEST, int(_LOAD / max(1.0, size * self.weight)))
-        return max(WINDOW, min(most, int(_AHEAD / (self.cost * size + _MESSAGE))))
+        most = min(_DEEPEST, int(_MAX_QUEUED_BYTES / max(1.0, size * self.weight)))
+        return max(WINDOW, min(most, int(_QUEUED_WORK_SECONDS / (self.cost * size + _MESSAGE_SECONDS))))
 
 
 def positive_integer(name: str, number: Any) -> int:

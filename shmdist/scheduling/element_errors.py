@@ -18,7 +18,7 @@ from typing import Any
 
 _DICT = vars(BaseException)["__dict__"]  # the C-level accessor, whatever the class defines
 _OFFSET = "_shmdist_offset"
-_LONGEST = 80  # characters of an element's text
+_MAX_TEXT = 80  # characters of an element's text
 _ITEMS = 6  # items of a container that are shown
 _DEEPEST = 3  # containers within each other that are shown
 _BRACKETS: dict[type[Any], str] = {list: "[]", tuple: "()", set: "{}", frozenset: "{}", dict: "{}"}
@@ -80,22 +80,22 @@ def short_repr(value: Any) -> str:
         text = _describe(value, _DEEPEST)
     except Exception:  # it runs code of the value's class
         text = f"<{type(value).__name__}>"
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "..."
 
 
 def _describe(value: Any, depth: int) -> str:
     kind = type(value)
     if kind in (str, bytes, bytearray):
-        return repr(value[:_LONGEST])
+        return repr(value[:_MAX_TEXT])
     if kind in _BRACKETS:
         return _describe_container(value, _BRACKETS[kind], depth)
-    if kind is int and value.bit_length() > 4 * _LONGEST:
+    if kind is int and value.bit_length() > 4 * _MAX_TEXT:
         return f"<int of {value.bit_length()} bits>"
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple) and shape:
         dtype = getattr(value, "dtype", None)
         return f"<{kind.__name__} of shape {tuple(shape)}{'' if dtype is None else f', dtype {dtype}'}>"
-    if shape is None and kind is not range and hasattr(kind, "__len__") and len(value) > _LONGEST:
+    if shape is None and kind is not range and hasattr(kind, "__len__") and len(value) > _MAX_TEXT:
         return f"<{kind.__name__} of length {len(value)}>"
     return repr(value)
 

@@ -42,7 +42,7 @@ from shmdist._firmly import firmly
 from shmdist.errors import ProcessExitedException, capture, no_workers_left
 from shmdist.runtime.interrupts import Waiter, collecting, current, is_interrupt
 from shmdist.runtime.node import Node, current_node
-from shmdist.runtime.reactor import SPIN
+from shmdist.runtime.reactor import SPIN_SECONDS
 from shmdist.runtime.replies import PendingReply, pack_error, unpack_error
 from shmdist.runtime.ring_exchange import BatchedWakeups
 from shmdist.scheduling.assignments import Assignments, Batch, SplitRequest
@@ -58,8 +58,8 @@ from shmdist.serialization.isolated_items import LoadFailure, pack
 from shmdist.transport.link import LinkClosed, Unwoken
 from shmdist.transport.messages import BY_ID, IS_ERROR, NOT_RUN, WANT_VALUE, Kind, OutgoingFrames
 
-_JOINED = 1 << 16  # bytes of several frames that are written as one piece
-_AGAIN = 0.005  # seconds until work is looked for again that can be taken back
+_MAX_JOINED_BYTES = 1 << 16  # of several frames that are written as one piece
+_REBALANCE_SECONDS = 0.005  # until work is looked for again that can be taken back
 _DEADLY = 3  # workers that may die over a batch before it is held to be the cause
 _CALL = int(Kind.CALL)
 _NO_KEYWORDS: dict[str, Any] = {}
@@ -193,11 +193,11 @@ class MapRun:
             due = max(0.0, self.later[0][0] - time.monotonic())
             timeout = due if timeout is None else min(timeout, due)
         if self.out.stuck:
-            timeout = _AGAIN if timeout is None else min(timeout, _AGAIN)
+            timeout = _REBALANCE_SECONDS if timeout is None else min(timeout, _REBALANCE_SECONDS)
         self.waiter.done = False
         fed = self.starved and self.feed is not None and not self.feed.hungry
         if not self.inbox and not fed:
-            self.node.dispatcher.wait(self.waiter, timeout, spin=SPIN if self.sizes.brief else 0.0)
+            self.node.dispatcher.wait(self.waiter, timeout, spin=SPIN_SECONDS if self.sizes.brief else 0.0)
 
     def _cancel(self) -> None:
         """Cancel what is out, and let the workers forget the function."""
@@ -390,9 +390,9 @@ class MapRun:
                 self.sizes.weigh(payload, len(batch.elements))
                 codec.frame(_CALL, WANT_VALUE | BY_ID, self.lane, call_id, payload, link, parts)
                 together.refs += payload.refs
-                if sent < len(payloads) and (payload.is_short or sum(map(len, parts)) < _JOINED):
+                if sent < len(payloads) and (payload.is_short or sum(map(len, parts)) < _MAX_JOINED_BYTES):
                     continue
-                if len(parts) > 1 and sum(map(len, parts)) < _JOINED:
+                if len(parts) > 1 and sum(map(len, parts)) < _MAX_JOINED_BYTES:
                     parts[:] = [b"".join(parts)]
                 node.send(link, parts, together, wakeups=wakeups)
                 for joined, _ in payloads[written:sent] if not link.is_local else ():

@@ -18,7 +18,7 @@ from itertools import islice
 from typing import Any
 
 _STREAK = 4  # failures in a row from which on a worker gets less
-_LOOKED_AT = 64  # elements that are looked at for one that a worker may have
+_SEARCH_LIMIT = 64  # elements that are looked at for one that a worker may have
 
 
 class Failures:
@@ -47,7 +47,7 @@ class Failures:
 
     def take(self, waiting: deque[tuple[int, Any]], pid: int, pids: Sequence[int]) -> tuple[int, Any] | None:
         """Take the first of the elements `waiting` that may go to worker `pid`; None if none may."""
-        for number, (place, _) in enumerate(islice(waiting, _LOOKED_AT)):
+        for number, (place, _) in enumerate(islice(waiting, _SEARCH_LIMIT)):
             if not self.avoids(place, pid, pids):
                 found = waiting[number]
                 del waiting[number]

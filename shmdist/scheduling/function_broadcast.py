@@ -13,7 +13,7 @@ from shmdist.transport.link import LinkClosed, Unwoken
 from shmdist.transport.messages import Kind, OutgoingFrames
 
 _FUNCTION = int(Kind.FUNCTION)
-_SMALL = 1 << 16  # bytes of a function that nobody is woken for to forget it
+_SMALL_FUNCTION_BYTES = 1 << 16  # of a function that nobody is woken for to forget it
 
 
 class BroadcastFunction:
@@ -86,7 +86,7 @@ class BroadcastFunction:
     def _drop(self) -> None:
         node, payload = self.node, self.payload
         payload.spread = {}  # its blocks
-        quietly = not payload.refs and not payload.buffers and payload.nbytes() < _SMALL
+        quietly = not payload.refs and not payload.buffers and payload.nbytes() < _SMALL_FUNCTION_BYTES
         while self.there:
             pid = next(iter(self.there))
             link = node.links.get(pid)

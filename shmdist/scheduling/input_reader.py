@@ -14,7 +14,7 @@ comes back.  Between them stands a :class:`Feed`.
   ``hungry`` and ``notice`` and then looks into ``_ready``, and sleeps only when there was nothing.  So
   one of the two sees it.
 - A taker that wants several elements and finds fewer waits for the others, but not longer than
-  `_LINGER`: a quick input goes out in full batches, and a slow one at once.
+  `_GATHER_SECONDS`: a quick input goes out in full batches, and a slow one at once.
 - The end of the input, or its error, is noted after its last element was appended.  The taker sees
   it when it has taken all of them, and a run raises it when all of them are done.
 
@@ -23,7 +23,7 @@ Which thread is which:
 - ``pmap`` reads on the calling thread (:func:`outcomes_read_here`).  So an input that belongs to its
   thread works (a database cursor, or what needs a lock that the caller holds), and Ctrl-C ends it as it ends
   any other code.  The same thread sends as long as the input is quick.  When a reading has taken longer than
-  `_SLOW`, another thread takes the sending over, until the end of the map (:class:`_Driver`).
+  `_HELD_UP_SECONDS`, another thread takes the sending over, until the end of the map (:class:`_Driver`).
 - ``pgenerate`` gives out results while it waits for the input, so it reads on a thread of its own, in
   a copy of the caller's context (:class:`Reader`); always the same thread, until the input's end.
 - Channels are read in that way by ``pmap`` as well: no thread has a part in them, and an error
@@ -53,10 +53,10 @@ from shmdist.runtime.interrupts import Waiter, collecting, current, is_interrupt
 from shmdist.runtime.node import current_node
 from shmdist.scheduling.inputs import as_of_now, constants
 
-_LINGER = 0.0005  # seconds that a batch waits for elements to come after its first
-_SLOW = 0.005  # seconds after which a thread that reads is held to be held up, once or twice
-_AGAIN = 0.2  # seconds after which it is interrupted once more
-_CLOSING = 1.0  # seconds that the end of a map waits for its reader to let go of the input
+_GATHER_SECONDS = 0.0005  # that a batch waits for elements to come after its first
+_HELD_UP_SECONDS = 0.005  # after which a thread that reads is held to be held up, once or twice
+_REPEAT_INTERRUPT_SECONDS = 0.2  # after which it is interrupted once more
+_CLOSE_TIMEOUT = 1.0  # that the end of a map waits for its reader to let go of the input
 
 
 # ---------------------------------------------------------------------- the feed
@@ -210,12 +210,12 @@ class Feed:
         now = time.monotonic()
         self._since = self._since or now
         self._wanted = size
-        return now - self._since < _LINGER
+        return now - self._since < _GATHER_SECONDS
 
     @property
     def patience(self) -> float | None:
         """Seconds for which the taker waits at most; None: until it is told."""
-        return max(0.0, self._since + _LINGER - time.monotonic()) if self._since else None
+        return max(0.0, self._since + _GATHER_SECONDS - time.monotonic()) if self._since else None
 
     @property
     def exhausted(self) -> bool:
@@ -239,8 +239,8 @@ def interrupt(thread_state: Any, task: Any) -> None:
 
 def _await_end(over: Waiter, thread_state: Any, task: Any) -> None:
     """Wait for the end of what was interrupted; once more, if only a finalizer that ran there has ended."""
-    until = time.monotonic() + _CLOSING
-    while not current_node().dispatcher.wait(over, _AGAIN) and time.monotonic() < until:
+    until = time.monotonic() + _CLOSE_TIMEOUT
+    while not current_node().dispatcher.wait(over, _REPEAT_INTERRUPT_SECONDS) and time.monotonic() < until:
         interrupt(thread_state, task)
 
 
@@ -413,7 +413,7 @@ class _Driver:
     def _watch(self) -> None:
         """Body of the thread: take over when a reading takes long."""
         seen = 0
-        while not self._bell.acquire(timeout=_SLOW):
+        while not self._bell.acquire(timeout=_HELD_UP_SECONDS):
             with self._lock:
                 if self._stopped:
                     return

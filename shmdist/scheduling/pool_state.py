@@ -31,7 +31,7 @@ from shmdist.serialization import codec
 from shmdist.transport.messages import Kind
 
 _REFERENCE_OP = int(Kind.REFERENCE_OP)
-_MOMENT = 0.05  # seconds for which the lock is waited for where nothing may block
+_LOCK_SECONDS = 0.05  # for which the lock is waited for where nothing may block
 
 
 class PoolState(Channel):
@@ -183,7 +183,7 @@ class PoolState(Channel):
         that reads may be one whose signal came while it had the lock: it must not wait for itself.
         """
         told: _Told = []
-        if not self._lock.acquire(timeout=_MOMENT):
+        if not self._lock.acquire(timeout=_LOCK_SECONDS):
             return False
         try:
             self._end_loan(told, pid, self._home)

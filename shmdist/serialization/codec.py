@@ -69,9 +69,9 @@ if TYPE_CHECKING:
 
 #: Frames up to this size, in bytes, are joined into one piece before they are written.
 _JOIN = 1 << 14
-_LARGE = 1 << 18  # bytes of a body from which on a block is worth asking for
+_BLOCK_BODY_BYTES = 1 << 18  # of a body from which on a block is worth asking for
 
-_SMALL = 1 << 12  # characters or bytes of an atom that go this way
+_SMALL_ATOM_BYTES = 1 << 12  # of an atom that go this way
 
 
 def dumps_call(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
@@ -88,7 +88,7 @@ def dumps_call(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload
                 if letters is None:
                     break
                 apart = [(*args[:index], *args[index + 1 :]), index, value.shape, letters, value.nbytes]
-            elif kind in _SIZED and len(value) > _SMALL:
+            elif kind in _SIZED and len(value) > _SMALL_ATOM_BYTES:
                 break
         else:
             made: type[InlinePayload] = Named
@@ -113,7 +113,7 @@ _SIZED = frozenset({str, bytes})
 def dumps_arguments(arguments: Any, value: Any) -> Payload:
     """Pickle `arguments`, in which only `value` may be no plain number or short text."""
     kind = type(value)
-    if kind in ATOMS and (kind not in _SIZED or len(value) < _SMALL):
+    if kind in ATOMS and (kind not in _SIZED or len(value) < _SMALL_ATOM_BYTES):
         return InlinePayload(pickle.dumps(arguments, 5))
     return dumps(arguments, "the element")
 
@@ -121,7 +121,7 @@ def dumps_arguments(arguments: Any, value: Any) -> Payload:
 def dumps_value(value: Any, function: Any) -> Payload:
     """Pickle the result of a function; errors as those of :func:`dumps`."""
     kind = type(value)
-    if kind in ATOMS and (kind not in _SIZED or len(value) < _SMALL):
+    if kind in ATOMS and (kind not in _SIZED or len(value) < _SMALL_ATOM_BYTES):
         return InlinePayload(marshal.dumps(value, FORMAT))
     if kind is arrays.ndarray and arrays.small_array_dtype(value) is not None:
         return InlinePayload(pickle.dumps(arrays.SmallArray(value), 5))
@@ -288,7 +288,7 @@ def frame(
         return done
     buffers = payload.buffers
     size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
-    if buffers or size >= _LARGE:
+    if buffers or size >= _BLOCK_BODY_BYTES:
         if link is not None and link.sharing is not None:
             sharing = link.sharing
             try:
@@ -354,9 +354,9 @@ def note_created_reference(key: Any) -> None:
 
 _numpy_ready = False
 _NUMPY = re.compile(rb"numpy\._?core|" + re.escape(arrays.__name__).encode())
-_BRIEF = 256  # bytes that are looked through in less time than the question takes whether numpy is there
-_PIECE = 1 << 16  # bytes that are looked through at a time
-_NAME = 32  # bytes of the names looked for, at most
+_SHORT_BODY_BYTES = 256  # that are looked through in less time than the question takes whether numpy is there
+_SEARCH_BYTES = 1 << 16  # that are looked through at a time
+_MAX_NAME_BYTES = 32  # of the names looked for, at most
 
 
 def prepare(body: bytes | bytearray | memoryview) -> None:
@@ -368,7 +368,8 @@ def prepare(body: bytes | bytearray | memoryview) -> None:
     global _numpy_ready
     if _numpy_ready:
         return
-    if type(body) is bytes and len(body) < _BRIEF and b"numpy" not in body and b"shmdist" not in body:
+    short = type(body) is bytes and len(body) < _SHORT_BODY_BYTES
+    if short and b"numpy" not in body and b"shmdist" not in body:
         return
     there = sys.modules.get("numpy")
     if there is not None and not getattr(there.__spec__, "_initializing", True):
@@ -386,8 +387,8 @@ def prepare(body: bytes | bytearray | memoryview) -> None:
 def _pieces_that_may(body: bytes | bytearray | memoryview) -> Iterator[bytes]:
     """Yield the pieces of a body that may name numpy: to look for either name takes a tenth of the time."""
     view = memoryview(body)
-    for start in range(0, len(view), _PIECE):
-        piece = bytes(view[start : start + _PIECE + _NAME])
+    for start in range(0, len(view), _SEARCH_BYTES):
+        piece = bytes(view[start : start + _SEARCH_BYTES + _MAX_NAME_BYTES])
         if b"numpy" in piece or b"shmdist" in piece:
             yield piece
 

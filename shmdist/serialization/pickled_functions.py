@@ -40,7 +40,7 @@ from shmdist.serialization.pickler import Payload, PlainPickler, cloud_pickler, 
 from shmdist.serialization.stdlib_reducers import is_importable
 
 _MOST = 500  # functions that are kept
-_LARGEST = 1 << 14  # bytes of one
+_MAX_FUNCTION_BYTES = 1 << 14  # of one
 _TRIES = 4  # in vain, after which a code's functions are pickled anew each time
 _DEEPEST = 50  # functions that one uses
 
@@ -166,7 +166,7 @@ class PickledFunction:
         pickler.payload = payload
         pickler.dump(function)
         data = b"".join(payload.parts)
-        if payload.refs or payload.buffers or len(data) > _LARGEST or pickler.took_along:
+        if payload.refs or payload.buffers or len(data) > _MAX_FUNCTION_BYTES or pickler.took_along:
             raise _Changing
         self._holders = payload.holders
         #: The beginning of the body of a call.

@@ -14,13 +14,13 @@ _HOST_COPY = int(Kind.HOST_COPY)
 #: Frames that may arrive broken: their senders are told so.
 _ANSWERED = {int(kind) for kind in (Kind.CALL, Kind.REFERENCE_OP, Kind.RESULT, Kind.FUNCTION, Kind.HOST_COPY)}
 _MOST = 1 << 24  # buffers of a frame: many more than anybody sends, and still a table that fits
-_NUMPY_FROM = 1 << 16  # bytes from which numpy's uncleared memory is worth asking for
+_NUMPY_FROM_BYTES = 1 << 16  # from which numpy's uncleared memory is worth asking for
 _SCRATCH = memoryview(bytearray(1 << 16))  # where bytes go that nobody will see
 
 
 def allocate(nbytes: int) -> Any:
     """Return fresh writable memory of `nbytes` bytes, not cleared where that is cheaper."""
-    if nbytes >= _NUMPY_FROM:
+    if nbytes >= _NUMPY_FROM_BYTES:
         numpy = sys.modules.get("numpy")
         empty = getattr(numpy, "empty", None)  # numpy may be half imported by another thread
         if empty is not None:

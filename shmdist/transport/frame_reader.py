@@ -51,9 +51,9 @@ if TYPE_CHECKING:
             """Take back what was granted for a frame that is not written."""
 
 
-_BUFFER = 1 << 18  # bytes read at once
+_BUFFER_BYTES = 1 << 18  # read at once
 _DIRECT = 1 << 15  # bodies above this are received straight into their own memory
-_TURN = 1 << 23  # bytes of one link read before the others get their turn
+_MAX_READ_BYTES = 1 << 23  # of one link read before the others get their turn
 _HEADER_SIZE = HEADER.size
 _ANCILLARY = socket.CMSG_SPACE(16 * 4) if hasattr(socket, "CMSG_SPACE") else 0
 _CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
@@ -79,7 +79,7 @@ class Reader:
     def __init__(self, receive: Callable[[Any], int], *, with_fds: bool) -> None:
         #: What places buffers in shared memory, when this link may use it; set by who adds it.
         self.sharing: SharedMemory | None = None
-        self._buffer = bytearray(_BUFFER)
+        self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         self._end = 0  # of the bytes in it
         self._start = 0  # of those that are not taken yet
@@ -100,7 +100,7 @@ class Reader:
 
         Only the leader may call this.  Never blocks.
         """
-        budget = _TURN
+        budget = _MAX_READ_BYTES
         receive = self._receive
         self.reads += 1
         try:

@@ -22,8 +22,8 @@ import socket
 import struct
 import sys
 
-DEFAULT = 20.0  # seconds
-LEAST = 2.0  # the kernel counts in whole seconds, and two signs must have been missed
+DEFAULT_TIMEOUT = 20.0  # seconds
+MIN_TIMEOUT = 2.0  # the kernel counts in whole seconds, and two signs must have been missed
 LOOKS = 20  # within the timeout, at what has come
 LIMIT = 0.825  # of the timeout; between two looks, so that the 17th without a sign is the one
 _TCP_RTO_MAX_MS = 44 if sys.platform == "linux" else None  # since 6.15; the module socket has no name for it
@@ -41,14 +41,14 @@ def timeout() -> float:
     """
     text = os.environ.get("SHMDIST_HEARTBEAT_TIMEOUT", "").strip()
     try:
-        seconds = float(text) if text else DEFAULT
+        seconds = float(text) if text else DEFAULT_TIMEOUT
         if not 0 <= seconds < 1e6:
             raise ValueError
     except ValueError:
         raise ValueError(
             f"SHMDIST_HEARTBEAT_TIMEOUT must be a number of seconds, 0 for no limit, not {text!r}"
         ) from None
-    return max(seconds, LEAST) if seconds else 0.0
+    return max(seconds, MIN_TIMEOUT) if seconds else 0.0
 
 
 def keep_alive(sock: socket.socket, seconds: float) -> None:

@@ -66,12 +66,12 @@ from shmdist.transport.frame_reader import Reader
 from shmdist.transport.messages import HEADER, Kind
 from shmdist.transport.outbox import Part, PartWithDescriptor, most_queued, skip, with_descriptor
 from shmdist.transport.poller import ONE
-from shmdist.transport.ring import MOST, UNSEEN, RingWriter
+from shmdist.transport.ring import MAX_MESSAGE_BYTES, UNSEEN, RingWriter
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-PATIENCE = 0.02  # seconds in which a process may take nothing before what is sent to it is queued
+STUCK_SECONDS = 0.02  # in which a process may take nothing before what is sent to it is queued
 _IOV_MAX = 1024  # parts a system call takes
 _TRIES = 8  # times that the rest of a frame is tried to be written, whatever fails
 _WAKE_UP = HEADER.pack(Kind.HEARTBEAT, 0, 0, 0, 0, 0, 0)  # has no other meaning than that it comes
@@ -327,7 +327,7 @@ class Link(Reader):
             return False
         if len(parts) == 1:
             return self.try_ring_one(parts[0], wakeups)
-        return sum(map(len, parts)) <= MOST and self.try_ring_one(b"".join(parts), wakeups)
+        return sum(map(len, parts)) <= MAX_MESSAGE_BYTES and self.try_ring_one(b"".join(parts), wakeups)
 
     def try_ring_one(self, whole: Part, wakeups: Unwoken = None) -> bool:
         """Leave whole frames that are one piece, as :meth:`leave`."""

@@ -31,7 +31,7 @@ from shmdist.errors import AuthenticationError, VersionMismatch
 from shmdist.transport.handshake import Acceptor, Connector
 
 MOST = 64  # handshakes at once; the oldest gives way to a further one
-DEADLINE = 10.0  # seconds for a handshake
+HANDSHAKE_TIMEOUT = 10.0  # for a handshake
 _ABSTRACT = bool(sys.platform == "linux")  # AF_UNIX names that are no files
 _log = Log("door")
 
@@ -72,7 +72,7 @@ def _exchange(connection: Connection, machine: Connector | Acceptor, first: byte
 
 
 def authenticate_as_client(
-    connection: Connection, cookie: bytes, pid: int, timeout: float = DEADLINE
+    connection: Connection, cookie: bytes, pid: int, timeout: float = HANDSHAKE_TIMEOUT
 ) -> Connector:
     """Run the connecting side of the handshake; the connection is closed when it fails.
 
@@ -100,14 +100,14 @@ def check(connection: Connection, cookie: bytes, pid: int, timeout: float | None
     """
     machine = Acceptor(cookie, pid)
     try:
-        _exchange(connection, machine, b"", DEADLINE if timeout is None else timeout)
+        _exchange(connection, machine, b"", HANDSHAKE_TIMEOUT if timeout is None else timeout)
     except BaseException:
         connection.close()
         raise
     return machine
 
 
-def connect(address: Address, timeout: float = DEADLINE) -> Connection:
+def connect(address: Address, timeout: float = HANDSHAKE_TIMEOUT) -> Connection:
     """Connect to an address; no handshake yet.
 
     Parameters
@@ -239,7 +239,7 @@ class Listener:
     def _greet(self, connection: Connection) -> None:
         """Run the accepting side of the handshake."""
         try:
-            _exchange(connection, Acceptor(self._cookie, self._pid()), b"", DEADLINE)
+            _exchange(connection, Acceptor(self._cookie, self._pid()), b"", HANDSHAKE_TIMEOUT)
         except Exception as error:
             self._refuse(connection, error)
             return

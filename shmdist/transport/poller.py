@@ -34,7 +34,7 @@ _ALL = -1
 #: As many events at once need no memory from the system's allocator. By default 1,023 would be asked for,
 #: and 12 KiB for them each time.
 FEW = 32
-_TURN = 0.5  # seconds after which a thread that SelectPoller has parked looks around
+_PARK_SECONDS = 0.5  # after which a thread that SelectPoller has parked looks around
 
 
 ONE = b"\1\0\0\0\0\0\0\0"
@@ -306,7 +306,7 @@ class SelectPoller(Poller):
         end = inf if timeout < 0 else time.monotonic() + timeout
         while True:
             # A finalizer cannot notify, so its wake is looked for twice a second.
-            turn = min(_TURN, max(0.0, end - time.monotonic()))
+            turn = min(_PARK_SECONDS, max(0.0, end - time.monotonic()))
             with self._state:
                 self._state.wait_for(lambda: self._armed or self._nudged or self._woken or self._closed, turn)
                 if self._closed or self._woken or self._nudged:
@@ -325,7 +325,7 @@ class SelectPoller(Poller):
         """Wake who is parked and close the descriptors."""
         self._closed = True
         # In a forked child nobody may be left who would give the lock back.  A parked thread
-        # that is not told looks by itself within `_TURN`.
+        # that is not told looks by itself within `_PARK_SECONDS`.
         if self._state.acquire(False):
             self._state.notify_all()
             self._state.release()

@@ -9,7 +9,7 @@ is long, what has a descriptor with it, and what finds the slot full.
 
 Layout
 ------
-A page of 8-byte words, then the ring_slots, each a ring of `RING` bytes::
+A page of 8-byte words, then the ring_slots, each a ring of `SLOT_BYTES`::
 
     awake | heads of all slots | tails of all slots | bytes of the socket seen, of all slots
 
@@ -61,9 +61,9 @@ from typing import TYPE_CHECKING, Any, Self
 from shmdist.memory.segment import PAGE, Segment
 from shmdist.transport import native, ring_slots
 from shmdist.transport.messages import Frame
-from shmdist.transport.ring_slots import LEFT, MOST, REFUSED, RING, SLOTS, UNSEEN
+from shmdist.transport.ring_slots import LEFT, MAX_MESSAGE_BYTES, REFUSED, SLOT_BYTES, SLOTS, UNSEEN
 
-SIZE = PAGE + SLOTS * RING
+SIZE = PAGE + SLOTS * SLOT_BYTES
 
 if TYPE_CHECKING:
     from shmdist.transport.ring_slots import RingReader, RingScanner, RingWriter
@@ -117,7 +117,7 @@ class Keeping:
         slot = next((slot for slot in range(SLOTS) if slot not in self.used), -1)
         if slot < 0:
             return None
-        self.segment.reserve(PAGE + slot * RING, RING)
+        self.segment.reserve(PAGE + slot * SLOT_BYTES, SLOT_BYTES)
         self.used.add(slot)
         receiver = self.receiver_type(self.segment, slot, link)
         receiver.seen((1 << 64) - 1)  # until something comes by the socket
@@ -131,9 +131,9 @@ class InboundRings(Keeping, RingScanner):
 
 __all__ = [
     "LEFT",
-    "MOST",
+    "MAX_MESSAGE_BYTES",
     "REFUSED",
-    "RING",
+    "SLOT_BYTES",
     "SIZE",
     "SLOTS",
     "UNSEEN",

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 
 SLOTS = 64  # processes that can leave messages
-RING = 1 << 16  # bytes of a slot
-MOST = RING // 4  # bytes of a message
-_MASK = RING - 1
+SLOT_BYTES = 1 << 16  # of a slot
+MAX_MESSAGE_BYTES = SLOT_BYTES // 4  # of a message
+_MASK = SLOT_BYTES - 1
 _AWAKE, _HEADS, _TAILS, _SEEN = 0, 8, 8 + SLOTS, 8 + 2 * SLOTS  # indices of words
 _WEAK = os.uname().machine.lower() not in ("x86_64", "amd64", "i386", "i686")
 
@@ -78,7 +78,7 @@ class RingWriter:
     def __init__(self, memory: Memory, slot: int) -> None:
         self._memory = memory  # a window must live
         self._words = memory.view[:PAGE].cast("Q")
-        self._ring = memory.view[PAGE + slot * RING : PAGE + (slot + 1) * RING]
+        self._ring = memory.view[PAGE + slot * SLOT_BYTES : PAGE + (slot + 1) * SLOT_BYTES]
         self._lengths = self._ring.cast("Q")
         self._head_at, self._tail_at, self._seen_at = _HEADS + slot, _TAILS + slot, _SEEN + slot
         self._head = self._words[self._head_at]
@@ -105,17 +105,17 @@ class RingWriter:
         if words[self._seen_at] != sent:
             return REFUSED
         size = len(data)
-        if size > MOST:
+        if size > MAX_MESSAGE_BYTES:
             return REFUSED
         head = self._head
         at = head & _MASK
         new = head + (size + 15 & -8)
-        over = at + size + 8 > RING
+        over = at + size + 8 > SLOT_BYTES
         if over:
-            new += RING - at
-        if new - self._tail > RING:
+            new += SLOT_BYTES - at
+        if new - self._tail > SLOT_BYTES:
             self._tail = words[self._tail_at]
-            if new - self._tail > RING:
+            if new - self._tail > SLOT_BYTES:
                 return REFUSED
         if over:
             self._lengths[at >> 3] = 0
@@ -145,7 +145,7 @@ class RingReader:
     def __init__(self, memory: Memory, slot: int, link: Any) -> None:
         self.slot, self.link = slot, link
         self._words = memory.view[:PAGE].cast("Q")
-        self._ring = memory.view[PAGE + slot * RING : PAGE + (slot + 1) * RING]
+        self._ring = memory.view[PAGE + slot * SLOT_BYTES : PAGE + (slot + 1) * SLOT_BYTES]
         self._lengths = self._ring.cast("Q")
         self._head_at, self._tail_at, self._seen_at = _HEADS + slot, _TAILS + slot, _SEEN + slot
         self._tail = self._next = self._words[self._head_at]
@@ -166,7 +166,7 @@ class RingReader:
             return found
         if _WEAK:
             self._fence()
-        end = tail + RING
+        end = tail + SLOT_BYTES
         while tail != head:
             at = tail & _MASK
             size = self._lengths[at >> 3]
@@ -174,8 +174,8 @@ class RingReader:
                 found.append(self._ring[at + 8 : at + 8 + size])
                 tail += size + 15 & -8
             else:
-                tail += RING - at
-            if tail > end or size > MOST:
+                tail += SLOT_BYTES - at
+            if tail > end or size > MAX_MESSAGE_BYTES:
                 raise OSError("what a process left in the mailbox makes no sense")
         self._next = tail
         return found

@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from shmdist.worker.watchdog import Watchdog
 
 _log = Log("worker")
-_PATIENCE = 0.2  # seconds a busy main thread gets to come back when the worker is told to end
-_LEAVING = 3.0  # seconds that a worker whose door is shut may take to end, and process 1 to tell
+_MAIN_THREAD_SECONDS = 0.2  # a busy main thread gets to come back when the worker is told to end
+_EXIT_TIMEOUT = 3.0  # that a worker whose door is shut may take to end, and process 1 to tell
 
 
 def start_worker(
@@ -365,7 +365,7 @@ class _Worker:
             if not isinstance(relayed, str):
                 return relayed
             errors.append(relayed)
-        node.exit_cause_from_master(pid, _LEAVING)  # it may be gone, and the news of it on its way
+        node.exit_cause_from_master(pid, _EXIT_TIMEOUT)  # it may be gone, and the news of it on its way
         if pid in node.lost_processes or pid in node.reported_exits:
             raise copy.copy(node.lost_processes.get(pid) or node.reported_exits[pid])
         raise ConnectionError(f"process {node.pid} cannot connect to process {pid}: {'; '.join(errors)}")
@@ -422,7 +422,7 @@ class _Worker:
 
     def _end_late(self) -> None:
         """End though the main thread is busy."""
-        time.sleep(_PATIENCE)
+        time.sleep(_MAIN_THREAD_SECONDS)
         if self.node.tasks.running or not self.serving:
             self.end_now()
         time.sleep(2.0)  # the main thread is at its atexit handlers

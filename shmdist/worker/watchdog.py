@@ -21,7 +21,7 @@ Protocol
 - *Watching.*  When the worker has joined, it sends over *control* its socket to process 1, and one byte:
   what counts as heard there, 0 for segments and 1 for bytes (`carried`, see ``runtime.heartbeat``).  From
   then on the watcher looks.  What was heard is that count, and the number of bytes that came on *lifeline*.
-- *Silence.*  The rule is the heart's, ``keepalive.SilenceTimer``, with `_GRACE` more.  Both look `LOOKS`
+- *Silence.*  The rule is that of ``keepalive.SilenceTimer``, with `_GRACE_FRACTION` more.  Both look `LOOKS`
   times in the timeout, so after the last sign of life the heart acts within 0.85 to 0.9 of the timeout
   and the watcher within 0.95 to 1.0: a worker that can do so ends by itself.
 - *The master is gone.*  At the end of *lifeline* the watcher writes one byte to *control*, and the
@@ -65,7 +65,7 @@ from typing import NoReturn
 from shmdist._log import Log
 from shmdist.transport import keepalive
 
-_GRACE = 0.1  # of the timeout, beyond the heart's limit
+_GRACE_FRACTION = 0.1  # of the timeout, beyond the heart's limit
 _END = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR | select.POLLNVAL
 _DEAF = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _log = Log("watcher")
@@ -161,7 +161,7 @@ class _WatchdogProcess:
     ) -> None:
         self.worker, self.pidfd, self.control, self.lifeline = worker, pidfd, control, lifeline
         self.pause = timeout / keepalive.LOOKS
-        self.silence = keepalive.SilenceTimer(self.pause, timeout * (keepalive.LIMIT + _GRACE))
+        self.silence = keepalive.SilenceTimer(self.pause, timeout * (keepalive.LIMIT + _GRACE_FRACTION))
         self.link: socket.socket | None = None
         self.carried = False
         self.beats = 0  # bytes that came on the lifeline

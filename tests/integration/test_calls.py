@@ -334,7 +334,7 @@ def left():
 until(lambda: "(stopped)" in open(f"/proc/{ospid}/status").read(), 10)
 time.sleep(1)  # it writes, and the system takes no more
 for _ in range(20):
-    assert sd.remotecall_fetch(left, writer) >= dispatch._PATIENCE
+    assert sd.remotecall_fetch(left, writer) >= dispatch._MAX_LEFT_CALLS
 os.kill(ospid, signal.SIGCONT)
 until(lambda: sd.remotecall_fetch(left, writer) is False, 10, "the main thread runs calls again")
 call.wait()

@@ -177,7 +177,7 @@ class Leaks(LineManager):
 )
 def test_a_bad_manager_is_found_out(monkeypatch, manager, check, text):
     if manager is CannotKill:
-        monkeypatch.setattr("shmdist.testing._SOON", 3.0)
+        monkeypatch.setattr("shmdist.testing._SOON_SECONDS", 3.0)
     with pytest.raises(ContractError) as caught:
         check_manager(manager(2))
     assert text in str(caught.value)
@@ -188,7 +188,7 @@ def test_a_bad_manager_is_found_out(monkeypatch, manager, check, text):
 
 
 def test_a_manager_that_leaks_is_found_out(monkeypatch):
-    monkeypatch.setattr("shmdist.testing._SOON", 3.0)
+    monkeypatch.setattr("shmdist.testing._SOON_SECONDS", 3.0)
     before = set(os.listdir("/proc/self/fd"))
     try:
         with pytest.raises(ContractError, match=r"leaks: each launch leaves \d+ descriptors"):

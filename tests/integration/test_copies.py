@@ -327,7 +327,7 @@ def lent():
 
 def test_a_lender_that_stands_still(far, monkeypatch):
     """It holds its interpreter, say: nobody waits for it for long, and the next one lends."""
-    monkeypatch.setattr(host_copies, "PATIENCE", 0.5)
+    monkeypatch.setattr(host_copies, "ANSWER_SECONDS", 0.5)
     pids = far(4)
     array = np.zeros(8 * N)
     stopped = []

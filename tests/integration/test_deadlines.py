@@ -274,7 +274,7 @@ def _waiting():
 
 
 def test_an_interrupt_while_the_answer_is_awaited(fresh, monkeypatch):
-    monkeypatch.setattr(base, "GRACE", 60)
+    monkeypatch.setattr(base, "ANSWER_GRACE_SECONDS", 60)
     [pid] = fresh()
     channel = sd.RemoteChannel(lambda: sd.Channel(5), pid)
     channel.put("item")

@@ -65,7 +65,7 @@ class _Bomb:
 )
 def test_junk(address, junk):
     pid, where = address
-    sd.remotecall_eval("shmdist.transport.listener", pid, "DEADLINE = 0.3")
+    sd.remotecall_eval("shmdist.transport.listener", pid, "HANDSHAKE_TIMEOUT = 0.3")
     with contextlib.suppress(OSError), dial(where) as sock:
         sock.sendall(junk)
         with within(13):
@@ -126,7 +126,7 @@ def has_mailboxes():
 def end_idle_threads_soon():
     from shmdist.runtime import threads
 
-    threads._IDLE_TIME = 1.0
+    threads._IDLE_SECONDS = 1.0
 
 
 def test_five_hundred_that_stall(address, cluster):
@@ -217,7 +217,7 @@ def test_a_recorded_handshake_opens_nothing(address):
 
 def test_half_open_ones_are_given_up(address):
     pid, where = address
-    sd.remotecall_eval("shmdist.transport.listener", pid, "DEADLINE = 0.3")
+    sd.remotecall_eval("shmdist.transport.listener", pid, "HANDSHAKE_TIMEOUT = 0.3")
     for sent in (b"", Connector(b"x", 99).start()[:64], Connector(b"x", 99).start()):
         with dial(where) as sock:
             sock.sendall(sent)

@@ -333,7 +333,7 @@ def test_a_worker_that_dies_while_it_is_sent_to(fresh, recwarn):
 def test_what_is_given_back_late_goes_back_to_the_system(fresh, monkeypatch, how):
     """A block that was in use for longer than the keeper waits is not forgotten when it comes back."""
     [pid] = fresh()
-    monkeypatch.setattr("shmdist.runtime.maintenance.IDLE", 0.2)
+    monkeypatch.setattr("shmdist.runtime.maintenance.IDLE_SECONDS", 0.2)
     sharing = current_node().sharing
     warm(pid, 4 * MIB)
     sd.remotecall_wait(keep, pid, "late", np.ones(4 * MIB, "B"))

@@ -162,7 +162,7 @@ def is_sent():
     except MemoryError:
         return False
 
-until(is_sent, 2 * offers.RETRY)
+until(is_sent, 2 * offers.RETRY_SECONDS)
 print("sent")
 """
     ended = Script(PROGRAM + program).end(40)

@@ -194,7 +194,7 @@ def _accepted(pid):
 
 @pytest.mark.filterwarnings("ignore:shmdist. arrays to local processes:RuntimeWarning")
 def test_who_had_no_descriptor_for_a_segment_is_asked_again(fresh, monkeypatch):
-    monkeypatch.setattr(segment_exchange, "RETRY", 0.0)
+    monkeypatch.setattr(segment_exchange, "RETRY_SECONDS", 0.0)
     (worker,) = fresh()
     shared = sd.shared.zeros(40000)
     sd.remotecall_fetch(_few_descriptors, worker, True)

@@ -25,7 +25,7 @@ from shmdist.transport import messages, native, ring, ring_slots
 from shmdist.transport.link import Link, LinkClosed
 from shmdist.transport.messages import Kind
 from shmdist.transport.poller import WakeupFd
-from shmdist.transport.ring import LEFT, MOST, REFUSED, RING, SLOTS, Keeping
+from shmdist.transport.ring import LEFT, MAX_MESSAGE_BYTES, REFUSED, SLOT_BYTES, SLOTS, Keeping
 from tests.unit.test_link import contents, encode, pattern
 
 #: The sides of a ring, in Python and, where it was compiled, in C.
@@ -93,7 +93,7 @@ class World:
         number = self.number
         self.sent.append((number, size))
         frame = b"".join(encode(pattern(size), call_id=number))
-        if post or size > MOST:
+        if post or size > MAX_MESSAGE_BYTES:
             self.a.post([frame])
         else:
             if self.sender == "python" and not ring_slots._WEAK:  # it has no fence before the head is moved
@@ -183,7 +183,7 @@ class World:
         self.kick.close()
 
 
-SIZES = st.sampled_from([0, 1, 7, 80, 1000, MOST - 28, MOST - 27, RING, 3 * RING]) | st.integers(0, MOST)
+SIZES = st.sampled_from([0, 1, 7, 80, 1000, MAX_MESSAGE_BYTES - 28, MAX_MESSAGE_BYTES - 27, SLOT_BYTES, 3 * SLOT_BYTES]) | st.integers(0, MAX_MESSAGE_BYTES)
 PLAIN = (
     st.tuples(st.just("send"), SIZES)
     | st.tuples(st.sampled_from(["send", "send_quietly"]), st.integers(0, 200))
@@ -241,7 +241,7 @@ def test_the_road_through_memory(world, looks):
     if looks:
         world.wake()
     world.read_socket()
-    for _ in range(3 * RING // 100):
+    for _ in range(3 * SLOT_BYTES // 100):
         world.send(60)
         assert not world.got or world.got[-1][0] == world.number - 1
         world.read_mail()
@@ -253,7 +253,7 @@ def test_a_full_slot_is_no_obstacle(world):
     world.wake()
     world.send(0)
     world.read_socket()
-    for _ in range(RING // 1000 + 20):
+    for _ in range(SLOT_BYTES // 1000 + 20):
         world.send(1000, post=True)
     world.finish()
 
@@ -307,13 +307,13 @@ def test_nonsense_ends_the_link(world, nonsense):
     world.send(6)
     slot = world.b.mail_in.slot
     words = world.box.segment.view.cast("Q")
-    ring = (PAGE + slot * RING) // 8
+    ring = (PAGE + slot * SLOT_BYTES) // 8
     if nonsense == "length":
-        words[ring] = RING * 2
+        words[ring] = SLOT_BYTES * 2
     elif nonsense == "end":
         words[ring] = 0
-        words[8 + slot] = RING + 8
-        words[ring + 1] = MOST
+        words[8 + slot] = SLOT_BYTES + 8
+        words[ring + 1] = MAX_MESSAGE_BYTES
     else:
         words[8 + slot] = 1 << 40
         words[ring + (8 + 28 + 6 + 15 & -8) // 8] = 0
@@ -362,7 +362,7 @@ def test_frames_with_buffers_and_several_at_once_keep_their_order(world):
 @every_receiver
 @settings(max_examples=150, deadline=None)
 @given(
-    lies=st.lists(st.integers(0, 200) | st.sampled_from([0, MOST, RING, (1 << 64) - 1]), max_size=40),
+    lies=st.lists(st.integers(0, 200) | st.sampled_from([0, MAX_MESSAGE_BYTES, SLOT_BYTES, (1 << 64) - 1]), max_size=40),
     at=st.sampled_from([0, 0, 28, 28, 29]),
     head=st.integers(0, 600) | st.integers(0, (1 << 64) - 1),
 )
@@ -370,7 +370,7 @@ def test_whatever_lies_there_is_borne(sides, lies, at, head):
     box = BOXES[sides[1]].make(1)
     receiver = box.open_slot("link")
     view = box.segment.view
-    slot = PAGE + receiver.slot * RING
+    slot = PAGE + receiver.slot * SLOT_BYTES
     for number, what in enumerate(lies):
         start = slot + 8 * number + at * (number % 3 > 0)
         view[start : start + 8] = what.to_bytes(8, "little")
@@ -403,12 +403,12 @@ def test_slots_are_had_once(sides):
     assert not box.stirred()
     assert not box.watch()
     receivers[-1].seen(3)
-    assert last.put(b"x" * MOST, 3) == LEFT
+    assert last.put(b"x" * MAX_MESSAGE_BYTES, 3) == LEFT
     assert box.stirred()
     assert box.watch()
     assert box.take([]) == [receivers[-1]]
-    assert [bytes(message) for message in receivers[-1].open()] == [b"x" * MOST]
-    assert box.segment.size == PAGE + SLOTS * RING
+    assert [bytes(message) for message in receivers[-1].open()] == [b"x" * MAX_MESSAGE_BYTES]
+    assert box.segment.size == PAGE + SLOTS * SLOT_BYTES
 
 
 @every_receiver
@@ -433,7 +433,7 @@ class TestInC:
         folder = Path(ring_slots.__file__).parent
         sources = b"".join(path.read_bytes() for path in sorted(folder.glob("_native*.[ch]")))
         assert f"{zlib.crc32(sources):08x}" == native.module.SOURCE, "compile it: tools/venv does"
-        assert native.module.LAYOUT == (SLOTS, RING, MOST, REFUSED, LEFT, ring_slots.UNSEEN)
+        assert native.module.LAYOUT == (SLOTS, SLOT_BYTES, MAX_MESSAGE_BYTES, REFUSED, LEFT, ring_slots.UNSEEN)
         assert ring.RingWriter is native.module.RingWriter
 
     def test_bad_arguments_are_errors(self):

@@ -178,7 +178,7 @@ class TestStrangers:
         assert not Bomb.gone_off
 
     def test_silence(self, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "DEADLINE", 0.03)
+        monkeypatch.setattr(module, "HANDSHAKE_TIMEOUT", 0.03)
         sock = house.socket()
         assert refused(sock)
         monkeypatch.undo()
@@ -187,7 +187,7 @@ class TestStrangers:
     def test_drops_of_bytes_do_not_move_the_deadline(
         self, house: House, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "DEADLINE", 0.06)
+        monkeypatch.setattr(module, "HANDSHAKE_TIMEOUT", 0.06)
         sock = house.socket()
         sock.settimeout(0.01)
         hello = Connector(COOKIE, 7).start()

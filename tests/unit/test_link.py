@@ -135,9 +135,9 @@ SIZES = [
     module._DIRECT - 1,
     module._DIRECT,
     module._DIRECT + 1,
-    module._BUFFER - _HEADER.size,
-    module._BUFFER,
-    module._BUFFER + 1,
+    module._BUFFER_BYTES - _HEADER.size,
+    module._BUFFER_BYTES,
+    module._BUFFER_BYTES + 1,
     1 << 20,
 ]
 
@@ -173,13 +173,13 @@ class TestFraming:
 
     def test_table_longer_than_the_read_buffer(self, pair: tuple[Link, Link]) -> None:
         a, b = pair
-        count = module._BUFFER // 8 + 1000
+        count = module._BUFFER_BYTES // 8 + 1000
         buffers = [b"%d" % i if i % 1000 == 0 else b"" for i in range(count)]
         first, second = pump(a, b, encode(b"body", *buffers), encode(b"next"))
         assert contents(first) == (b"body", *buffers)
         assert second.body == b"next"
 
-    @pytest.mark.parametrize("size", [1, module._BUFFER + 1])
+    @pytest.mark.parametrize("size", [1, module._BUFFER_BYTES + 1])
     def test_buffers_are_the_frames_own_and_writable(self, pair: tuple[Link, Link], size: int) -> None:
         a, b = pair
         first, second = pump(a, b, encode(b"b", b"x" * size), encode(b"b", b"y" * size))
@@ -223,17 +223,17 @@ class TestFraming:
 
     def test_one_link_gives_the_others_their_turn(self, monkeypatch: pytest.MonkeyPatch) -> None:
         a, b = tcp_pair()
-        monkeypatch.setattr(module, "_TURN", 1 << 10)
+        monkeypatch.setattr(module, "_MAX_READ_BYTES", 1 << 10)
         try:
             for i in range(4):
-                a.send(encode(pattern(module._BUFFER), call_id=i))
+                a.send(encode(pattern(module._BUFFER_BYTES), call_id=i))
                 frames: list[Frame] = []
                 while len(frames) < 1:
                     assert ready(b.fd)
                     before = b._end + (b._incoming.offset if b._incoming else 0)
                     assert b.read(frames)
-                    after = b._end + (b._incoming.offset if b._incoming else module._BUFFER)
-                    assert after - before <= module._BUFFER
+                    after = b._end + (b._incoming.offset if b._incoming else module._BUFFER_BYTES)
+                    assert after - before <= module._BUFFER_BYTES
         finally:
             a.close()
             b.close()
@@ -296,7 +296,7 @@ def test_any_cutting_gives_the_same_frames(
         b"".join(encode(*parts, flags=flags, call_id=i)) for i, (flags, parts) in enumerate(messages)
     )
     places = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
-    small = mock.patch.multiple(module, _BUFFER=256, _DIRECT=64)
+    small = mock.patch.multiple(module, _BUFFER_BYTES=256, _DIRECT=64)
     with small, mock.patch.multiple(frame_assembler, allocate=allocate):
         a, b = socket.socketpair()
         link = Link(Connection(b.detach()), 1)
@@ -341,7 +341,7 @@ class TestNoMemory:
         monkeypatch.setattr(frame_assembler, "allocate", allocate)
         return lack
 
-    @pytest.mark.parametrize("size", [module._DIRECT, module._BUFFER * 2 + 5])
+    @pytest.mark.parametrize("size", [module._DIRECT, module._BUFFER_BYTES * 2 + 5])
     @pytest.mark.parametrize("where", [0, 1, 2])
     def test_the_frame_is_broken_and_the_next_arrives(
         self, pair: tuple[Link, Link], lacking: Callable[[int], None], size: int, where: int

@@ -124,7 +124,7 @@ class TestReading:
     def test_a_line_without_end(
         self, outputs: Outputs, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "_LONGEST", 100)
+        monkeypatch.setattr(module, "_MAX_LINE_BYTES", 100)
         for _ in range(3):
             worker.print(b"." * 51)
             outputs.read(worker.fd)
@@ -136,8 +136,8 @@ class TestReading:
     def test_more_than_is_read_at_once(
         self, outputs: Outputs, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "_CHUNK", 7)
-        monkeypatch.setattr(module, "_TURN", 21)
+        monkeypatch.setattr(module, "_READ_BYTES", 7)
+        monkeypatch.setattr(module, "_MAX_READ_BYTES", 21)
         worker.print(b"".join(b"%d\n" % i for i in range(20)))
         outputs.read(worker.fd)
         assert 0 < len(outputs.lines) < 20  # the links get their turn
@@ -448,7 +448,7 @@ class TestBlocked:
         self, outputs: Outputs, worker: Worker, blocked: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with blocked() as pipe:
-            monkeypatch.setattr(module, "_BUDGET", 10_000)
+            monkeypatch.setattr(module, "_MAX_QUEUED_BYTES", 10_000)
             paused, resumed = threading.Event(), threading.Event()
             outputs.attach(_on_a_thread, lambda fd: paused.set(), lambda fd: resumed.set())
             count = 0
@@ -489,7 +489,7 @@ class TestBlocked:
         self, outputs: Outputs, worker: Worker, blocked: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with blocked():
-            monkeypatch.setattr(module, "_STALL", 1000.0)
+            monkeypatch.setattr(module, "_STALL_SECONDS", 1000.0)
             worker.print(b"x" * 60_000 + b"\n")
             outputs.read(worker.fd)
 

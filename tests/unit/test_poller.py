@@ -66,7 +66,7 @@ def make_pipe() -> Iterator[Callable[[], Pipe]]:
 
 @pytest.fixture(params=[pytest.param(Poller, marks=EPOLL), SelectPoller])
 def poller(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Poller]:
-    monkeypatch.setattr(module, "_TURN", BRIEF / 2)
+    monkeypatch.setattr(module, "_PARK_SECONDS", BRIEF / 2)
     poller: Poller = request.param()
     yield poller
     poller.close()

@@ -110,7 +110,7 @@ class TestWriting:
     @pytest.mark.parametrize("start", [run, never])
     @pytest.mark.parametrize("size", [0, 1, 64, 1000, 1001])
     def test_together(self, monkeypatch, start, size):
-        monkeypatch.setattr(module, "_PIECE", 10)
+        monkeypatch.setattr(module, "_COPY_BYTES", 10)
         source = np.random.default_rng(0).integers(0, 256, size, "u1")
         for _ in range(20):
             target = np.zeros(size, "u1")
@@ -118,7 +118,7 @@ class TestWriting:
             assert (target == source).all()
 
     def test_a_late_helper_writes_nothing(self, monkeypatch):
-        monkeypatch.setattr(module, "_PIECE", 10)
+        monkeypatch.setattr(module, "_COPY_BYTES", 10)
         jobs = []
         target = np.zeros(100, "u1")
         module._copy_together(target, np.ones(100, "u1"), jobs.append)

@@ -72,7 +72,7 @@ class _Word:
 
 
 def test_a_thread_that_begins_late_is_not_taken_for_dead(monkeypatch):
-    monkeypatch.setattr(daemon_thread, "_SELDOM", 0.001)
+    monkeypatch.setattr(daemon_thread, "_MAX_LOOK_SECONDS", 0.001)
     done = threading.Event()
     late = DaemonThread(done.set, "late")
     late._word = _Word(late._word)

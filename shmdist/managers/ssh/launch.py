@@ -23,7 +23,7 @@ from shmdist.managers.ssh.host_spec import Machine, env_for, for_machine
 from shmdist.managers.ssh.login import Agent, Credentials, Login
 from shmdist.managers.ssh.remote_worker import Pump, RemoteWorker, digest, launch_line, read_sources
 
-_STEP = 20.0  # seconds for each step of a login
+_STEP_TIMEOUT = 20.0  # for each step of a login
 
 
 class Launching:
@@ -81,7 +81,7 @@ class Launching:
         for hop in route:
             key = (*key, hop)
             if key not in self._logins:
-                step = min(self.timeout, _STEP)
+                step = min(self.timeout, _STEP_TIMEOUT)
                 self._logins[key] = Login(hop, login, credentials, self._agent, self._slots, step)
             login = self._logins[key]
         assert login is not None

@@ -30,9 +30,9 @@ from shmdist.transport import keepalive
 if TYPE_CHECKING:
     import paramiko
 
-KEEPALIVE = 15  # seconds between signs of life, while nothing else is sent
-_WAIT = 0.1  # seconds before the first new attempt; doubled each time
-_LONGEST_WAIT = 4.0
+KEEPALIVE_SECONDS = 15  # between signs of life, while nothing else is sent
+_FIRST_RETRY_SECONDS = 0.1  # before the first new attempt; doubled each time
+_MAX_RETRY_SECONDS = 4.0
 _PROHIBITED = 1  # of RFC 4254: why a channel is not opened
 _CANNOT_RUN = (126, 127)  # exit codes of a shell that cannot run a command
 _BUSY = (b"Exceeded MaxStartups", b"Not allowed at this time")
@@ -224,7 +224,7 @@ class Login:
             self.via.ensure()  # takes a slot of its own, so before this one is taken
         with self._slots:
             deadline = time.monotonic() + 4 * self.timeout
-            wait = _WAIT
+            wait = _FIRST_RETRY_SECONDS
             while True:
                 try:
                     self._begin(None)
@@ -240,7 +240,7 @@ class Login:
                 finally:
                     self._under_way = None
                 self._given_up.wait(wait * random.uniform(0.5, 1.0))
-                wait = min(2 * wait, _LONGEST_WAIT)
+                wait = min(2 * wait, _MAX_RETRY_SECONDS)
 
     def _begin(self, what: Any) -> None:
         """Note what a new login goes through, which ends with this one; raises when that is closed."""
@@ -273,7 +273,7 @@ class Login:
             transport.daemon = True
             self._greet(transport)
             self._authenticate(transport)
-            transport.set_keepalive(KEEPALIVE)
+            transport.set_keepalive(KEEPALIVE_SECONDS)
             with self._ending:
                 if self.closed:
                     raise PhaseError("connect", "the launch was given up")

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from shmdist.managers.ssh.remote_worker import RemoteWorker
 
-_DIRECT = 2.0  # seconds a direct connection may take before the login is used instead
+_DIRECT_TIMEOUT = 2.0  # a direct connection may take before the login is used instead
 _PER_HOST = ("exename", "exeflags", "dir", "env", "password", "key_filename")
 
 
@@ -169,7 +169,7 @@ class SSHManager(ClusterManager):
         if not config.tunnel and login.direct:
             try:
                 # Where the first hosts do not answer, the next may be behind the same firewall.
-                patience = max(0.3, _DIRECT / (1 + len(self._detours)))
+                patience = max(0.3, _DIRECT_TIMEOUT / (1 + len(self._detours)))
                 connection = connect(("tcp", (host, port)), patience)
                 config.connect_at = ("tcp", (host, port))
                 return connection

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import paramiko
 
 _STAGE = "import sys;exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))"
-_KEPT = 1 << 16  # bytes kept of what comes before a worker is up
+_KEPT_BYTES = 1 << 16  # kept of what comes before a worker is up
 _TAIL = 50  # lines of it shown in an error
 
 
@@ -265,7 +265,7 @@ class RemoteWorker:
         if self.config is not None:
             self._pass_on(True, data)
             return
-        self._err = (self._err + data)[-_KEPT:]
+        self._err = (self._err + data)[-_KEPT_BYTES:]
         _, found, rest = self._err.partition(self._token + b"\n")
         if found:
             self._err = rest  # what the login shell said is no error of the worker
@@ -280,7 +280,7 @@ class RemoteWorker:
             at = self._out.find(self._token + b" ")
             end = self._out.find(b"\n", at) if at >= 0 else -1
             if end < 0:
-                self._out = self._out[max(0, at) if at >= 0 else -_KEPT :]
+                self._out = self._out[max(0, at) if at >= 0 else -_KEPT_BYTES :]
                 return
             line, self._out = self._out[at + len(self._token) : end], self._out[end + 1 :]
             self._hear(json.loads(line))

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 #: Bytes that may be on their way to us: twice what ``ssh`` asks for.  OpenSSH's server may hold as many in
 #: one piece, which grows by steps and is copied at each: with 16 MiB some transfers took 20 times as long.
 WINDOW = 1 << 22
-_CHUNK = 1 << 18  # bytes moved at once
-_PATIENCE = 1.5  # timeouts that a server may not answer while its kernel does
+_CHUNK_BYTES = 1 << 18  # moved at once
+_SILENT_TIMEOUTS = 1.5  # timeouts that a server may not answer while its kernel does
 
 
 class ServerAliveMonitor:
@@ -64,7 +64,8 @@ class ServerAliveMonitor:
         has a kernel too, so without any answer this is good for somewhat more than the timeout only.
         """
         sock = self._transport.sock
-        if isinstance(sock, socket.socket) and time.monotonic() - self._answered < _PATIENCE * self._seconds:
+        limit = _SILENT_TIMEOUTS * self._seconds
+        if isinstance(sock, socket.socket) and time.monotonic() - self._answered < limit:
             counts = keepalive.counts(sock)
             return self._answers, counts and counts[0]
         return self._answers
@@ -150,7 +151,7 @@ def _move(job: Any, sock: socket.socket, channel: paramiko.Channel) -> None:
 
 def _up(sock: socket.socket, channel: paramiko.Channel) -> None:
     """Move what this process sends."""
-    buffer = memoryview(bytearray(_CHUNK))
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
     while count := sock.recv_into(buffer):
         left = buffer[:count]
         while left:
