@@ -369,7 +369,7 @@ class _Driver:
     def __init__(self, run: Any, feed: Feed) -> None:
         self._dispatcher = current_node().dispatcher
         self._feed = feed
-        self._cell = Waiter()
+        self._waiter = Waiter()
         self._ended = Waiter()
         self._strand: Any = None
         self._bell = threading.Lock()  # released when the watch is over
@@ -390,7 +390,7 @@ class _Driver:
 
     def tell(self) -> None:
         """Wake the caller. On any thread."""
-        self._dispatcher.complete(self._cell)
+        self._dispatcher.complete(self._waiter)
 
     def read(self) -> None:
         """Read, for the run waits for elements; on the caller's thread."""
@@ -459,9 +459,9 @@ class _Driver:
         thread_state = current()
         thread_state.enter()
         try:
-            self._cell.done = False
+            self._waiter.done = False
             if not self.outcomes and not self.over and not self._feed.has_room:
-                self._dispatcher.wait(self._cell)
+                self._dispatcher.wait(self._waiter)
         finally:
             thread_state.leave()
 

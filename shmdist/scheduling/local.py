@@ -98,7 +98,7 @@ class _Crew:
         self._star = star
         self._node = current_node()
         self._tasks: dict[int, LocalTask] = {}  # those that run, by place
-        self._cell = Waiter()
+        self._waiter = Waiter()
         self._ended: deque[tuple[int, Any, Any, BaseException | None]] = deque()
         self.running = 0
 
@@ -107,7 +107,7 @@ class _Crew:
 
         def ended(value: Any, failure: BaseException | None) -> None:
             self._ended.append((place, element, value, failure))
-            self._node.dispatcher.complete(self._cell)
+            self._node.dispatcher.complete(self._waiter)
 
         with current():  # an interrupt must not come between the start and the note of it
             arguments = element if self._star else (element,)
@@ -130,9 +130,9 @@ class _Crew:
             thread_state = current()
             thread_state.enter()
             try:
-                self._cell.done = False
+                self._waiter.done = False
                 if not self._ended:
-                    self._node.dispatcher.wait(self._cell, timeout)
+                    self._node.dispatcher.wait(self._waiter, timeout)
             finally:
                 thread_state.leave()
         ended = [self._ended.popleft() for _ in range(len(self._ended))]

@@ -11,7 +11,7 @@ import time
 import pytest
 
 import shmdist as sd
-from shmdist.managers.ssh import manager
+from shmdist.managers.ssh import manager, tunnel
 from shmdist.runtime.node import current_node
 from shmdist.transport import listener
 from tests.integration import helpers
@@ -184,3 +184,31 @@ def test_while_they_join(warm):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(ospid, signal.SIGCONT)
     until(lambda: not any(map(helpers.is_alive, stopped)), 10, "they end when they can")
+
+
+@pytest.mark.parametrize("name", ["up", "down"])
+def test_while_a_tunnel_is_made(monkeypatch, name):
+    """Its sockets are closed at once, whichever of its threads runs."""
+
+    class Channel:
+        closed = threading.Event()
+
+        def recv(self, size):
+            self.closed.wait(10)
+            return b""
+
+        def close(self):
+            self.closed.set()
+
+    def start(thread):
+        if thread.name.endswith(name):
+            raise KeyboardInterrupt
+        real(thread)
+
+    before, channel, real = descriptors(), Channel(), threading.Thread.start
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+        patch.setattr(threading.Thread, "start", start)
+        tunnel.bridge(channel, None)
+    assert channel.closed.is_set()
+    until(lambda: descriptors() == before)
+    assert caught  # whose traceback holds what was made

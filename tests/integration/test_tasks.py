@@ -18,7 +18,7 @@ def test_waits_that_time_out_leave_nothing():
             task.fetch(timeout=0.001)
         with pytest.raises(TimeoutError):
             task.wait(timeout=0)
-    assert len(task._done_callbacks) == 1 and not task._cell.locks
+    assert len(task._done_callbacks) == 1 and not task._waiter.locks
     others = [sd.async_(task.fetch) for _ in range(3)]
     gate.set()
     assert [other.fetch(timeout=5) for other in others] == [True] * 3

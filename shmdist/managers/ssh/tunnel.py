@@ -122,18 +122,25 @@ class TunnelConnection(Connection):
 def bridge(channel: paramiko.Channel, worker: RemoteWorker) -> TunnelConnection:
     """Return a connection to a worker, whose bytes go through a channel."""
     ours, theirs = socket.socketpair()
-    for end in (ours, theirs):
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            with contextlib.suppress(OSError):
-                end.setsockopt(socket.SOL_SOCKET, option, 1 << 20)
-    for name, job in (("up", _up), ("down", _down)):
-        threading.Thread(
-            target=_move, args=(job, theirs, channel), name=f"shmdist-tunnel-{name}", daemon=True
-        ).start()
-    connection = TunnelConnection(ours.detach())
-    connection.pulse = pulse_of(channel.get_transport())
-    if connection.pulse is not None:
-        connection.pulse.keep(worker)
+    try:
+        for end in (ours, theirs):
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                with contextlib.suppress(OSError):
+                    end.setsockopt(socket.SOL_SOCKET, option, 1 << 20)
+        for name, job in (("up", _up), ("down", _down)):
+            threading.Thread(
+                target=_move, args=(job, theirs, channel), name=f"shmdist-tunnel-{name}", daemon=True
+            ).start()
+        pulse = pulse_of(channel.get_transport())
+        if pulse is not None:
+            pulse.keep(worker)
+        connection = TunnelConnection(ours.detach())
+    except BaseException:  # Ctrl-C, or no thread: one of the two may run already
+        ours.close()
+        channel.close()
+        theirs.close()
+        raise
+    connection.pulse = pulse
     return connection
 
 
