@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from shmdist.transport.link import Link
 
 _WITH_DESCRIPTOR, _HEARTBEAT = {int(Kind.SEGMENT), int(Kind.RING)}, int(Kind.HEARTBEAT)
-_TRIES = 8  # times that what has come is tried to be taken, until its link is ended
+_TRIES = 24  # times, in two seconds, that what has come is tried to be taken, until its link is ended
 _RETRY_SECONDS = 1e-3  # until the second one; then twice as many each time
 _CALL, _REFERENCE_OP, _RESULT = int(Kind.CALL), int(Kind.REFERENCE_OP), int(Kind.RESULT)
 _log = Log("dispatch")
@@ -223,7 +223,12 @@ class PollSet:
         """Begin a turn after one that failed: with what has been read, and is not taken."""
         unfinished = [(fd, 0) for fd, link in list(self._links.items()) if link.unfinished]
         if self._failures > _TRIES:
-            self._ended += [self._links[fd] for fd, _ in unfinished if self._links[fd] not in self._ended]
+            for event in unfinished:
+                try:
+                    self._read([event], frames)
+                except Exception:
+                    if (link := self._links[event[0]]) not in self._ended:
+                        self._ended.append(link)
             unfinished = []
             self._end_links()
         self._read(unfinished, frames)

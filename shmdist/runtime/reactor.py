@@ -33,9 +33,9 @@ with the next of a queue of short calls, which belongs to the thread that is wor
 through it. It naps on while the count moves, the longer the faster, or while the thread that
 let go is in no user's code, and reads when the lead has lain free for a whole nap: the call
 that runs is a long one.
-One thread naps at a time; it is the one behind the calls that run, so no other is made, and
-nothing need be armed, for it will look by itself; so when the lead changes hands very often,
-one is woken just to nap. Threads that wait for answers cut the nap short.
+One thread naps at a time. While it does, nothing need be armed, for it will look by itself; so
+when the lead changes hands very often, one is woken just to nap. Threads that wait for answers
+cut the nap short.
 
 Errors
 ------
@@ -443,8 +443,7 @@ class Reactor(PollSet):
             except Exception as error:
                 self._fail(item, error)
             return
-        behind = self.threads.parked or self._napping
-        if not behind and not self.threads.ensure_standby() and item.refusal is None:
+        if not self.threads.parked and not self.threads.ensure_standby() and item.refusal is None:
             item.refusal = self.threads.refusal("none could be started to read meanwhile")
         self._lanes.run(self._node, item, thread_state)
 

@@ -45,7 +45,7 @@ _RESERVE = 8 if (3, 12) <= sys.version_info < (3, 12, 2) else 0
 _DEFAULT_MAX_THREADS = 4096  # threads by default: 100 MiB of memory where all of them block
 _DEFAULT_STACK_BYTES = 8 << 20  # of a thread's stack, where no limit says otherwise
 _STANDBY_SECONDS = 0.02  # in which a thread that has answered a call is ready for the next one
-_THREAD_START_BYTES = 1 << 18  # that a thread needs to begin
+_THREAD_START_BYTES = 8 << 20  # that must be left beside its stack: for its first steps, and for who reads
 _TRIES = 3  # times that a job is told that it has failed, and that a thread tries to go on
 _log = Log("threads")
 

@@ -124,7 +124,7 @@ def _run(text, **options):
         check=False,
         **options,
     )
-    assert done.stdout.strip().endswith("ok"), (done.stdout, done.stderr)
+    assert done.stdout.strip().endswith("ok"), (done.returncode, done.stdout, done.stderr)
 
 
 _CALLS_BACK = """
