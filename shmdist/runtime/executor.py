@@ -33,7 +33,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from shmdist._firmly import firmly
-from shmdist.errors import CapturedException, SerializationError, add_note, capture, drop_tracebacks
+from shmdist.errors import (
+    CapturedException,
+    ProcessExitedException,
+    SerializationError,
+    add_note,
+    capture,
+    drop_tracebacks,
+)
 from shmdist.memory.segment import BEGUN, LANES, ProgressPage
 from shmdist.refcount.table import RRID, AlreadySet
 from shmdist.runtime import forked_child
@@ -394,7 +401,8 @@ class CallExecutor:
         captured = capture(error)
         if task.frame.flags & WANT_VALUE:
             node.answer(task.link, task.frame.call_id, IS_ERROR, node.dump_error(captured))
-        else:  # remote_do: nobody waits, so it is printed where it happened
+        elif not (node.dispatcher.closing and isinstance(error, ProcessExitedException)):  # all of them end
+            # remote_do: nobody waits, so it is printed where it happened
             print(f"remote_do failed on process {node.pid}:\n{captured.traceback_text}", file=sys.stderr)  # noqa: T201 - the contract
 
     # ------------------------------------------------------------------ interrupts

@@ -22,6 +22,7 @@ SERVING = READING | {
 #: Whose errors are those of the connection, for what has come may be lost with them; and what cannot fail.
 _LEFT_OUT = {"recv", "recv_into", "recvmsg_into", "_receive_with_fds", "open", "write"}
 _LEFT_OUT |= {"release", "__exit__"}  # of locks
+_LEFT_OUT |= {"_let_go_at_collection"}  # Python prints what a callback of the collector raises
 _LEFT_OUT |= {"leave"}  # the runtime: there was room for a call when the thread entered
 
 #: What mends, which must not fail as well; and what changes counts, where half a change would stay.
