@@ -210,6 +210,7 @@ class Reference:
                 current_node().see_to_released()
             except KeyboardInterrupt:
                 again = current().again()  # noqa: F841 - raised when this frame ends
+                firmly(current_node().see_to_released)
             except Exception:
                 pass  # with the next one
 
