@@ -25,21 +25,21 @@ def sweep(workers, side, acts, *args, **options):
 @pytest.mark.parametrize("side", ["home", "worker"])
 def test_an_error(fresh, side):
     wrong, tried = sweep(fresh(2), side, ERRORS, FEW)
-    assert wrong == []
+    assert wrong == [], "\n".join(map(repr, wrong))
     assert tried > FEW
 
 
 @pytest.mark.parametrize("side", ["home", "worker"])
 def test_an_interrupt(fresh, side):
     wrong, tried = sweep(fresh(2), side, [Interrupt()], FEW)
-    assert wrong == []
+    assert wrong == [], "\n".join(map(repr, wrong))
     assert tried
 
 
 def test_an_interrupt_of_a_call_that_calls(fresh):
     caller, *workers = fresh(3)
     wrong, tried = sd.remotecall_fetch(sweep_here, caller, *workers, "home", [Interrupt()], FEW)
-    assert wrong == []
+    assert wrong == [], "\n".join(map(repr, wrong))
     assert tried
 
 
