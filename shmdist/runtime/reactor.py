@@ -519,7 +519,6 @@ class Reactor(PollSet):
             _log.exception("an error in a thread that stands by: %r", error)
             if woken:
                 self.poller.wake()  # what was asked for may not be done yet
-            self._napping = False
             self._recover(thread_state)
             if not self._leader_lock.locked():
                 self._wake_all()
@@ -534,22 +533,24 @@ class Reactor(PollSet):
         """Leave the reading to the thread that had the lead a moment ago; False if it stays away long."""
         self._napping = True
         turns, naps, nap = self._turns - 1, 0, 0.0
-        while not self.closing and not self._followers and self._left < _MAX_LEFT_CALLS:
-            # Who runs no user code is about to be back, though the system may let it wait. A worker's main
-            # thread: calls had better run there, where interrupts reach all of them. The last one to run a
-            # call: with a thread more for each that is late, all are later still.
-            main, runner = self._main, self._runner
-            late = (main is not None and main.runtime_depth) or (runner is not None and runner.runtime_depth)
-            if turns == self._turns and (not late or naps > _MAX_NAPS):
-                break
-            if self._turns - turns > _SHORT_CALLS_PER_SECOND * nap > 0:
-                nap = min(2 * nap, _MAX_NAP_SECONDS)  # calls are short, and each look holds one of them up
-            else:
-                # Where many calls block, each new one is probably going to block as well.
-                nap = OVERTAKE_SECONDS if len(self.threads) < 8 else OVERTAKE_SECONDS / 10
-            turns, naps = self._turns, naps + 1
-            time.sleep(nap)
-        self._napping = False
+        try:
+            while not self.closing and not self._followers and self._left < _MAX_LEFT_CALLS:
+                # Who runs no user code is about to be back, though the system may let it wait. A worker's
+                # main thread: calls had better run there, where interrupts reach all of them. The last one to
+                # run a call: with a thread more for each that is late, all are later still.
+                either = self._main, self._runner
+                late = any(state is not None and state.runtime_depth for state in either)
+                if turns == self._turns and (not late or naps > _MAX_NAPS):
+                    break
+                if self._turns - turns > _SHORT_CALLS_PER_SECOND * nap > 0:
+                    nap = min(2 * nap, _MAX_NAP_SECONDS)  # calls are short, and each look holds one up
+                else:
+                    # Where many calls block, each new one probably will as well.
+                    nap = OVERTAKE_SECONDS if len(self.threads) < 8 else OVERTAKE_SECONDS / 10
+                turns, naps = self._turns, naps + 1
+                time.sleep(nap)
+        finally:  # or nobody would be woken any more
+            self._napping = False
         return naps <= _MAX_NAPS and self._left < _MAX_LEFT_CALLS
 
     def held_up(self) -> bool:

@@ -4,11 +4,14 @@ import contextlib
 import logging
 import operator
 import sys
+import time
+import types
 
 import numpy as np
 import pytest
 
 import shmdist as sd
+from shmdist.runtime import reactor
 from shmdist.runtime.interrupts import current
 from shmdist.runtime.node import current_node
 from tests.integration import raising
@@ -107,3 +110,18 @@ def test_an_error_on_a_workers_main_thread(fresh, error, path):
         with contextlib.suppress(sd.RemoteException):
             sd.remotecall_fetch(sys.setprofile, worker, None)
         assert sd.remotecall(operator.neg, worker, due).fetch(timeout=20) == -due
+
+
+def test_an_error_while_a_thread_naps(fresh, monkeypatch):
+    """The next one is woken as before, also where the error cannot be logged."""
+    [pid] = fresh()
+    dispatcher = current_node().dispatcher
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(reactor, "time", types.SimpleNamespace(sleep=_no_memory, monotonic=time.monotonic))
+        dispatcher._wait_for_previous_leader()
+    assert not dispatcher._napping
+    assert sd.remotecall_fetch(_back, pid, 3) == -3
+
+
+def _no_memory(*_):
+    raise MemoryError
