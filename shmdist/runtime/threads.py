@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import mmap
 import os
 import sys
 import threading
@@ -354,6 +355,7 @@ def _probe() -> None:
     if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         stack = threading.stack_size() or resource.getrlimit(resource.RLIMIT_STACK)[0]
         try:
-            bytearray((stack if 0 < stack < 1 << 40 else _DEFAULT_STACK_BYTES) + _THREAD_START_BYTES)
-        except MemoryError:
+            nbytes = (stack if 0 < stack < 1 << 40 else _DEFAULT_STACK_BYTES) + _THREAD_START_BYTES
+            mmap.mmap(-1, nbytes).close()  # touches no page, and malloc keeps no such piece for later
+        except (OSError, MemoryError):
             raise RuntimeError("can't start new thread: there is no memory for its stack") from None

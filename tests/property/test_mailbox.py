@@ -183,7 +183,9 @@ class World:
         self.kick.close()
 
 
-SIZES = st.sampled_from([0, 1, 7, 80, 1000, MAX_MESSAGE_BYTES - 28, MAX_MESSAGE_BYTES - 27, SLOT_BYTES, 3 * SLOT_BYTES]) | st.integers(0, MAX_MESSAGE_BYTES)
+SIZES = st.sampled_from(
+    [0, 1, 7, 80, 1000, MAX_MESSAGE_BYTES - 28, MAX_MESSAGE_BYTES - 27, SLOT_BYTES, 3 * SLOT_BYTES]
+) | st.integers(0, MAX_MESSAGE_BYTES)
 PLAIN = (
     st.tuples(st.just("send"), SIZES)
     | st.tuples(st.sampled_from(["send", "send_quietly"]), st.integers(0, 200))
@@ -362,7 +364,9 @@ def test_frames_with_buffers_and_several_at_once_keep_their_order(world):
 @every_receiver
 @settings(max_examples=150, deadline=None)
 @given(
-    lies=st.lists(st.integers(0, 200) | st.sampled_from([0, MAX_MESSAGE_BYTES, SLOT_BYTES, (1 << 64) - 1]), max_size=40),
+    lies=st.lists(
+        st.integers(0, 200) | st.sampled_from([0, MAX_MESSAGE_BYTES, SLOT_BYTES, (1 << 64) - 1]), max_size=40
+    ),
     at=st.sampled_from([0, 0, 28, 28, 29]),
     head=st.integers(0, 600) | st.integers(0, (1 << 64) - 1),
 )
@@ -433,7 +437,14 @@ class TestInC:
         folder = Path(ring_slots.__file__).parent
         sources = b"".join(path.read_bytes() for path in sorted(folder.glob("_native*.[ch]")))
         assert f"{zlib.crc32(sources):08x}" == native.module.SOURCE, "compile it: tools/venv does"
-        assert native.module.LAYOUT == (SLOTS, SLOT_BYTES, MAX_MESSAGE_BYTES, REFUSED, LEFT, ring_slots.UNSEEN)
+        assert native.module.LAYOUT == (
+            SLOTS,
+            SLOT_BYTES,
+            MAX_MESSAGE_BYTES,
+            REFUSED,
+            LEFT,
+            ring_slots.UNSEEN,
+        )
         assert ring.RingWriter is native.module.RingWriter
 
     def test_bad_arguments_are_errors(self):

@@ -221,7 +221,11 @@ class TestCalls:
             striker = Striker(thread_state, moment, gap)
             error = striker.run(user)
             assert error is None or isinstance(error, KeyboardInterrupt)
-            assert (thread_state.runtime_depth, thread_state.has_deferred, thread_state.task) == (1, False, None), moment
+            assert (thread_state.runtime_depth, thread_state.has_deferred, thread_state.task) == (
+                1,
+                False,
+                None,
+            ), moment
             for _ in range(10):
                 pass  # what was still on its way would be raised here
             if striker.exposed:
@@ -254,7 +258,11 @@ class TestCalls:
                 error = run_task(thread_state, task, user)
                 assert error is None or isinstance(error, KeyboardInterrupt)
                 # Here the thread is the runtime's: an exception would end the test.
-                assert (thread_state.runtime_depth, thread_state.has_deferred, thread_state.task) == (1, False, None)
+                assert (thread_state.runtime_depth, thread_state.has_deferred, thread_state.task) == (
+                    1,
+                    False,
+                    None,
+                )
                 outcomes.append(error is not None)
             over.set()
             return outcomes
