@@ -270,14 +270,16 @@ class Reactor(PollSet):
         thread_state.kick = self.poller.kick
         thread_state.leading = True
         poll, inbox, looked = self._poll, self._inbox, False
-        spin_until = _now() + spin
-        until = spin_until + timeout if timeout >= 0 else float("inf")
+        came, spin_until = True, 0.0  # the time is looked at only when nothing has come
+        until = _now() + timeout if timeout >= 0 else float("inf")
         while not waiter.done and not thread_state.has_deferred and not inbox:
             if poll(0):
-                spin_until = _now() + spin
-                if spin_until > until:  # answers to others may come without a pause
+                came = True
+                if timeout >= 0 and _now() > until:  # answers to others may come without a pause
                     break
-            elif _now() < spin_until:
+            elif came or _now() < spin_until:
+                if came:
+                    came, spin_until = False, _now() + spin
                 box = self.mail.box
                 if box is None or not box.watch():
                     _yield()
@@ -423,7 +425,8 @@ class Reactor(PollSet):
                 self._leader = waiter
                 spin_until = _now() + SPIN_SECONDS
             elif poll(0):
-                spin_until = _now() + SPIN_SECONDS
+                if not inbox:
+                    spin_until = _now() + SPIN_SECONDS
             elif _now() < spin_until:
                 box = self.mail.box
                 if box is None or not box.watch():

@@ -114,7 +114,8 @@ class RequestClient(ReferenceCounts):
             payload is None
             or not payload.is_short
             or link.mail_out is None
-            or self.sharing.has_pending_releases()
+            or self.sharing.holds.ended  # as `has_pending_releases`
+            or self.sharing.unsent_releases
         ):
             return False
         body = payload.parts[0]

@@ -20,7 +20,7 @@ from typing import Any
 from shmdist.serialization import definitions
 from shmdist.serialization.arrays import rebuild_arguments
 from shmdist.serialization.atoms import TUPLE
-from shmdist.serialization.modules import MAIN, goes_by_value, registered
+from shmdist.serialization.modules import MAIN, goes_by_value
 
 _MOST = 1000  # functions and names that are noted
 #: By function the beginning of the body, the module's name and its own. A function that is not importable
@@ -37,7 +37,7 @@ def head(f: Any) -> bytes | None:
         # As they were: those of a function in C are made anew each time that one asks for them.
         beginning, name, attribute = known
         if getattr(sys.modules.get(name), attribute, None) is f:
-            return None if registered() and goes_by_value(name) else beginning
+            return None if "cloudpickle.cloudpickle" in sys.modules and goes_by_value(name) else beginning
         _heads.pop(f, None)  # another thread may have found the same
         return None
     name, attribute = f.__module__ or "", f.__qualname__
