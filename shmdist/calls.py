@@ -46,7 +46,7 @@ def remotecall_fetch(f: Callable[..., _T], where: Any, /, *args: Any, **kwargs: 
     ProcessExitedException
         The worker is gone.
     SerializationError
-        `f` or an argument cannot be sent; the text names the culprit.
+        `f` or an argument cannot be sent; the text names the part at fault.
     KeyboardInterrupt
         Ctrl-C here; the call is interrupted there.
 
@@ -80,7 +80,7 @@ def _ask(node: Node, f: Any, pid: int, flags: int, payload: codec.Payload) -> An
         reply = node.request(pid, _CALL, flags, payload)
         try:
             if not reply.done:
-                node.dispatcher.wait(reply)
+                node.reactor.wait(reply)
         except BaseException:
             node.cancel(reply)
             raise
@@ -99,7 +99,7 @@ def _fetch_slowly(node: Node, f: Any, where: Any, args: Any, kwargs: Any) -> Any
         if place.pid != node.pid:
             flags, payload = place.payload(f, args, kwargs)
             return _ask(node, f, place.pid, WANT_VALUE | flags, payload)
-        own = node.dispatcher.own
+        own = node.reactor.own
         if own.begun != own.made:
             own.catch_up()
         args, kwargs = _own_arguments(args, kwargs)
@@ -201,7 +201,7 @@ def _start_there(
             future._reply = reply
             try:
                 if place.lent and not place.back_at_once():
-                    node.dispatcher.soon(place.back)
+                    node.reactor.soon(place.back)
             finally:
                 reply.done = True  # before it looks who else is to be told: who comes later finds it done
                 future._on_reply(reply)
@@ -246,7 +246,7 @@ def _start_here(node: Node, f: Any, rrid: RRID, args: Any, kwargs: Any, place: C
             node.set_value(entry, value if captured is None else captured)
         place.back()
 
-    node.dispatcher.own.begin(node.tasks.context.new().run, (f, *args), kwargs, task, ended)
+    node.reactor.own.begin(node.tasks.context.new().run, (f, *args), kwargs, task, ended)
     return future
 
 
@@ -314,7 +314,7 @@ def _do(f: Any, where: Any, args: Any, kwargs: Any) -> None:
             place.lend()
         if place.pid == node.pid:
             args, kwargs = _own_arguments(args, kwargs)
-            node.dispatcher.own.begin(
+            node.reactor.own.begin(
                 node.tasks.context.new().run, (f, *args), kwargs, LocalTask(), _tell_failure
             )
             return

@@ -202,7 +202,7 @@ def _remove(cluster: ClusterController, pids: list[int], waitfor: float | None) 
 
 
 def _run_in_background(job: Any) -> Any:
-    current_node().dispatcher.start(job)
+    current_node().reactor.start(job)
 
 
 #: Starts a Task; ``tasks`` sets it.

@@ -247,10 +247,10 @@ class SerializationError(ShmdistError):
     message : str
         What could not be sent and why.
     path : str, optional
-        The way from the argument to the culprit, such as ``"args[0].model['lock']"``; it may begin
+        The way from the argument to the part at fault, such as ``"args[0].model['lock']"``; it may begin
         with an element of a map, a binding or the function as well: ``"element 3['lock']"``.
     obj_type : str, optional
-        Name of the culprit's type.
+        Name of the part at fault's type.
 
     Examples
     --------

@@ -294,7 +294,7 @@ def _end(
     try:
         if here:
             try:
-                current_node().dispatcher.own.catch_up()
+                current_node().reactor.own.catch_up()
                 done[me] = f(*args)
             except BaseException as error:
                 if is_interrupt(error):

@@ -469,7 +469,7 @@ def scatter(f: _Chunk, parts: Iterable[tuple[int, tuple[Any, ...]]]) -> list[Any
     parts = list(parts)
     over = _Over(node, len(parts))
     try:
-        with BatchedWakeups(node.dispatcher.mail) as wakeups:
+        with BatchedWakeups(node.reactor.rings) as wakeups:
             how: dict[str, Any] = {"lane": NO_LANE, "callback": over.note, "wakeups": wakeups}
             for pid, arguments in parts:
                 if pid == node.pid:
@@ -517,7 +517,7 @@ def _dump_chunk(number: int, arguments: tuple[Any, ...], before: Sequence[Any]) 
 
 
 def _unsendable(chunk: Any, first: int, error: SerializationError) -> SerializationError:
-    """Return the error that names the culprit among a chunk's elements, the first of which is `first`."""
+    """Return the error that names the element of a chunk that cannot be sent; `first` is its first place."""
     for place, element in enumerate(chunk, first):
         try:
             codec.dumps(element, "the element", f"element {place}")
@@ -546,7 +546,7 @@ class _Over(Waiter):
         if part.error is not None or (frame is not None and frame.flags & IS_ERROR):
             self.failed = part
         if next(self._counter) == self._parts or self.failed is not None:
-            self._node.dispatcher.complete(self)
+            self._node.reactor.complete(self)
 
 
 class _Here(Waiter):

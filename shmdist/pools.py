@@ -339,7 +339,7 @@ class CachingPool(AbstractWorkerPool):
         try:
             functions = self._functions
             if functions and not self._node.closed:
-                self._node.errand(lambda: _drop(functions))  # a finalizer may run inside any lock
+                self._node.run_soon(lambda: _drop(functions))  # a finalizer may run inside any lock
         except Exception:
             pass
 

@@ -24,7 +24,7 @@ class Task(concurrent.futures.Future):  # type: ignore[type-arg]  # generic only
 
     Notes
     -----
-    It has the face of `concurrent.futures.Future` and can be awaited in asyncio. Its
+    It has the interface of `concurrent.futures.Future` and can be awaited in asyncio. Its
     error is the function's own.
 
     References
@@ -56,12 +56,12 @@ class Task(concurrent.futures.Future):  # type: ignore[type-arg]  # generic only
         timeout = seconds(timeout)
         if self.done():
             return
-        dispatcher = current_node().dispatcher
+        reactor = current_node().reactor
         waiter = self._end_waiter()
         thread_state = current()
         thread_state.enter()
         try:
-            if not dispatcher.wait(waiter, timeout):
+            if not reactor.wait(waiter, timeout):
                 raise TimeoutError(f"{self!r} took more than {timeout:g} s")
         finally:
             thread_state.leave()
@@ -73,8 +73,8 @@ class Task(concurrent.futures.Future):  # type: ignore[type-arg]  # generic only
             if waiter is not None:
                 return waiter
             waiter = self._waiter = Waiter()
-        dispatcher = current_node().dispatcher
-        self.add_done_callback(lambda _: dispatcher.complete(waiter))
+        reactor = current_node().reactor
+        self.add_done_callback(lambda _: reactor.complete(waiter))
         return waiter
 
     def fetch(self, timeout: float | None = None) -> Any:
@@ -148,7 +148,7 @@ def _begin(f: Callable[..., Any], args: Any, kwargs: Any) -> Task:
             thread_state.runtime_depth = depth
             task.set_result(value)
 
-    current_node().dispatcher.start(run)
+    current_node().reactor.start(run)
     return task
 
 

@@ -209,7 +209,7 @@ def refusal(error: BaseException) -> str:
     """Return why the system did not let a worker be, and what to do about it."""
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         # Two for its output, one each for its standard input, its process, the link, a wake-up, its
-        # mailbox, and segments of shared memory.
+        # ring segment, and segments of shared memory.
         return f"{error}; raise the limit on open files (ulimit -n): a worker on this host takes about ten"
     return str(error)
 

@@ -77,7 +77,7 @@ class ClusterController:
         self.oom_told = 0  # how many of the system's kills for lack of memory are accounted for
         node.find_exit_cause = self.find_exit_cause
         node.lost_hooks.append(self.on_lost)
-        node.controls[Kind.RELAY] = lambda frame: node.dispatcher.start(
+        node.controls[Kind.RELAY] = lambda frame: node.reactor.start(
             lambda: relay.serve(node, self.members, frame)
         )
         me = PeerInfo(1, host_identity(), _hostname(), os.getpid(), (), None)
@@ -182,13 +182,13 @@ class ClusterController:
         if config.io is not None:
             for fd, error_stream, rest in zip(config.io, (False, True), config.io_rest, strict=True):
                 node.outputs.add(fd, pid, error=error_stream, rest=rest)
-                node.dispatcher.poller.add_output(fd)
+                node.reactor.poller.add_output(fd)
         node.add_link(link)
         if config.process is not None and hasattr(os, "pidfd_open"):
             with contextlib.suppress(OSError):
                 member.pidfd = config.process.pidfd = os.pidfd_open(config.process.pid)
                 # What it wrote is read to its end though a child of its own may hold the link open.
-                node.dispatcher.watch(member.pidfd, link.shut)
+                node.reactor.watch(member.pidfd, link.shut)
         settings = {"lazy": params["lazy"], "topology": params["topology"], "carried": link.bridged}
         settings["prefix"] = sys.prefix if link.is_local else None
         if config.process is not None:
@@ -302,7 +302,7 @@ class ClusterController:
         process = member.config.process
         exitcode = signal_name = None
         oom = False
-        silent = pid in node.heart.silent
+        silent = pid in node.heartbeat.silent
         if silent:
             pass  # nobody is there to tell, and who waits has waited long enough
         elif process is not None:
@@ -351,7 +351,7 @@ class ClusterController:
             except Exception:
                 _log.exception("manage(%d, %r) failed", pid, op)
         if member.pidfd >= 0:
-            node.dispatcher.unwatch(member.pidfd)
+            node.reactor.unwatch(member.pidfd)
             member.config.process.pidfd = -1
             os.close(member.pidfd)
         for fd in node.outputs.fds(pid):
@@ -420,7 +420,7 @@ class ClusterController:
         self.ask_to_exit(pids)
         left = self._wait_gone(pids, waitfor)
         if left:
-            self.node.dispatcher.start(lambda: self._end(left, 0.0))
+            self.node.reactor.start(lambda: self._end(left, 0.0))
             raise TimeoutError(f"workers {left} did not end within {waitfor:g} s; they are being killed")
 
     def at_exit(self) -> None:
@@ -442,7 +442,7 @@ class ClusterController:
                         member.manager.kill(0, member.config)
             node.outputs.finish()
             node.closed = True
-            node.dispatcher.close()
+            node.reactor.close()
         finally:
             thread_state.interrupt_pending = False  # what Ctrl-C was for, has been done
             thread_state.leave()
@@ -462,7 +462,7 @@ class ClusterController:
             if not over.acquire(timeout=_FINALIZER_SECONDS):
                 self._end(list(self.members), _ATEXIT)
 
-        self.node.dispatcher.start(watch)
+        self.node.reactor.start(watch)
         try:
             gc.collect()
         finally:

@@ -167,7 +167,7 @@ class Arena:
         self.cold = 0  # bytes in cold extents
         self.blocks: dict[int, Extent] = {}  # lent ones, by serial number
         self.gone: set[int] = set()  # processes that are lost
-        self.closed: set[tuple[int, int]] = set()  # holders and tellers whose audit is over
+        self.closed: set[tuple[int, int]] = set()  # holders and reporters whose audit is over
         self._serial = 0
         self._sizes: dict[int, int] = {}  # of segments
         self._starts: dict[tuple[int, int], Extent] = {}  # by segment and offset

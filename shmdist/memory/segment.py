@@ -50,6 +50,17 @@ def whole_pages(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE
 
 
+def try_to_map(nbytes: int) -> None:
+    """See whether this process has so much address space left; touches none of it, and keeps none.
+
+    Raises
+    ------
+    OSError
+        It has not.
+    """
+    mmap.mmap(-1, nbytes).close()
+
+
 class ProgressPage:
     """A page of memory on which a worker notes how far it is, and which outlives it.
 
@@ -62,7 +73,7 @@ class ProgressPage:
     Calls that the worker has not begun
     -----------------------------------
     Process 1 can take calls of a lane back without the worker's help, which may stand still. They lie in
-    a socket or a mailbox then, and will be read one day; so both say what they do before they do it.
+    a socket or a ring segment then, and will be read one day; so both say what they do before they do it.
     After the notes come two words for each lane, numbers of calls that only grow:
 
     - *begun*: the worker raises it to the call that it is about to begin, *then* looks at *withdrawn*.

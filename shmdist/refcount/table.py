@@ -58,7 +58,7 @@ and its NEW has not come, it never will: the pin is undone.
 
 A forwarder killed between its ADD(q) and the frame to q leaves a reference counted for q that q does
 not have. Several threads of it may be there, waiting for their turn to write to q. So ADD and DEL name
-their teller, and what a lost one told is audited: q says what it has from it (``runtime.count_audit``), and
+their reporter, and what a lost one told is audited: q says what it has from it (``runtime.count_audit``), and
 the count of q follows (`RefTable.audited`).
 
 Not guaranteed: when a host goes silent and bytes are lost on its links, counts may be wrong in either
@@ -158,7 +158,7 @@ class Entry:
     value: Any
     #: Process id -> references held there. No zeros, no dead process; below zero while an ADD is late.
     counts: dict[int, int]
-    #: (Process id, teller) -> what of that count the teller told. No zeros, no dead process, nothing audited.
+    #: (Process id, reporter) -> its share of that count. No zeros, no dead process, nothing audited.
     told: dict[tuple[int, int], int]
     #: Who waits for the value; empty once SET. Freeing leaves them, to be failed unlocked.
     waiters: list[Any]
@@ -214,7 +214,7 @@ class RefTable:
     dead : set of int
         Processes known lost. They appear in no entry's counts.
     closed : set of (int, int)
-        Processes and their tellers whose audit is over: none of these appears in any entry's `told`.
+        Processes and their reporters whose audit is over: none of these appears in any entry's `told`.
 
     Examples
     --------

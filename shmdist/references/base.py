@@ -57,7 +57,7 @@ def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float 
                 begun = time.monotonic()
                 reply = _send_in_time(node, owner, payload, begun + max(timeout, _MIN_WRITE_SECONDS))
                 if reply is not None and not node.wait(reply, begun + timeout - time.monotonic()):
-                    node.hurry(reply)
+                    node.expire_now(reply)
                     if not node.wait(reply, ANSWER_GRACE_SECONDS):
                         raise TimeoutError(
                             f"{what} timed out after {timeout:.3g} s; the process does not answer, so it "
@@ -187,7 +187,7 @@ class Reference:
         self._where = where
         node = current_node()
         # It tells the owner when this reference is dropped.
-        node.dispatcher.threads.ensure_standby()
+        node.reactor.threads.ensure_standby()
         count = self._count = Ending(VOID)
         return count, partial(node.released.append, (where, rrid))
 

@@ -312,7 +312,7 @@ class Future(ConcurrentFutureInterface):
                     entry.waiters.append(waiter)
             if not ready:
                 try:
-                    if not node.dispatcher.wait(waiter, timeout):  # type: ignore[arg-type]  # same face
+                    if not node.reactor.wait(waiter, timeout):  # type: ignore[arg-type]  # same interface
                         raise TimeoutError(f"{self!r} got no value within {timeout:g} s")
                 finally:
                     with node.lock:
@@ -472,7 +472,7 @@ class Future(ConcurrentFutureInterface):
                 self._cancel_here(node)
             elif self._reply is not None:
                 # Those who wait for its end see the outcome; who gives a worker back waits on.
-                node.dispatcher.complete(self._reply)
+                node.reactor.complete(self._reply)
             self._let_go()
         if "_condition" in self.__dict__:
             self._finish()

@@ -27,9 +27,9 @@ def soon(job: Callable[[], None]) -> None:
     """Run what may be users' code, on a thread that need not read; from any thread."""
     node = current_node()
     try:
-        node.dispatcher.outcomes.put_callback(job)
+        node.reactor.outcomes.put_callback(job)
     except (RuntimeError, MemoryError):  # no room for another thread
-        node.errand(job)
+        node.run_soon(job)
 
 
 class _Finisher:
@@ -118,7 +118,7 @@ class ConcurrentFutureInterface(Reference, _Base):  # type: ignore[type-arg]  # 
         return self.__dict__[name]
 
     def _finish(self) -> None:
-        """Bring the outcome to the face of concurrent.futures."""
+        """Bring the outcome to the interface of concurrent.futures."""
         error: BaseException | None = None
         value = None
         try:
@@ -155,7 +155,7 @@ class ConcurrentFutureInterface(Reference, _Base):  # type: ignore[type-arg]  # 
                 if entry is not None and entry.state is State.UNSET:
                     entry.waiters.append(_Finisher(self))
                     return
-        node.dispatcher.start(self._finish)
+        node.reactor.start(self._finish)
 
     def _on_answer(self, reply: PendingReply) -> None:
         """The owner has answered; on the reading thread."""

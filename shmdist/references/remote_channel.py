@@ -197,11 +197,11 @@ def _within(timeout: float, channel: Any, name: str, args: tuple[Any, ...]) -> A
         elif name == "take":
             channel.put(value)  # nobody waits for it any more
 
-    current_node().dispatcher.start(run)
+    current_node().reactor.start(run)
     thread_state = current()
     thread_state.enter()
     try:
-        in_time = current_node().dispatcher.wait(waiter, max(timeout, USER_CHANNEL_MIN_SECONDS))  # type: ignore[arg-type]  # same face
+        in_time = current_node().reactor.wait(waiter, max(timeout, USER_CHANNEL_MIN_SECONDS))  # type: ignore[arg-type]  # same interface
     except BaseException:
         if not given_up.acquire(False) and name == "take":
             channel.put(waiter.value)
@@ -266,7 +266,7 @@ def _make_channel(rrid: tuple[int, int], factory: Callable[[], Any] | None) -> R
 # A thread that waits at a local channel reads the links meanwhile, and Ctrl-C is put off
 # while it is inside.
 def _block(waiter: Any, timeout: float | None) -> None:
-    current_node().dispatcher.wait(waiter, timeout)
+    current_node().reactor.wait(waiter, timeout)
 
 
 Channel._enter = staticmethod(enter)

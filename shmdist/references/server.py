@@ -92,7 +92,7 @@ class _UserChannelOperation:
         if name == "take":
             operation.undo = channel.put
         operation.waits(self._withdraw)
-        node.dispatcher.start(self._run)
+        node.reactor.start(self._run)
 
     def _run(self) -> None:
         putting = self._name == "put"
@@ -114,7 +114,7 @@ class _UserChannelOperation:
         if self._operation.given_up:
             return self._decided.acquire(False)
         try:
-            self._node.dispatcher.later(USER_CHANNEL_MIN_SECONDS, self._end)  # so that it finds what is there
+            self._node.reactor.later(USER_CHANNEL_MIN_SECONDS, self._end)  # so that it finds what is there
         except (RuntimeError, MemoryError):  # no thread can be had
             self._end()
         return False
@@ -171,7 +171,7 @@ def _untake(node: Node, operation: PendingOperation, rrid: RRID, argument: Any) 
     if hasattr(channel, "untake"):
         channel.untake(argument)
     else:
-        node.dispatcher.soon(lambda: channel.put(argument))
+        node.reactor.soon(lambda: channel.put(argument))
     operation.resolve(None)
 
 

@@ -6,11 +6,11 @@ has nothing for, and will never give back.  T may have been about to write many 
 
 The protocol
 ------------
-- *Told.*  Each word about a count names its teller: who wrote it, or nobody when that is the owner.
+- *Told.*  Each word about a count names its reporter: who wrote it, or nobody when that is the owner.
   O keeps, beside the counts of each thing, ``told[R, T]``: what T told about R.
 - *Receipts.*  R keeps, for each thing, how many counts of it came in frames of T, for each T that
   is not the owner; noted when the frame is read, before anybody can look into it or drop it.
-- *Giving back.*  A "-1" of R names a teller of whom R has a receipt for the thing, any of them, and
+- *Giving back.*  A "-1" of R names a reporter of whom R has a receipt for the thing, any of them, and
   the receipt is gone.  Without one it names nobody.  O takes it off the count, and off told.
 - *Audit.*  When O has lost T it asks each R of whom T told something that is not given back.  R
   answers when it has lost T itself, which is when all frames of T have been read: with its
@@ -27,7 +27,7 @@ far as it left, and what is to be taken off is w - a.
    void when it comes.
 3. What R gives back after the answer names T no more. If it overtakes the answer, the count is less
    than it will be by what R does not hold any more, and still has w - a too many: never too low.
-4. Which of several tellers a "-1" names changes told and receipts by the same, so w - a stays.
+4. Which of several reporters a "-1" names changes told and receipts by the same, so w - a stays.
 5. A word of T that arrives after the answer (it went another way, or was lost with a host) is void,
    and if its frame arrived the receipt has stood for it: w - a may be below zero, and is added.
 6. No frame of T is noted after the answer: once T is lost at R, what comes of it is refused
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from shmdist.runtime.node import Node
 
 _AUDIT = int(Kind.AUDIT)
-_log = Log("audits")
+_log = Log("count_audit")
 
 
 class CountAudit:
@@ -66,7 +66,7 @@ class CountAudit:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        #: Owners that asked about a teller that is not lost here yet; guarded by the node's lock.
+        #: Owners that asked about a reporter that is not lost here yet; guarded by the node's lock.
         self._waiting: dict[int, set[int]] = {}
         node.controls[_AUDIT] = self._on_audit
         node.lost_hooks.append(self._lost)
@@ -91,9 +91,7 @@ class CountAudit:
         """Conclude an audit of this process as owner with itself as holder."""
         pid = self._node.pid
         found: dict[str, Any] = {}
-        self._node.dispatcher.soon(
-            lambda: self._conclude(reporter, pid, *self._receipts(found, pid, reporter))
-        )
+        self._node.reactor.soon(lambda: self._conclude(reporter, pid, *self._receipts(found, pid, reporter)))
 
     def _lost(self, pid: int) -> None:
         """A process is gone: what it told is audited, and what was asked about it answered."""
@@ -128,7 +126,7 @@ class CountAudit:
     def _receipts(
         self, found: dict[str, Any], owner: int, reporter: int
     ) -> tuple[dict[Any, int], dict[Any, int]]:
-        """Return the receipts from a teller for blocks and references of an owner, and forget them.
+        """Return the receipts from a reporter for blocks and references of an owner, and forget them.
 
         They are put down in `found`, for when this is asked again after an error.
         """
@@ -142,7 +140,7 @@ class CountAudit:
         return found["blocks"], {tuple(rrid): count for rrid, count in found["refs"].items()}
 
     def _conclude(self, reporter: int, holder: int, blocks: dict[int, int], refs: dict[Any, int]) -> None:
-        """Make what a teller told about a holder what that has receipts for; again after an error."""
+        """Make what a reporter told about a holder what that has receipts for; again after an error."""
         node = self._node
         with node.sharing.lock:
             node.sharing.arena.audited(holder, reporter, blocks)
@@ -150,7 +148,7 @@ class CountAudit:
         with node.lock:
             node.freed += node.refs.audited(holder, reporter, counts)
         if node.freed:  # their values' finalizers are users' code
-            node.dispatcher.soon(node.drop)
+            node.reactor.soon(node.drop)
 
     def _send(self, pid: int, body: Callable[[], Any]) -> None:
         """Send a question or an answer, on a thread that may block."""
@@ -163,4 +161,4 @@ class CountAudit:
                 if pid not in self._node.lost_processes:  # else there is nothing to settle with it
                     _log.info("process %d could not be told of an audit: %s", pid, error)
 
-        self._node.dispatcher.soon(send)
+        self._node.reactor.soon(send)

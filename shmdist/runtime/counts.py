@@ -43,12 +43,12 @@ class ReferenceCounts:
     refs: RefTable
     receipts: Receipts
     lost_processes: dict[int, BaseException]
-    dispatcher: Reactor
+    reactor: Reactor
     released: deque[tuple[int, RRID]]
-    #: Counts to give back, by owner: by reference and teller.
+    #: Counts to give back, by owner: by reference and reporter.
     unsent_releases: dict[int, dict[tuple[RRID, int], int]]
     freed: deque[Entry]  # entries that nobody refers to any more, whose values are to be let go of
-    errands: deque[Callable[[], None]]
+    deferred_jobs: deque[Callable[[], None]]
     _flush_asked: bool
 
     def link_to(self, pid: int) -> Link:
@@ -108,7 +108,7 @@ class ReferenceCounts:
 
     def flush(self, link: Link) -> None:
         """Have what was posted written by a thread that may wait."""
-        self.dispatcher.soon(lambda: (link.flush(block=True), None)[1])
+        self.reactor.soon(lambda: (link.flush(block=True), None)[1])
 
     def tell_counts(
         self, owner: int, changes: list[Change], interrupted: Callable[[], bool] = lambda: False
@@ -207,9 +207,9 @@ class ReferenceCounts:
         """See to it that owners are told what was dropped here.  Runs in finalizers: takes no lock."""
         firmly(self._ask_for_housekeeping)
 
-    def errand(self, job: Callable[[], None]) -> None:
+    def run_soon(self, job: Callable[[], None]) -> None:
         """Let a standby thread run `job` soon.  Runs in finalizers: takes no lock."""
-        self.errands.append(job)
+        self.deferred_jobs.append(job)
         self._ask_for_housekeeping()
 
     def hand_over(self, job: Callable[[], object]) -> None:
@@ -223,14 +223,14 @@ class ReferenceCounts:
             finally:
                 thread_state.runtime_depth = depth
 
-        self.errand(lambda: self.dispatcher.soon(run))
+        self.run_soon(lambda: self.reactor.soon(run))
 
     def _ask_for_housekeeping(self) -> None:
         if self._flush_asked:
             return
         try:
             self._flush_asked = True
-            self.dispatcher.poller.wake()
+            self.reactor.poller.wake()
         except BaseException:  # an interrupt, which nothing puts off in a finalizer
             self._flush_asked = False  # the next one asks
             raise
@@ -279,18 +279,18 @@ class ReferenceCounts:
         """Do what was asked for by finalizers; on a standby thread."""
         try:
             deadline = time.monotonic() + _MAX_COLLECTION_SECONDS
-            if self.released or self.errands or collection_runs():
+            if self.released or self.deferred_jobs or collection_runs():
                 time.sleep(_FLUSH_SECONDS)  # more of them come together
             while collection_runs() and time.monotonic() < deadline:
                 time.sleep(_FLUSH_SECONDS)  # a finalizer asks before all that go with it are noted
             # Also when another thread was faster: who asked us must be able to ask again.
             self.flush_released()
-            while self.errands:
-                job = self.errands.popleft()
+            while self.deferred_jobs:
+                job = self.deferred_jobs.popleft()
                 try:
-                    self.dispatcher.threads.guarded(job)
+                    self.reactor.threads.guarded(job)
                 except BaseException:
-                    self.errands.appendleft(job)
+                    self.deferred_jobs.appendleft(job)
                     raise
         except BaseException:
             self._flush_asked = False

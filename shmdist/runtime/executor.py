@@ -401,7 +401,7 @@ class CallExecutor:
         captured = capture(error)
         if task.frame.flags & WANT_VALUE:
             node.answer(task.link, task.frame.call_id, IS_ERROR, node.dump_error(captured))
-        elif not (node.dispatcher.closing and isinstance(error, ProcessExitedException)):  # all of them end
+        elif not (node.reactor.closing and isinstance(error, ProcessExitedException)):  # all of them end
             # remote_do: nobody waits, so it is printed where it happened
             print(f"remote_do failed on process {node.pid}:\n{captured.traceback_text}", file=sys.stderr)  # noqa: T201 - the contract
 
@@ -421,7 +421,7 @@ class CallExecutor:
             task.cancelled = True
         self.interrupt(task)
         if task.cancelled:
-            self._node.dispatcher.soon(lambda: self._store_cancelled(task))
+            self._node.reactor.soon(lambda: self._store_cancelled(task))
         return True
 
     def withdraw(self, key: tuple[int, int]) -> bool:
@@ -437,7 +437,7 @@ class CallExecutor:
         task.frame.body, task.frame.buffers = b"", []
         task.frame.flags &= ~HAS_REFS
         if task.frame.flags & WANT_STORE:
-            self._node.dispatcher.soon(lambda: self._store_cancelled(task))
+            self._node.reactor.soon(lambda: self._store_cancelled(task))
         self._node.post(task.link, _RESULT, NOT_RUN, task.frame.call_id)
 
     def _store_cancelled(self, task: IncomingCall) -> None:
@@ -457,7 +457,7 @@ class CallExecutor:
         if thread_state is None:
             return  # it looks at `interrupted` before it begins
         firmly(thread_state.interrupt_call, task)
-        later = self._node.dispatcher.later
+        later = self._node.reactor.later
         with contextlib.suppress(Exception):  # no thread can be had: once must do
             if thread_state.signalled:
                 later(_REPEAT_SIGNAL_SECONDS, lambda: self._make_sure(task, thread_state))

@@ -72,7 +72,7 @@ class ForkGuard:
                             self._sharing.release(lease)
             self._sharing.pay()
 
-        self._sharing.node.dispatcher.watch(reads, unpin)
+        self._sharing.node.reactor.watch(reads, unpin)
 
     def after_in_child(self) -> None:
         """Let what the child writes to its values stay its own; the pipe's end stays open with it."""

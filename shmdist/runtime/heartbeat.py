@@ -24,7 +24,7 @@ a manager's own         ``connection.heard()``, a     HEARTBEAT
                         sign, if it is there
 ======================= ============================= ======================================
 
-A worker's watcher hears what the worker does, and through a login also what comes on the worker's
+A worker's watchdog hears what the worker does, and through a login also what comes on the worker's
 standard input, where process 1 sends a byte every fourth of the time.
 
 So in all the cases that matter:
@@ -47,11 +47,11 @@ that have such links; it sleeps between looks.  The timeout of a link is the one
 the link was made, as it is for the kernel's questions.
 
 That thread needs the interpreter, which a function of a worker may hold for hours.  So beside each
-worker that was launched by SSH there is a small process, its watcher, which hears what the worker's
-heart hears and kills a worker that does not end itself.  It acts after the heart, and within the
-timeout: *nothing of a cluster outlives its road by more than* `SHMDIST_HEARTBEAT_TIMEOUT`.  See
-``worker.watchdog``.  Workers of a manager's own, and those on systems that do not count what comes
-on a socket (macOS), live on until the function comes back.
+worker that was launched by SSH there is a small process, its watchdog, which hears what the worker's
+heartbeat monitor hears and kills a worker that does not end itself.  It acts after that monitor, and
+within the timeout: *nothing of a cluster outlives its connection by more than*
+`SHMDIST_HEARTBEAT_TIMEOUT`.  See ``worker.watchdog``.  Workers of a manager's own, and those on systems
+that do not count what comes on a socket (macOS), live on until the function comes back.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from shmdist.transport.link import Link
 
 _BEATS = 6  # pauses between two beats
-_log = Log("heart")
+_log = Log("heartbeat")
 
 
 class _LinkHealth:
@@ -98,7 +98,7 @@ class HeartbeatMonitor:
         self._woken = threading.Event()  # there is a new link, or no more to be done
         #: Process ids of members whose hosts have fallen silent.
         self.silent: set[int] = set()
-        #: Whether only bytes of process 1 tell that it lives: its road has an SSH server in it.
+        #: Whether only bytes of process 1 tell that it lives: its connection passes an SSH server.
         self.carried = False
 
     def __repr__(self) -> str:
@@ -116,7 +116,7 @@ class HeartbeatMonitor:
                 return
             self._running = True
         try:
-            self._node.dispatcher.start(self._run)
+            self._node.reactor.start(self._run)
         except BaseException:
             self._running = False
             raise

@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 ANSWER_SECONDS = 2.0  # that another process may take to answer
 RETRY_SHARING_SECONDS = 30.0  # for which a process that could not share is sent its own
 _BYTES_PER_SECOND = 1 << 28  # bytes of memory that it may take a second to make ready
-_log = Log("copies")
+_log = Log("host_copies")
 
 
 class HostCopy:
@@ -104,7 +104,7 @@ class HostCopy:
         try:
             if self.asked:
                 copies, number, asked = self._copies, self.number, self.asked
-                copies.node.errand(lambda: copies.withdraw(number, asked))
+                copies.node.run_soon(lambda: copies.withdraw(number, asked))
         except Exception:
             pass  # the program is at its end
 

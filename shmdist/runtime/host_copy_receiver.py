@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 HOST_COPY, _RESULT = int(Kind.HOST_COPY), int(Kind.RESULT)
 HERE, GONE, APART = range(3)  # answers: it is here; the lender has it not; nothing can be shared
-_log = Log("copies")
+_log = Log("host_copies")
 
 Key = tuple[int, int]  # of a copy: its sender, and its number there
 
@@ -100,7 +100,7 @@ class HostCopyReceiver:
         # The bytes came before the token, though who reads may not have been told yet.
         if kept is None or kept.hold is None:
             raise LookupError(f"copy {number} of process {sender} is not here")
-        self._sharing.keeper.used()
+        self._sharing.maintainer.used()
         return LeaseHandle(self._sharing.holds, _PartLease(kept.hold, offset, nbytes))
 
     def _on_frame(self, frame: Frame) -> None:
@@ -122,7 +122,7 @@ class HostCopyReceiver:
                 former, self.table[key] = self.table.get(key), kept
             self._refuse(former)
             work = self._make_room if verb == "room" else self._take
-            node.dispatcher.soon(lambda: self._provide(link, frame.call_id, key, kept, work, details[1:]))
+            node.reactor.soon(lambda: self._provide(link, frame.call_id, key, kept, work, details[1:]))
 
     def _provide(
         self,
@@ -191,7 +191,7 @@ class HostCopyReceiver:
             made.set()
 
         if pid not in node.links:
-            node.dispatcher.start(make)
+            node.reactor.start(make)
             made.wait(seconds)
             if errors:
                 raise errors[0]
@@ -223,7 +223,7 @@ class HostCopyReceiver:
             payload.spread = {0: hold}
             self._node.answer(link, call_id, 0, payload)
 
-        self._node.dispatcher.soon(lend)
+        self._node.reactor.soon(lend)
 
     def _arrived(self, key: Key) -> None:
         """The bytes of a copy are here."""

@@ -1,6 +1,6 @@
 """Background maintenance of the arena: grows it, returns unused pages, and sends pending releases.
 
-The keeper is one thread of the runtime. It sleeps as long as nothing is to be done. What is
+The maintainer is one thread of the runtime. It sleeps as long as nothing is to be done. What is
 wanted of it is put down in a queue by whoever sends (a value for which there was no block), and
 finalizers wake it when nobody else is going to look at what they queued.
 
@@ -37,7 +37,7 @@ _TOUCH_BYTES = 16 << 20  # touched at a time
 _GROW_RETRY_SECONDS = 1.0  # in which growing is not tried again after it failed
 _KEEP_SECONDS = 1.0  # for which the memory of a process that is gone is kept for tokens on their way
 _FEW, _MANY = 1 << 20, 64 << 20  # bytes of a segment made for small shared arrays: at least, and at most
-_log = Log("keeper")
+_log = Log("maintainer")
 
 
 def arena_limit() -> int:
@@ -90,7 +90,7 @@ class ArenaMaintainer:
 
     @property
     def descriptors(self) -> int:
-        """How many descriptors the keeper has open: its own, and those of segments that are being made."""
+        """How many descriptors are open: its own, and those of segments in the making."""
         return (self._kick is not None) + 2 * len(self._making)
 
     # ------------------------------------------------------------------ asked by others
@@ -118,7 +118,7 @@ class ArenaMaintainer:
         self.wake()
 
     def wake(self) -> None:
-        """Wake the keeper, or have it started; safe in finalizers."""
+        """Wake the maintainer, or have it started; safe in finalizers."""
         holds, kick = self._sharing.holds, self._kick
         if not holds.idle:
             return
@@ -127,7 +127,7 @@ class ArenaMaintainer:
             if kick is not None:
                 kick.set()
             else:  # this process has only ever received
-                self._sharing.node.errand(self.used)
+                self._sharing.node.run_soon(self.used)
         except BaseException:  # an interrupt, which nothing puts off in a finalizer
             holds.idle = True  # the next one wakes it
             raise
@@ -173,14 +173,14 @@ class ArenaMaintainer:
                 try:
                     self._kick = WakeupFd()
                 except OSError as error:
-                    self.trouble("keeper", str(error))
+                    self.trouble("maintainer", str(error))
                     return
             self._running = True
         try:
-            self._sharing.node.dispatcher.start(self._run)
+            self._sharing.node.reactor.start(self._run)
         except (RuntimeError, MemoryError) as error:  # no thread can be had: the next time, then
             self._running = False
-            self.trouble("keeper", str(error))
+            self.trouble("maintainer", str(error))
 
     # ------------------------------------------------------------------ the thread
 
@@ -207,7 +207,7 @@ class ArenaMaintainer:
                 try:
                     self._turn()
                 except Exception:  # no memory, say: what is not done now is done in the next turn
-                    _log.exception("the keeper of shared memory could not do its work")
+                    _log.exception("the maintainer of shared memory could not do its work")
         holds.idle = False
         kick.close()
 

@@ -19,8 +19,8 @@ inside the runtime only, where a finalizer comes to none (``runtime.interrupts``
   first is re-entrant, and no finalizer comes to the second.
 - ``imports._lock``, ``CallContext._lock``, ``picklers._cloud_lock``, ``ClusterController.changing``:
   re-entrant, and held while users' code runs (an import, a manager).
-- Those on which a thread sleeps (of a ``Waiter``, ``source._bed``, ``source._bell``, ``refs.given_up``): no
-  thread holds one while it works.
+- Those on which a thread sleeps (of a ``Waiter``, ``source._bed``, ``source._watch_ended``,
+  ``refs.given_up``): no thread holds one while it works.
 - ``Listener._count`` and those of the managers: only threads that accept or launch come to them.
 
 How a process is lost
@@ -132,7 +132,7 @@ class Node(RequestClient):
         # Counts to be given back: ``ReferenceCounts``
         self.unsent_releases: dict[int, dict[tuple[RRID, int], int]] = {}
         self.freed: deque[Entry] = deque()  # whose values are to be let go of
-        self.errands: deque[Callable[[], None]] = deque()  # what finalizers leave to be done
+        self.deferred_jobs: deque[Callable[[], None]] = deque()  # what finalizers leave to be done
         self._flush_asked = False
         self.tasks = CallExecutor(self)
         self.functions = FunctionStore(self)
@@ -155,10 +155,10 @@ class Node(RequestClient):
         #: Files that a forked child must not keep open, lest this process seem alive.
         self.inherited: list[Any] = []
         self.reserve = Reserve()
-        self.dispatcher = Reactor(self)
-        poller = self.dispatcher.poller
-        self.outputs.attach(self.dispatcher.start, poller.remove, poller.add_output)
-        self.heart = HeartbeatMonitor(self)
+        self.reactor = Reactor(self)
+        poller = self.reactor.poller
+        self.outputs.attach(self.reactor.start, poller.remove, poller.add_output)
+        self.heartbeat = HeartbeatMonitor(self)
         self.sharing = SharedMemory(self)
         self.audits = CountAudit(self)
 
@@ -218,7 +218,7 @@ class Node(RequestClient):
         with self.lock:
             primary = self.links.setdefault(link.pid, link)
             self.all_links.setdefault(link.pid, set()).add(link)
-        self.dispatcher.add(link)
+        self.reactor.add(link)
         return primary
 
     def link_ended(self, link: Link) -> None:
@@ -416,7 +416,7 @@ def _after_fork() -> None:
     node, _current = _current, None
     if node is not None:
         node.closed = True
-        for part in (node.dispatcher, node.outputs, node.tasks):
+        for part in (node.reactor, node.outputs, node.tasks):
             part.abandon()
         node.reserve.open()
         for file in node.inherited:

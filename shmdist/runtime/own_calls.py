@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _OVERTAKE_SECONDS = 1e-3  # a call runs before the next is begun beside it; as in ``runtime.reactor``
 _TRIES = 3  # times that a call is tried to be begun
 _SHORTEST = _OVERTAKE_SECONDS / 10  # the same when the call before it was a long one as well
-_log = Log("owncalls")
+_log = Log("own_calls")
 
 Job = Callable[[], None]
 
@@ -64,8 +64,8 @@ class OwnCalls:
         The first so many are known to have begun.
     """
 
-    def __init__(self, dispatcher: Reactor) -> None:
-        self._dispatcher = dispatcher
+    def __init__(self, reactor: Reactor) -> None:
+        self._reactor = reactor
         self._lock = threading.Lock()  # guards all below; nothing else is done while it is held
         self._waiting: deque[tuple[int, Job]] = deque()
         self._taken = 0  # number of the call taken last
@@ -157,9 +157,9 @@ class OwnCalls:
                 self._followed = True
         try:
             if turn is None:
-                self._dispatcher.start(Attempt(self._follow, lambda error: self._follow()))
+                self._reactor.start(Attempt(self._follow, lambda error: self._follow()))
             else:
-                self._dispatcher.start(Attempt(lambda: self._run(turn), lambda error: self._run(turn)))
+                self._reactor.start(Attempt(lambda: self._run(turn), lambda error: self._run(turn)))
         except BaseException:
             with self._lock:
                 if turn is None:
@@ -186,8 +186,8 @@ class OwnCalls:
         waiter = Waiter()
         thread_state.enter()
         try:
-            self.put(lambda: self._dispatcher.complete(waiter))
-            self._dispatcher.wait(waiter)
+            self.put(lambda: self._reactor.complete(waiter))
+            self._reactor.wait(waiter)
         finally:
             thread_state.leave()
 
@@ -207,7 +207,7 @@ class OwnCalls:
                     self._taken, job = self._waiting.popleft()
                     turn.inside = False
             try:
-                self._dispatcher.threads.guarded(job)
+                self._reactor.threads.guarded(job)
             except Exception:
                 failures += 1  # it has not begun
                 if failures < _TRIES:
@@ -238,7 +238,7 @@ class OwnCalls:
                 seen = self._taken
         if more:
             try:
-                self._dispatcher.start(
+                self._reactor.start(
                     Attempt(lambda: self._follow(seen + 1), lambda error: self._follow(seen + 1))
                 )
             except Exception:  # no room for another thread: they wait for this one

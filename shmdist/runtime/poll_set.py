@@ -1,8 +1,8 @@
 """Everything a process polls: links, rings, the output of its workers, the ends of processes.
 
 One thread at a time reads, the leader (``runtime.reactor``). It looks into the
-mailbox first, for that costs no system call; while anything lies there it asks the system only
-every so often, so that neither road waits for ever.
+ring segment first, for that costs no system call; while anything lies there it asks the system only
+every so often, so that neither path waits for ever.
 
 Errors
 ------
@@ -39,7 +39,7 @@ _WITH_DESCRIPTOR, _HEARTBEAT = {int(Kind.SEGMENT), int(Kind.RING)}, int(Kind.HEA
 _TRIES = 24  # times, in two seconds, that what has come is tried to be taken, until its link is ended
 _RETRY_SECONDS = 1e-3  # until the second one; then twice as many each time
 _CALL, _REFERENCE_OP, _RESULT = int(Kind.CALL), int(Kind.REFERENCE_OP), int(Kind.RESULT)
-_log = Log("dispatch")
+_log = Log("reactor")
 
 
 class PollSet:
@@ -54,11 +54,11 @@ class PollSet:
         self._node = node
         self.poller = make_poller()
         self._wait, self._outputs = self.poller.poll, self.poller.outputs
-        self.mail = RingExchange(node)
+        self.rings = RingExchange(node)
         self._frames: list[Frame] = []  # what one turn of reading brought; the leader's
         self._ended: list[Link] = []  # links that have been read to their ends
         self._failures = 0  # turns that failed, one after the other
-        self._mail_turns = 0
+        self._ring_turns = 0
         self._links: dict[int, Link] = {}  # by descriptor
         self._watched: dict[int, Callable[[], None]] = {}  # descriptors of processes, by what to do
 
@@ -67,7 +67,7 @@ class PollSet:
         sharing = self._node.sharing
         link.sharing = sharing if link.is_local else sharing.copies
         if not link.is_local:
-            self._node.heart.watch(link)
+            self._node.heartbeat.watch(link)
         if not self.threads.ensure_standby() and not len(self.threads):
             raise RuntimeError("can't start new thread: shmdist needs one to read the connections")
         self._links[link.fd] = link
@@ -92,21 +92,21 @@ class PollSet:
         """Read what has come, waiting at most `timeout` seconds; False if nothing. The lead is held."""
         frames = self._frames
         try:
-            box = self.mail.box
+            inbound = self.rings.inbound
             if self._failures:
                 events: Sequence[tuple[int, int]] = self._take_up(frames)
-            elif box is None:
+            elif inbound is None:
                 events = self._wait(timeout, FEW)
-            elif box.stirred() or (timeout and box.sleep()):
-                box.wake()
-                for receiver in box.take(frames):
-                    self.mail.read(receiver.link, frames)
-                self._mail_turns += 1
-                events = () if self._mail_turns & 15 else self._wait(0, FEW)  # neither road may wait for ever
+            elif inbound.has_new() or (timeout and inbound.mark_asleep()):
+                inbound.mark_awake()
+                for receiver in inbound.take(frames):
+                    self.rings.read(receiver.link, frames)
+                self._ring_turns += 1
+                events = () if self._ring_turns & 15 else self._wait(0, FEW)  # neither path may wait for ever
             else:
                 events = self._wait(timeout, FEW)
                 if timeout:
-                    box.wake()
+                    inbound.mark_awake()
             if not events and not frames and not self._failures:
                 return False
             if events:
@@ -199,7 +199,7 @@ class PollSet:
                     if link not in self._ended:
                         self._ended.append(link)
                 elif link.reads == LIVELY and link.is_local:
-                    self.soon(functools.partial(self.mail.offer, link))
+                    self.soon(functools.partial(self.rings.offer, link))
             elif not self.poller.is_kick(fd):
                 action = self._watched.get(fd)
                 if action is not None:
@@ -213,7 +213,7 @@ class PollSet:
             link = self._ended[-1]
             self.poller.remove(link.fd)
             link.shut()
-            self.mail.forget(link)
+            self.rings.forget(link)
             if link.fd in self._links:
                 self.soon(functools.partial(self._node.link_ended, link))
                 self._links.pop(link.fd, None)
@@ -232,9 +232,9 @@ class PollSet:
             unfinished = []
             self._end_links()
         self._read(unfinished, frames)
-        if self.mail.box is not None:
-            for receiver in self.mail.box.take(frames):
-                self.mail.read(receiver.link, frames)
+        if self.rings.inbound is not None:
+            for receiver in self.rings.inbound.take(frames):
+                self.rings.read(receiver.link, frames)
         return self._wait(0, FEW)
 
     def _failed(self, error: Exception) -> None:

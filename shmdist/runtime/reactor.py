@@ -21,7 +21,7 @@ has come or when the reader leaves: then it reads.
 armed or a standby thread is awake that will look.*  Hence somebody always reads, no
 matter what blocks, and a write that waits for the other side's reading makes progress.
 
-Armed means for the mailbox (``transport.ring``) that its word says that nobody looks, and that
+Armed means for the ring segment (``transport.ring``) that its word says that nobody looks, and that
 it was looked into once more after that was said. Who takes the lead says that he looks.
 
 Late handing over
@@ -81,7 +81,7 @@ _MAX_NAP_SECONDS = 8 * OVERTAKE_SECONDS  # that it may run where it follows many
 _SHORT_CALLS_PER_SECOND = 10_000  # calls a second that are short, for that
 _MAX_SLEEP_SECONDS = 1e6  # of one sleep: a system call takes no more than 24 days
 _MAX_LEFT_CALLS = 3  # times that calls are left to it while it does not come
-_log = Log("dispatch")
+_log = Log("reactor")
 _now = time.perf_counter
 _yield = getattr(os, "sched_yield", lambda: None)
 
@@ -146,9 +146,9 @@ class Reactor(PollSet):
         if self._leader_lock.acquire(False):
             try:
                 self._disarm()
-                box = self.mail.box
-                if box is not None:
-                    box.wake()
+                inbound = self.rings.inbound
+                if inbound is not None:
+                    inbound.mark_awake()
             except BaseException:
                 self._release(promote=True)
                 raise
@@ -158,8 +158,8 @@ class Reactor(PollSet):
     def _arm_standby(self, left: bool = False) -> None:
         """Let the next message wake a standby thread, and also what is there already or `left` unrun."""
         self._arm()
-        box = self.mail.box
-        if (box is not None and box.sleep()) or left:
+        inbound = self.rings.inbound
+        if (inbound is not None and inbound.mark_asleep()) or left:
             self.poller.nudge()
 
     def _release(self, *, promote: bool) -> None:
@@ -280,8 +280,8 @@ class Reactor(PollSet):
             elif came or _now() < spin_until:
                 if came:
                     came, spin_until = False, _now() + spin
-                box = self.mail.box
-                if box is None or not box.watch():
+                inbound = self.rings.inbound
+                if inbound is None or not inbound.spin():
                     _yield()
             elif not looked:
                 thread_state.refresh_signal_handlers()
@@ -428,8 +428,8 @@ class Reactor(PollSet):
                 if not inbox:
                     spin_until = _now() + SPIN_SECONDS
             elif _now() < spin_until:
-                box = self.mail.box
-                if box is None or not box.watch():
+                inbound = self.rings.inbound
+                if inbound is None or not inbound.spin():
                     _yield()
             elif forever:
                 poll(-1)
@@ -569,7 +569,7 @@ class Reactor(PollSet):
     def stop_serving(self) -> None:
         """Let the main thread leave :meth:`serve`."""
         self.closing = True
-        self._node.heart.close()
+        self._node.heartbeat.close()
         self.threads.close()
         waiter = self._main_waiter
         if waiter is not None:
@@ -579,8 +579,8 @@ class Reactor(PollSet):
 
     def close(self) -> None:
         """End the threads, and close the links and the poller."""
-        self._node.sharing.keeper.close()
-        self.mail.close()
+        self._node.sharing.maintainer.close()
+        self.rings.close()
         self.stop_serving()
         ended = self.threads.join(1.0)
         self._close_links()
@@ -592,5 +592,5 @@ class Reactor(PollSet):
         """Give all descriptors back in a forked child, whose parent goes on using them."""
         self.closing = True
         self._abandon_links()
-        self.mail.abandon()
+        self.rings.abandon()
         self.poller.close()

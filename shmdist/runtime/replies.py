@@ -89,7 +89,7 @@ class PendingOperation:
             )
             if payload.buffers:
                 # It may have to wait for its receiver, and this thread may be the one that reads.
-                self._node.dispatcher.start(
+                self._node.reactor.start(
                     Attempt(lambda: self._answer(value, payload), lambda error: self._undo(value, error))
                 )
             else:

@@ -3,7 +3,7 @@
 Time limits
 -----------
 What is asked of a reference within a time is judged by its owner, for only he knows whether it was
-done. When the time is up, :meth:`RequestClient.hurry` tells him to do it at once or not at all, and
+done. When the time is up, :meth:`RequestClient.expire_now` tells him to do it at once or not at all, and
 his answer is still waited for: see ``references.ask``. So that such a request does not wait
 for ever to be written either, its thread notes in ``ThreadState.send_deadline`` when that is to be given up.
 
@@ -28,7 +28,7 @@ from shmdist.runtime.interrupts import Waiter, current
 from shmdist.runtime.replies import PendingReply
 from shmdist.runtime.stack import need_stack
 from shmdist.serialization import codec
-from shmdist.transport.link import STUCK_SECONDS, Link, LinkClosed, SendInterrupted, Unwoken
+from shmdist.transport.link import STUCK_SECONDS, Link, LinkClosed, SendInterrupted, Wakeups
 from shmdist.transport.messages import AT_ONCE, HEADER, NO_LANE, Kind, OutgoingFrames
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class RequestClient(ReferenceCounts):
         call_id: int | None = None,
         reply: PendingReply | None = None,
         fd: int = -1,
-        wakeups: Unwoken = None,
+        wakeups: Wakeups = None,
     ) -> PendingReply:
         """Send a frame that will be answered; the caller is inside the runtime.
 
@@ -104,16 +104,16 @@ class RequestClient(ReferenceCounts):
         lane: int,
         call_id: int,
         payload: codec.Payload | None,
-        wakeups: Unwoken = None,
+        wakeups: Wakeups = None,
     ) -> bool:
-        """Leave a frame in the receiver's mailbox; False when it must be sent.
+        """Leave a frame in the receiver's ring segment; False when it must be sent.
 
         Most are short, and this is all there is to do for them.
         """
         if (
             payload is None
             or not payload.is_short
-            or link.mail_out is None
+            or link.ring_out is None
             or self.sharing.holds.ended  # as `has_pending_releases`
             or self.sharing.unsent_releases
         ):
@@ -128,7 +128,7 @@ class RequestClient(ReferenceCounts):
         parts: OutgoingFrames,
         payload: codec.Payload | None,
         fd: int = -1,
-        wakeups: Unwoken = None,
+        wakeups: Wakeups = None,
     ) -> None:
         """Write a frame; the references in it are counted for the receiver first.
 
@@ -172,7 +172,7 @@ class RequestClient(ReferenceCounts):
             if not written:
                 self.flush(link)
             if len(parts) > 1 and parts.wanted:
-                sharing.keeper.want(parts.wanted, link.pid)
+                sharing.maintainer.want(parts.wanted, link.pid)
         except Warning:
             raise  # the program has asked for it
         except Exception:
@@ -234,7 +234,7 @@ class RequestClient(ReferenceCounts):
                 pending_releases = self.sharing.pending_releases(link)
                 parts.unsent_releases = pending_releases.unsent_releases
                 parts[:0] = pending_releases  # in one piece with the answer
-            written = link.send(parts, self.dispatcher.held_up, patience=STUCK_SECONDS)
+            written = link.send(parts, self.reactor.held_up, patience=STUCK_SECONDS)
             parts.gone = True
         except LinkClosed:
             return False
@@ -246,7 +246,7 @@ class RequestClient(ReferenceCounts):
             firmly(self.flush, link)
         try:
             if len(parts) > 1 and parts.wanted:
-                self.sharing.keeper.want(parts.wanted, link.pid)
+                self.sharing.maintainer.want(parts.wanted, link.pid)
         except Exception:
             pass  # the next one finds no block either
         return True
@@ -267,11 +267,11 @@ class RequestClient(ReferenceCounts):
             if callback is not None:
                 firmly(callback, reply)
         finally:
-            self.dispatcher.complete(reply)
+            self.reactor.complete(reply)
 
     def wait(self, reply: Waiter, timeout: float | None = None) -> bool:
         """Wait for a reply; False when the time was up."""
-        return reply.done or self.dispatcher.wait(reply, timeout)
+        return reply.done or self.reactor.wait(reply, timeout)
 
     def cancel(self, reply: PendingReply) -> bool:
         """Give up a request: nobody waits for its answer, and the worker is told.
@@ -289,7 +289,7 @@ class RequestClient(ReferenceCounts):
                 firmly(self.post, link, _CANCEL, 0, reply.call_id)
         return True
 
-    def hurry(self, reply: PendingReply) -> None:
+    def expire_now(self, reply: PendingReply) -> None:
         """Have an operation that was asked for done at once or not at all; its answer tells which."""
         link = self.links.get(reply.pid)
         if link is not None:

@@ -76,7 +76,7 @@ def _open(node: Node) -> int:
     with current():
         reply = node.request(1, int(Kind.CALL), WANT_VALUE, codec.dumps_call(pipe_of_tracker, (), {}))
         try:
-            node.dispatcher.wait(reply)
+            node.reactor.wait(reply)
         except BaseException:
             node.cancel(reply)
             raise

@@ -96,7 +96,7 @@ def control(node: Node, frame: Frame) -> None:
             frame.buffers = [pickle.loads(frame.body)]
         node.change_counts(frame.buffers[0])
         if node.freed:  # their values' finalizers are users' code, which must not run here
-            node.dispatcher.soon(node.drop)
+            node.reactor.soon(node.drop)
         _audit_late_words(node, frame)
     elif kind == _CANCEL:
         key = (frame.link.pid, frame.call_id)
@@ -111,11 +111,11 @@ def control(node: Node, frame: Frame) -> None:
     elif kind == Kind.FUNCTION:
         node.functions.put(frame)
     elif kind == Kind.DROP_FUNCTION:
-        node.dispatcher.put_off(frame)  # what a function holds has users' finalizers, which must not run here
+        node.reactor.put_off(frame)  # what a function holds has users' finalizers, which must not run here
     elif kind == Kind.INTERRUPT_ALL:
         node.tasks.interrupt_all()
     elif kind == Kind.RING:
-        node.dispatcher.mail.accept(frame)
+        node.reactor.rings.accept(frame)
     elif kind == Kind.HEARTBEAT:
         pass  # that it came is all
     else:
@@ -141,7 +141,7 @@ def on_late_answer(node: Node, frame: Frame) -> None:
         # A take that was given up while its item was on the way: the item goes back, unread.
         owner, rrid = back
         item: list[Any] = []
-        node.dispatcher.soon(lambda: _return_item(node, owner, rrid, frame, item))
+        node.reactor.soon(lambda: _return_item(node, owner, rrid, frame, item))
     node.unclaimed_takes.pop(frame.call_id, None)
 
 

@@ -98,7 +98,7 @@ class SegmentExchange:
         except BaseException:
             with self._sharing.lock:
                 peer.offered.pop(key, None)
-            node.dispatcher.complete(reply)
+            node.reactor.complete(reply)
             raise
         offer.sent = True
         return offer
@@ -119,7 +119,7 @@ class SegmentExchange:
             else:
                 peer.refused[key] = trouble, time.monotonic() + RETRY_SECONDS
         if trouble is not None:
-            self._sharing.keeper.trouble("mapping", f"process {pid} cannot map shared memory ({trouble})")
+            self._sharing.maintainer.trouble("mapping", f"process {pid} cannot map shared memory ({trouble})")
 
     def ensure_mapped(
         self, segment: Segment, pid: int, patience: float = ANSWER_SECONDS, *, needed: bool = False
@@ -206,7 +206,7 @@ class SegmentExchange:
             # Nobody will say when it may go: it stays for the token that follows, and then
             # as long as arrays need it. It is offered anew each time.
             self._sharing.holds.orphans[key] = segment
-        self._sharing.keeper.keep_for_now(segment)
+        self._sharing.maintainer.keep_for_now(segment)
 
     def _forget(self, owner: int, number: int) -> None:
         """Let go of a segment."""

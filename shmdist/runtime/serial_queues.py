@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from shmdist.runtime.interrupts import ThreadState
     from shmdist.runtime.node import Node
 
-_log = Log("dispatch")
+_log = Log("reactor")
 
 
 class SerialQueues:

@@ -9,7 +9,7 @@ sender anyway, or a moment later. Both keep their mappings, so a block that is u
 warm on both sides. A segment is *offered* to a receiver once, with its descriptor, and a token
 of it is sent only when he has answered that it is mapped (``runtime.segment_exchange``). Who cannot map
 it, or does not answer, gets everything by the stream. So does a value for which there is no warm block: the
-keeper (``runtime.maintenance``) sees to it, off the path, that there is one next time.
+maintainer (``runtime.maintenance``) sees to it, off the path, that there is one next time.
 
 One block for many
 ------------------
@@ -83,8 +83,8 @@ class SharedMemory:
     def __init__(self, node: Node) -> None:
         self._node = node
         self.lock = threading.Lock()
-        self.keeper = ArenaMaintainer(self)
-        self.holds = LeaseTable(self.lock, self.keeper.wake, current)
+        self.maintainer = ArenaMaintainer(self)
+        self.holds = LeaseTable(self.lock, self.maintainer.wake, current)
         self.arena = Arena(PAGE)
         self.offers = SegmentExchange(self)
         self.forks = ForkGuard(self)
@@ -118,7 +118,7 @@ class SharedMemory:
             del over[-1]
 
     def release(self, lease: Lease) -> None:
-        """Give a count back: now when the block is this process's, else with the next dues."""
+        """Give a count back: now when the block is this process's, else with the next releases."""
         owner = lease.segment.owner
         if not lease.serial:
             pass  # a part, which has no count of its own
@@ -208,7 +208,7 @@ class SharedMemory:
             while changes:
                 self.arena.change(*changes[0])
                 del changes[0]
-        self.keeper.wake()  # it may sleep for ever, all that is not in use having been given back
+        self.maintainer.wake()  # it may sleep for ever, all that is not in use having been given back
 
     # ------------------------------------------------------------------ going out
 
@@ -297,7 +297,7 @@ class SharedMemory:
             token = BlockRef(TOKEN.pack(serial, self.pid, segment.number, block.offset, nbytes, OWN))
             introduced = self.offers.ensure_mapped(segment, pid)
             if introduced:
-                write_pieces(segment, block.offset, pieces, self._node.dispatcher.start)
+                write_pieces(segment, block.offset, pieces, self._node.reactor.start)
                 self._grant(done, self.pid, serial, self.arena.hand_over, serial, self.pid, pid)
         except BaseException:
             self._give_up(serial)
@@ -328,7 +328,7 @@ class SharedMemory:
             self.arena.change(serial, self.pid, -1)
 
     def _take(self, nbytes: int) -> Extent | None:
-        self.keeper.used()  # first: it may fail
+        self.maintainer.used()  # first: it may fail
         with self.lock:
             self.settle()
             return self.arena.take(nbytes, self.pid)
@@ -340,9 +340,9 @@ class SharedMemory:
             with current():
                 hold = self._take_hold(nbytes, OWN)
                 if hold is not None:
-                    write_pieces(hold.lease.segment, hold.lease.offset, [source], self._node.dispatcher.start)
+                    write_pieces(hold.lease.segment, hold.lease.offset, [source], self._node.reactor.start)
                     return Kept(hold)
-            self.keeper.want([nbytes], None)
+            self.maintainer.want([nbytes], None)
         return source.bytes() if isinstance(source, StridedSource) else bytearray(source)
 
     def copy_for_many(self, source: Any, grow: bool = False) -> LeaseHandle | None:
@@ -352,21 +352,21 @@ class SharedMemory:
         """
         hold = self.take_for_many(len(source), grow)
         if hold is not None:
-            write_pieces(hold.lease.segment, hold.lease.offset, [source], self._node.dispatcher.start)
+            write_pieces(hold.lease.segment, hold.lease.offset, [source], self._node.reactor.start)
         return hold
 
     def take_for_many(self, nbytes: int, grow: bool) -> LeaseHandle | None:
         """Take a block that several processes will see; None when there is no warm one."""
         hold = self._take_hold(nbytes, PRIVATE)
         if hold is None and grow:
-            self.keeper.provide_now(nbytes)
+            self.maintainer.provide_now(nbytes)
             hold = self._take_hold(nbytes, PRIVATE)
         return hold
 
     def _take_hold(self, nbytes: int, mode: int, new: Segment | None = None) -> LeaseHandle | None:
         """Take a block, out of a new segment perhaps, and return its hold; None when there is no warm one."""
         if mode != SHARED:
-            self.keeper.used()  # first: it may fail
+            self.maintainer.used()  # first: it may fail
         with self.lock:
             self.settle()
             if new is not None:
@@ -482,7 +482,7 @@ class SharedMemory:
         except LookupError:
             segment = self._come_with(owner, number, serial, sender)
         if mode == PRIVATE:
-            self.keeper.used()  # what is written there is this process's memory, until it is let go
+            self.maintainer.used()  # what is written there is this process's memory, until it is let go
         elif mode == SHARED and arrays.find_shared is None:
             arrays.registry, arrays.find_shared = self.holds, self.find_shared
         # Without a count as yet: where an error comes before it has one, it is adopted again.
@@ -510,7 +510,7 @@ class SharedMemory:
         LookupError
             It is not mapped here: the token is refused, and its count goes back.
         """
-        self._node.dispatcher.hand_out_segments()
+        self._node.reactor.hand_out_segments()
         try:
             return self.holds.segment(owner, number)
         except LookupError:
@@ -518,7 +518,7 @@ class SharedMemory:
                 if owner not in self._node.lost_processes:
                     change = serial, self.pid, -1, 0 if sender == owner else sender
                     self.unsent_releases.setdefault(owner, []).append(change)
-            self.keeper.wake()
+            self.maintainer.wake()
             raise
 
     # ------------------------------------------------------------------ shared arrays
@@ -546,11 +546,11 @@ class SharedMemory:
         segment: Segment | None = None
         while (hold := self._take_hold(nbytes, SHARED, segment)) is None:
             # Not touched: whoever writes to it first, has it near.
-            if self.keeper.warm(nbytes, touch=False):
+            if self.maintainer.warm(nbytes, touch=False):
                 segment = None
             else:
-                segment = self.keeper.make_shared_segment(nbytes)
-        self.keeper.used()
+                segment = self.maintainer.make_shared_segment(nbytes)
+        self.maintainer.used()
         return hold, segment is not None
 
     def find_shared(self, low: int, high: int) -> Lease | None:
@@ -570,9 +570,9 @@ class SharedMemory:
             self.unsent_releases.pop(pid, None)
             self.receipts.forget(pid)
             kept = self.offers.lost(pid)
-        self.keeper.wake()
+        self.maintainer.wake()
         for segment in kept:
-            self.keeper.keep_for_now(segment)
+            self.maintainer.keep_for_now(segment)
 
     def state(self) -> dict[str, Any]:
         """Return what is lent and held; for people and tests."""
@@ -589,8 +589,8 @@ class SharedMemory:
                 },
                 # A segment's own, and the one that the module mmap keeps.
                 "descriptors": 2 * len(self.holds.segments)
-                + self.keeper.descriptors
-                + self._node.dispatcher.mail.descriptors,
+                + self.maintainer.descriptors
+                + self._node.reactor.rings.descriptors,
             }
 
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import mmap
 import os
 import sys
 import threading
@@ -34,6 +33,7 @@ from collections.abc import Callable
 
 from shmdist._firmly import firmly
 from shmdist._log import Log
+from shmdist.memory.segment import try_to_map
 from shmdist.runtime.daemon_thread import DaemonThread, Job
 from shmdist.runtime.interrupts import ThreadState, current
 
@@ -356,6 +356,6 @@ def _probe() -> None:
         stack = threading.stack_size() or resource.getrlimit(resource.RLIMIT_STACK)[0]
         try:
             nbytes = (stack if 0 < stack < 1 << 40 else _DEFAULT_STACK_BYTES) + _THREAD_START_BYTES
-            mmap.mmap(-1, nbytes).close()  # touches no page, and malloc keeps no such piece for later
+            try_to_map(nbytes)
         except (OSError, MemoryError):
             raise RuntimeError("can't start new thread: there is no memory for its stack") from None

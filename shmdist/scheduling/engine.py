@@ -55,7 +55,7 @@ from shmdist.scheduling.input_reader import Feed
 from shmdist.scheduling.local_thread import run_on_thread
 from shmdist.serialization import codec
 from shmdist.serialization.isolated_items import LoadFailure, pack
-from shmdist.transport.link import LinkClosed, Unwoken
+from shmdist.transport.link import LinkClosed, Wakeups
 from shmdist.transport.messages import BY_ID, IS_ERROR, NOT_RUN, WANT_VALUE, Kind, OutgoingFrames
 
 _MAX_JOINED_BYTES = 1 << 16  # of several frames that are written as one piece
@@ -123,7 +123,7 @@ class MapRun:
         self.lane = 1 + next(self.node.lanes) % 0xFFFFFFFE
         self.waiter = Waiter()
         if self.feed is not None:
-            self.feed.fed = partial(self.node.dispatcher.complete, self.waiter)
+            self.feed.fed = partial(self.node.reactor.complete, self.waiter)
         self.inbox: deque[Any] = deque()  # what has come: replies, batches that ran here, divisions
         self.out = Assignments(self.node, self.lane, self._arrived)
         self.calls: dict[int, Batch] = {}  # batches by call
@@ -197,7 +197,7 @@ class MapRun:
         self.waiter.done = False
         fed = self.starved and self.feed is not None and not self.feed.hungry
         if not self.inbox and not fed:
-            self.node.dispatcher.wait(self.waiter, timeout, spin=SPIN_SECONDS if self.sizes.brief else 0.0)
+            self.node.reactor.wait(self.waiter, timeout, spin=SPIN_SECONDS if self.sizes.brief else 0.0)
 
     def _cancel(self) -> None:
         """Cancel what is out, and let the workers forget the function."""
@@ -258,7 +258,7 @@ class MapRun:
                 plan.setdefault(pid, []).append(batch)
                 self.failures.sent(pid)
                 have[pid] += 1
-        with BatchedWakeups(self.node.dispatcher.mail) as wakeups:
+        with BatchedWakeups(self.node.reactor.rings) as wakeups:
             for pid, batches in plan.items():
                 self._send(pid, batches, ready, wakeups)
                 wakeups.turn()
@@ -359,7 +359,7 @@ class MapRun:
             self.starved = not self.exhausted
         return elements
 
-    def _send(self, pid: int, batches: list[Batch], ready: list[Outcome], wakeups: Unwoken) -> None:
+    def _send(self, pid: int, batches: list[Batch], ready: list[Outcome], wakeups: Wakeups) -> None:
         """Send batches to a worker, in one go; `wakeups` as in ``Link.leave``."""
         node = self.node
         if pid == node.pid:
@@ -449,7 +449,7 @@ class MapRun:
     def _arrived(self, what: PendingReply | Batch | SplitRequest) -> None:
         """Take note of something that has come; on any thread."""
         self.inbox.append(what)
-        self.node.dispatcher.complete(self.waiter)
+        self.node.reactor.complete(self.waiter)
 
     def _start_here(self, batch: Batch) -> None:
         """Run a batch on a thread of this process."""
@@ -552,7 +552,7 @@ class MapRun:
                 each.__cause__ = error.__cause__
                 self._end(place, element, each, ready, batch.pid)
         else:
-            # It never began; one by one, the culprit shows.
+            # It never began; one by one, the part at fault shows.
             self.alone.extend(batch.pairs())
 
     def _lost(self, batch: Batch, error: BaseException, first: bool, ready: list[Outcome]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from shmdist.runtime.interrupts import current
 from shmdist.runtime.node import current_node
 from shmdist.serialization import codec
-from shmdist.transport.link import LinkClosed, Unwoken
+from shmdist.transport.link import LinkClosed, Wakeups
 from shmdist.transport.messages import Kind, OutgoingFrames
 
 _FUNCTION = int(Kind.FUNCTION)
@@ -37,7 +37,7 @@ class BroadcastFunction:
         self.there: set[int] = set()
         self._lock = threading.Lock()  # guards `there`; held while one thread sends to a worker
 
-    def send_to(self, pid: int, wakeups: Unwoken = None) -> None:
+    def send_to(self, pid: int, wakeups: Wakeups = None) -> None:
         """See to it that process `pid` has the function; `wakeups` as in ``Link.leave``."""
         if pid in self.there:
             return
@@ -53,7 +53,7 @@ class BroadcastFunction:
         finally:
             thread_state.leave()
 
-    def _send_to(self, pid: int, wakeups: Unwoken) -> None:
+    def _send_to(self, pid: int, wakeups: Wakeups) -> None:
         node = self.node
         link = node.link_to(pid)
         with self._lock:

@@ -240,7 +240,7 @@ def interrupt(thread_state: Any, task: Any) -> None:
 def _await_end(over: Waiter, thread_state: Any, task: Any) -> None:
     """Wait for the end of what was interrupted; once more, if only a finalizer that ran there has ended."""
     until = time.monotonic() + _CLOSE_TIMEOUT
-    while not current_node().dispatcher.wait(over, _REPEAT_INTERRUPT_SECONDS) and time.monotonic() < until:
+    while not current_node().reactor.wait(over, _REPEAT_INTERRUPT_SECONDS) and time.monotonic() < until:
         interrupt(thread_state, task)
 
 
@@ -262,7 +262,7 @@ class Reader:
 
     def __init__(self, feed: Feed, interruptible: bool = False) -> None:
         self._feed = feed
-        self._dispatcher = current_node().dispatcher
+        self._reactor = current_node().reactor
         self._context = contextvars.copy_context()
         if current().task is not None:
             self._context.run(call_target.nested.set, True)
@@ -294,7 +294,7 @@ class Reader:
         if begun:
             return
         try:
-            self._dispatcher.start(self._run)
+            self._reactor.start(self._run)
         except BaseException:
             self._over.done = True
             raise
@@ -327,7 +327,7 @@ class Reader:
             if self._interruptible:
                 thread_state.end()
             thread_state.runtime_depth = depth
-            self._dispatcher.complete(self._over)
+            self._reactor.complete(self._over)
 
     def _read(self) -> None:
         feed = self._feed
@@ -367,13 +367,13 @@ class _Driver:
     interrupted = False  # as a remote call has it, for which that thread's thread state takes it
 
     def __init__(self, run: Any, feed: Feed) -> None:
-        self._dispatcher = current_node().dispatcher
+        self._reactor = current_node().reactor
         self._feed = feed
         self._waiter = Waiter()
         self._ended = Waiter()
         self._strand: Any = None
-        self._bell = threading.Lock()  # released when the watch is over
-        self._bell.acquire()
+        self._watch_ended = threading.Lock()  # released when the watch is over
+        self._watch_ended.acquire()
         self._lock = threading.Lock()  # guards the two below
         self._reading = 0  # the number of the reading that the caller is in; 0: of none
         self._readings = 0
@@ -390,7 +390,7 @@ class _Driver:
 
     def tell(self) -> None:
         """Wake the caller. On any thread."""
-        self._dispatcher.complete(self._waiter)
+        self._reactor.complete(self._waiter)
 
     def read(self) -> None:
         """Read, for the run waits for elements; on the caller's thread."""
@@ -400,7 +400,7 @@ class _Driver:
             return
         if not self._watched:
             with contextlib.suppress(Exception):  # no thread is to be had: then the input may hold the map up
-                self._dispatcher.start(self._watch)
+                self._reactor.start(self._watch)
                 self._watched = True
         with self._lock:
             self._reading = self._readings
@@ -413,7 +413,7 @@ class _Driver:
     def _watch(self) -> None:
         """Body of the thread: take over when a reading takes long."""
         seen = 0
-        while not self._bell.acquire(timeout=_HELD_UP_SECONDS):
+        while not self._watch_ended.acquire(timeout=_HELD_UP_SECONDS):
             with self._lock:
                 if self._stopped:
                     return
@@ -444,7 +444,7 @@ class _Driver:
             thread_state.end()
             thread_state.runtime_depth = depth
             self.over = True
-            self._dispatcher.complete(self._ended)
+            self._reactor.complete(self._ended)
             self.tell()
 
     def _collect(self) -> None:
@@ -461,7 +461,7 @@ class _Driver:
         try:
             self._waiter.done = False
             if not self.outcomes and not self.over and not self._feed.has_room:
-                self._dispatcher.wait(self._waiter)
+                self._reactor.wait(self._waiter)
         finally:
             thread_state.leave()
 
@@ -477,7 +477,7 @@ class _Driver:
                 with self._lock:
                     self._stopped = True
                 if self._watched and not self.took_over:
-                    self._bell.release()
+                    self._watch_ended.release()
                 elif self.took_over and not self.over:
                     interrupt(self._strand, self)
                     _await_end(self._ended, self._strand, self)

@@ -107,7 +107,7 @@ class _Crew:
 
         def ended(value: Any, failure: BaseException | None) -> None:
             self._ended.append((place, element, value, failure))
-            self._node.dispatcher.complete(self._waiter)
+            self._node.reactor.complete(self._waiter)
 
         with current():  # an interrupt must not come between the start and the note of it
             arguments = element if self._star else (element,)
@@ -132,7 +132,7 @@ class _Crew:
             try:
                 self._waiter.done = False
                 if not self._ended:
-                    self._node.dispatcher.wait(self._waiter, timeout)
+                    self._node.reactor.wait(self._waiter, timeout)
             finally:
                 thread_state.leave()
         ended = [self._ended.popleft() for _ in range(len(self._ended))]

@@ -58,7 +58,7 @@ def run_on_thread(
         finally:
             value = failure = None  # its traceback holds this frame
 
-    node.dispatcher.start(run)
+    node.reactor.start(run)
     return task
 
 

@@ -199,7 +199,7 @@ class PoolState(Channel):
 
     @staticmethod
     def _tell_soon(told: _Told) -> None:
-        current_node().dispatcher.soon(lambda: _tell(told))
+        current_node().reactor.soon(lambda: _tell(told))
 
     def _end_loan(self, told: _Told, pid: int, borrower: int) -> None:
         """End a loan; an error leaves it as it was."""

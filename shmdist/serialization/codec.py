@@ -21,7 +21,7 @@ is pickled, and the whole list goes with the frame: its receiver can then give b
 counts of references that it never came to make, when it cannot read the body.
 
 Arrays that may not be written to (``writeable=False``) arrive writable: what is received
-is a copy, and flags that depend on size or road would be a trap.
+is a copy, and flags that depend on size or path would be a trap.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ Check = Callable[[Any], BaseException | None]
 
 
 def explain(obj: Any, what: str, error: BaseException, check: Check, at: str = "") -> SerializationError:
-    """Return the error that names the culprit inside `obj`.
+    """Return the error that names the part at fault inside `obj`.
 
     Parameters
     ----------
@@ -51,8 +51,8 @@ def explain(obj: Any, what: str, error: BaseException, check: Check, at: str = "
         parts, at = obj._named_parts(), ""
     else:
         parts = _parts(obj)
-    path, culprit, reason = _descend(obj, error, check, parts)
-    kind = type(culprit)
+    path, part, reason = _descend(obj, error, check, parts)
+    kind = type(part)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     try:
         text = f"{type(reason).__name__}: {reason}"

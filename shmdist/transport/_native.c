@@ -1,4 +1,4 @@
-/* What is in C. The slots of a mailbox stand here: the same as transport/ring_slots.py, which says what each
+/* What is in C. The slots of a ring segment stand here: the same as transport/ring_slots.py, which says what each
  * thing is for. The protocol, and which order of memory it needs, stands in transport/ring.py.
  *
  * What lies in a slot comes from another process, so each length is read once and held against
@@ -23,7 +23,7 @@
 #define SOURCE "" /* a digest of these files */
 #endif
 
-static PyTypeObject *record_type, *sender_type, *receiver_type, *lookout_type;
+static PyTypeObject *record_type, *writer_type, *reader_type, *scanner_type;
 
 /* ------------------------------------------------------------------ RingWriter */
 
@@ -36,19 +36,19 @@ typedef struct {
     uint64_t head, tail;
 } RingWriter;
 
-static int sender_traverse(RingWriter *self, visitproc visit, void *arg) {
+static int writer_traverse(RingWriter *self, visitproc visit, void *arg) {
     Py_VISIT(Py_TYPE((PyObject *)self));
     Py_VISIT(self->memory);
     Py_VISIT(self->fence);
     return 0;
 }
 
-static int sender_clear(RingWriter *self) {
+static int writer_clear(RingWriter *self) {
     Py_CLEAR(self->fence);
     return 0; /* the memory stays mapped while this can be reached */
 }
 
-static void sender_dealloc(RingWriter *self) {
+static void writer_dealloc(RingWriter *self) {
     PyObject_GC_UnTrack(self);
     PyBuffer_Release(&self->buffer);
     Py_CLEAR(self->memory);
@@ -56,7 +56,7 @@ static void sender_dealloc(RingWriter *self) {
     finish((PyObject *)self);
 }
 
-static int sender_init(RingWriter *self, PyObject *args, PyObject *kwargs) {
+static int writer_init(RingWriter *self, PyObject *args, PyObject *kwargs) {
     PyObject *memory, *number;
     int slot;
     if (self->memory != NULL || !PyArg_ParseTuple(args, "OO", &memory, &number)) {
@@ -104,7 +104,7 @@ static long leave(RingWriter *self, const void *data, uint64_t size, uint64_t se
     return load(self->words + AWAKE) ? LEFT : UNSEEN;
 }
 
-static PyObject *sender_put(RingWriter *self, PyObject *const *args, Py_ssize_t count) {
+static PyObject *writer_put(RingWriter *self, PyObject *const *args, Py_ssize_t count) {
     if (count != 2) {
         PyErr_SetString(PyExc_TypeError, "put(data, sent)");
         return NULL;
@@ -125,24 +125,24 @@ static PyObject *sender_put(RingWriter *self, PyObject *const *args, Py_ssize_t 
     return outcome < 0 ? NULL : PyLong_FromLong(outcome);
 }
 
-static PyMethodDef sender_methods[] = {
-    {"put", (PyCFunction)(void (*)(void))sender_put, METH_FASTCALL, NULL},
+static PyMethodDef writer_methods[] = {
+    {"put", (PyCFunction)(void (*)(void))writer_put, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 
-static PyMemberDef sender_members[] = {
+static PyMemberDef writer_members[] = {
     {"fence", T_OBJECT, offsetof(RingWriter, fence), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
-static PyType_Slot sender_slots[] = {
-    {Py_tp_traverse, sender_traverse}, {Py_tp_clear, sender_clear},     {Py_tp_dealloc, sender_dealloc},
-    {Py_tp_init, sender_init},         {Py_tp_methods, sender_methods}, {Py_tp_members, sender_members},
+static PyType_Slot writer_slots[] = {
+    {Py_tp_traverse, writer_traverse}, {Py_tp_clear, writer_clear},     {Py_tp_dealloc, writer_dealloc},
+    {Py_tp_init, writer_init},         {Py_tp_methods, writer_methods}, {Py_tp_members, writer_members},
     {0, NULL},
 };
 
-static PyType_Spec sender_spec = {
-    "shmdist.transport._native.RingWriter", sizeof(RingWriter), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, sender_slots,
+static PyType_Spec writer_spec = {
+    "shmdist.transport._native.RingWriter", sizeof(RingWriter), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, writer_slots,
 };
 
 /* ------------------------------------------------------------------ RingReader */
@@ -157,19 +157,19 @@ typedef struct {
     int slot;
 } RingReader;
 
-static int receiver_traverse(RingReader *self, visitproc visit, void *arg) {
+static int reader_traverse(RingReader *self, visitproc visit, void *arg) {
     Py_VISIT(Py_TYPE((PyObject *)self));
     Py_VISIT(self->memory);
     Py_VISIT(self->link);
     return 0;
 }
 
-static int receiver_clear(RingReader *self) {
+static int reader_clear(RingReader *self) {
     Py_CLEAR(self->link);
     return 0; /* the memory stays mapped while this can be reached */
 }
 
-static void receiver_dealloc(RingReader *self) {
+static void reader_dealloc(RingReader *self) {
     PyObject_GC_UnTrack(self);
     PyBuffer_Release(&self->buffer);
     Py_CLEAR(self->memory);
@@ -177,7 +177,7 @@ static void receiver_dealloc(RingReader *self) {
     finish((PyObject *)self);
 }
 
-static int receiver_init(RingReader *self, PyObject *args, PyObject *kwargs) {
+static int reader_init(RingReader *self, PyObject *args, PyObject *kwargs) {
     PyObject *memory, *number, *link;
     uint64_t *words;
     if (self->memory != NULL || !PyArg_ParseTuple(args, "OOO", &memory, &number, &link)) {
@@ -220,7 +220,7 @@ static int next_message(RingReader *self, uint64_t *tail, uint64_t head, unsigne
     return 0;
 }
 
-static PyObject *receiver_open(RingReader *self, PyObject *unused) {
+static PyObject *reader_open(RingReader *self, PyObject *unused) {
     PyObject *found = PyList_New(0);
     if (found == NULL || self->memory == NULL)
         return found;
@@ -238,7 +238,7 @@ static PyObject *receiver_open(RingReader *self, PyObject *unused) {
     }
     if (more < 0) {
         Py_DECREF(found);
-        PyErr_SetString(PyExc_OSError, "what a process left in the mailbox makes no sense");
+        PyErr_SetString(PyExc_OSError, "what a process left in the ring segment makes no sense");
         return NULL;
     }
     self->next = tail;
@@ -252,12 +252,12 @@ static void take_room_back(RingReader *self) {
     }
 }
 
-static PyObject *receiver_done(RingReader *self, PyObject *unused) {
+static PyObject *reader_done(RingReader *self, PyObject *unused) {
     take_room_back(self);
     return Py_NewRef(Py_None);
 }
 
-static PyObject *receiver_seen(RingReader *self, PyObject *number) {
+static PyObject *reader_seen(RingReader *self, PyObject *number) {
     uint64_t received = PyLong_AsUnsignedLongLong(number);
     if (received == (uint64_t)-1 && PyErr_Occurred())
         return NULL;
@@ -268,7 +268,7 @@ static PyObject *receiver_seen(RingReader *self, PyObject *number) {
 
 /* Append the frames that lie here, while each message is one short, whole frame.
  * 1: nothing is left; 0: something is, for Python to open; -1: an error. */
-static int receiver_take(RingReader *self, PyObject *frames) {
+static int reader_take(RingReader *self, PyObject *frames) {
     uint64_t head = load(self->head_word), tail = self->tail, size;
     unsigned char *data;
     int more;
@@ -295,27 +295,27 @@ static int receiver_take(RingReader *self, PyObject *frames) {
     return more == 0;
 }
 
-static PyMethodDef receiver_methods[] = {
-    {"open", (PyCFunction)receiver_open, METH_NOARGS, NULL},
-    {"done", (PyCFunction)receiver_done, METH_NOARGS, NULL},
-    {"seen", (PyCFunction)receiver_seen, METH_O, NULL},
+static PyMethodDef reader_methods[] = {
+    {"open", (PyCFunction)reader_open, METH_NOARGS, NULL},
+    {"done", (PyCFunction)reader_done, METH_NOARGS, NULL},
+    {"seen", (PyCFunction)reader_seen, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 
-static PyMemberDef receiver_members[] = {
+static PyMemberDef reader_members[] = {
     {"link", T_OBJECT, offsetof(RingReader, link), READONLY, NULL},
     {"slot", T_INT, offsetof(RingReader, slot), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
-static PyType_Slot receiver_slots[] = {
-    {Py_tp_traverse, receiver_traverse}, {Py_tp_clear, receiver_clear},     {Py_tp_dealloc, receiver_dealloc},
-    {Py_tp_init, receiver_init},         {Py_tp_methods, receiver_methods}, {Py_tp_members, receiver_members},
+static PyType_Slot reader_slots[] = {
+    {Py_tp_traverse, reader_traverse}, {Py_tp_clear, reader_clear},     {Py_tp_dealloc, reader_dealloc},
+    {Py_tp_init, reader_init},         {Py_tp_methods, reader_methods}, {Py_tp_members, reader_members},
     {0, NULL},
 };
 
-static PyType_Spec receiver_spec = {
-    "shmdist.transport._native.RingReader", sizeof(RingReader), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, receiver_slots,
+static PyType_Spec reader_spec = {
+    "shmdist.transport._native.RingReader", sizeof(RingReader), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, reader_slots,
 };
 
 /* ------------------------------------------------------------------ RingScanner */
@@ -329,7 +329,7 @@ typedef struct {
     uint64_t looked[SLOTS];
 } RingScanner;
 
-static int lookout_traverse(RingScanner *self, visitproc visit, void *arg) {
+static int scanner_traverse(RingScanner *self, visitproc visit, void *arg) {
     Py_VISIT(Py_TYPE((PyObject *)self));
     Py_VISIT(self->memory);
     Py_VISIT(self->fence);
@@ -337,21 +337,21 @@ static int lookout_traverse(RingScanner *self, visitproc visit, void *arg) {
     return 0;
 }
 
-static int lookout_clear(RingScanner *self) {
+static int scanner_clear(RingScanner *self) {
     Py_CLEAR(self->fence);
     Py_CLEAR(self->receivers);
     return 0;
 }
 
-static void lookout_dealloc(RingScanner *self) {
+static void scanner_dealloc(RingScanner *self) {
     PyObject_GC_UnTrack(self);
     PyBuffer_Release(&self->buffer);
     Py_CLEAR(self->memory);
-    lookout_clear(self);
+    scanner_clear(self);
     finish((PyObject *)self);
 }
 
-static int lookout_init(RingScanner *self, PyObject *args, PyObject *kwargs) {
+static int scanner_init(RingScanner *self, PyObject *args, PyObject *kwargs) {
     PyObject *memory;
     if (self->memory != NULL || !PyArg_ParseTuple(args, "O", &memory)) {
         if (!PyErr_Occurred())
@@ -392,7 +392,7 @@ failed:
 }
 
 static int is_receiver(PyObject *object) {
-    if (Py_TYPE(object) == receiver_type && ((RingReader *)object)->memory && ((RingReader *)object)->link)
+    if (Py_TYPE(object) == reader_type && ((RingReader *)object)->memory && ((RingReader *)object)->link)
         return 1;
     PyErr_SetString(PyExc_TypeError, "it must be a RingReader");
     return 0;
@@ -405,7 +405,7 @@ static int is_made(RingScanner *self) {
     return 0;
 }
 
-static PyObject *lookout_add(RingScanner *self, PyObject *receiver) {
+static PyObject *scanner_add(RingScanner *self, PyObject *receiver) {
     if (!is_made(self) || !is_receiver(receiver))
         return NULL;
     PyObject *done = change(self, NULL, receiver);
@@ -418,51 +418,51 @@ static PyObject *lookout_add(RingScanner *self, PyObject *receiver) {
     return done;
 }
 
-static PyObject *lookout_remove(RingScanner *self, PyObject *receiver) {
+static PyObject *scanner_remove(RingScanner *self, PyObject *receiver) {
     return is_made(self) ? change(self, receiver, NULL) : NULL;
 }
 
-static PyObject *lookout_wake(RingScanner *self, PyObject *unused) {
+static PyObject *scanner_mark_awake(RingScanner *self, PyObject *unused) {
     if (!is_made(self))
         return NULL;
     store(self->words + AWAKE, 1);
     return Py_NewRef(Py_None);
 }
 
-static int stirred(RingScanner *self) {
+static int has_new(RingScanner *self) {
     for (int i = 0; i < self->count; i++)
         if (load(self->words + HEADS + i) != self->looked[i])
             return 1;
     return 0;
 }
 
-static PyObject *lookout_sleep(RingScanner *self, PyObject *unused) {
+static PyObject *scanner_mark_asleep(RingScanner *self, PyObject *unused) {
     if (!is_made(self))
         return NULL;
     store(self->words + AWAKE, 0);
     if (fence(self->fence))
         return NULL;
-    return PyBool_FromLong(stirred(self));
+    return PyBool_FromLong(has_new(self));
 }
 
-static PyObject *lookout_stirred(RingScanner *self, PyObject *unused) {
+static PyObject *scanner_has_new(RingScanner *self, PyObject *unused) {
     if (!is_made(self))
         return NULL;
-    return PyBool_FromLong(stirred(self));
+    return PyBool_FromLong(has_new(self));
 }
 
-static PyObject *lookout_watch(RingScanner *self, PyObject *unused) {
+static PyObject *scanner_spin(RingScanner *self, PyObject *unused) {
     if (!is_made(self))
         return NULL;
     for (int i = 0; i < LOOKS; i++) {
-        if (stirred(self))
+        if (has_new(self))
             return Py_NewRef(Py_True);
         relax();
     }
     return Py_NewRef(Py_False);
 }
 
-static PyObject *lookout_take(RingScanner *self, PyObject *frames) {
+static PyObject *scanner_take(RingScanner *self, PyObject *frames) {
     if (!is_made(self))
         return NULL;
     if (!PyList_Check(frames) || frame_type == NULL) {
@@ -477,7 +477,7 @@ static PyObject *lookout_take(RingScanner *self, PyObject *frames) {
         RingReader *each = (RingReader *)PyTuple_GetItem(receivers, i);
         if (load(each->head_word) == each->tail)
             continue;
-        int outcome = receiver_take(each, frames);
+        int outcome = reader_take(each, frames);
         if (outcome < 0)
             PyErr_Clear(); /* no memory: that Python meets again, and ends the link */
         if (outcome < 1 && PyList_Append(left, (PyObject *)each))
@@ -487,31 +487,31 @@ static PyObject *lookout_take(RingScanner *self, PyObject *frames) {
     return left;
 }
 
-static PyMethodDef lookout_methods[] = {
-    {"add", (PyCFunction)lookout_add, METH_O, NULL},
-    {"remove", (PyCFunction)lookout_remove, METH_O, NULL},
-    {"wake", (PyCFunction)lookout_wake, METH_NOARGS, NULL},
-    {"sleep", (PyCFunction)lookout_sleep, METH_NOARGS, NULL},
-    {"stirred", (PyCFunction)lookout_stirred, METH_NOARGS, NULL},
-    {"watch", (PyCFunction)lookout_watch, METH_NOARGS, NULL},
-    {"take", (PyCFunction)lookout_take, METH_O, NULL},
+static PyMethodDef scanner_methods[] = {
+    {"add", (PyCFunction)scanner_add, METH_O, NULL},
+    {"remove", (PyCFunction)scanner_remove, METH_O, NULL},
+    {"mark_awake", (PyCFunction)scanner_mark_awake, METH_NOARGS, NULL},
+    {"mark_asleep", (PyCFunction)scanner_mark_asleep, METH_NOARGS, NULL},
+    {"has_new", (PyCFunction)scanner_has_new, METH_NOARGS, NULL},
+    {"spin", (PyCFunction)scanner_spin, METH_NOARGS, NULL},
+    {"take", (PyCFunction)scanner_take, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 
-static PyMemberDef lookout_members[] = {
+static PyMemberDef scanner_members[] = {
     {"fence", T_OBJECT, offsetof(RingScanner, fence), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
-static PyType_Slot lookout_slots[] = {
-    {Py_tp_traverse, lookout_traverse}, {Py_tp_clear, lookout_clear},     {Py_tp_dealloc, lookout_dealloc},
-    {Py_tp_init, lookout_init},         {Py_tp_methods, lookout_methods}, {Py_tp_members, lookout_members},
+static PyType_Slot scanner_slots[] = {
+    {Py_tp_traverse, scanner_traverse}, {Py_tp_clear, scanner_clear},     {Py_tp_dealloc, scanner_dealloc},
+    {Py_tp_init, scanner_init},         {Py_tp_methods, scanner_methods}, {Py_tp_members, scanner_members},
     {0, NULL},
 };
 
-static PyType_Spec lookout_spec = {
+static PyType_Spec scanner_spec = {
     "shmdist.transport._native.RingScanner", sizeof(RingScanner), 0,
-    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC, lookout_slots,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC, scanner_slots,
 };
 
 /* ------------------------------------------------------------------ module */
@@ -561,9 +561,9 @@ PyMODINIT_FUNC PyInit__native(void) {
     if (layout == NULL || PyModule_AddObjectRef(module, "LAYOUT", layout) ||
         PyModule_AddStringConstant(module, "SOURCE", SOURCE) ||
         !(record_type = enter(module, "Record", &record_spec)) ||
-        !(sender_type = enter(module, "RingWriter", &sender_spec)) ||
-        !(receiver_type = enter(module, "RingReader", &receiver_spec)) ||
-        !(lookout_type = enter(module, "RingScanner", &lookout_spec))) {
+        !(writer_type = enter(module, "RingWriter", &writer_spec)) ||
+        !(reader_type = enter(module, "RingReader", &reader_spec)) ||
+        !(scanner_type = enter(module, "RingScanner", &scanner_spec))) {
         Py_XDECREF(layout);
         Py_DECREF(module);
         return NULL;

@@ -1,4 +1,4 @@
-/* Frames: what transport.messages.Frame consists of, and how one is made of what lies in a mailbox. */
+/* Frames: what transport.messages.Frame consists of, and how one is made of what lies in a ring segment. */
 #include <Python.h>
 #include <stddef.h>
 #include <stdint.h>

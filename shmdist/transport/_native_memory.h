@@ -1,4 +1,4 @@
-/* The memory of a mailbox: where what lies, and how its words are read and written. */
+/* The memory of a ring segment: where what lies, and how its words are read and written. */
 #include <Python.h>
 #include <stdint.h>
 #include <string.h>
@@ -53,7 +53,7 @@ static int fence(PyObject *then) {
     return nothing == NULL ? -1 : 0;
 }
 
-/* Get the bytes of a mailbox out of the object that has it mapped. */
+/* Get the bytes of a ring segment out of the object that has it mapped. */
 static int map(PyObject *memory, Py_buffer *buffer, uint64_t **words) {
     if (page == 0) {
         PyErr_SetString(PyExc_RuntimeError, "settle() comes first");
@@ -68,7 +68,7 @@ static int map(PyObject *memory, Py_buffer *buffer, uint64_t **words) {
         return -1;
     if (buffer->len < page + (Py_ssize_t)SLOTS * RING) {
         PyBuffer_Release(buffer);
-        PyErr_SetString(PyExc_ValueError, "that is too small for a mailbox");
+        PyErr_SetString(PyExc_ValueError, "that is too small for a ring segment");
         return -1;
     }
     *words = buffer->buf;

@@ -90,8 +90,8 @@ class Reader:
         self._receive = self._receive_with_fds if with_fds else receive
         self.reads = 0  # how often something was read
         self._received = 0  # bytes
-        self.mail_in: RingReader | None = None
-        self._messages: list[memoryview] | None = None  # of the mailbox, being taken
+        self.ring_in: RingReader | None = None
+        self._messages: list[memoryview] | None = None  # of the ring segment, being taken
         self._message_start = 0  # of what is left of the first of them
         self.unfinished = False  # what has come is not taken
 
@@ -141,32 +141,32 @@ class Reader:
         """Take the frames out of what has been received; again if that failed."""
         if self._ancillary:
             self._take_fds()
-        if self.mail_in is not None:
+        if self.ring_in is not None:
             self.read_mail(frames)  # it was sent before what has come here
         incoming = self._incoming
         if incoming is None or self._end:
             self._parse(frames)
         elif incoming.advance():
             self._deliver(incoming, frames)
-        if self.mail_in is not None and self._incoming is None and not self._end:
-            self.mail_in.seen(self._received)
+        if self.ring_in is not None and self._incoming is None and not self._end:
+            self.ring_in.seen(self._received)
         self.unfinished = False
 
     def read_mail(self, frames: list[Frame]) -> None:
-        """Append the frames that were left in the mailbox; for the leader, again if that failed.
+        """Append the frames that were left in the ring segment; for the leader, again if that failed.
 
         Raises
         ------
         BadFrame
             They make no sense.
         """
-        mail = self.mail_in
-        if mail is None:
+        ring = self.ring_in
+        if ring is None:
             return
         messages = self._messages
         if messages is None:
             try:
-                messages = mail.open()
+                messages = ring.open()
             except OSError as error:
                 raise BadFrame(str(error)) from None
             if not messages:
@@ -183,14 +183,14 @@ class Reader:
                 finally:
                     self._message_start = self._at
                 if self._at < end or self._incoming is not None:
-                    raise BadFrame("there is a part of a frame in the mailbox")
+                    raise BadFrame("there is a part of a frame in the ring segment")
                 self._message_start = 0
                 del messages[0]
         except BadFrame:
             messages.clear()
-            mail.done()  # also of what is delivered already: never twice
+            ring.done()  # also of what is delivered already: never twice
             raise
-        mail.done()
+        ring.done()
         self._messages = None
 
     def _parse(self, frames: list[Frame]) -> None:

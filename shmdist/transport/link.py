@@ -34,7 +34,7 @@ descriptors, each closed when the beginning of its frame is written (``transport
 
 Mailbox.  Between processes of one host short frames may go through shared memory, beside the
 socket and in one order with what goes through that: ``transport.ring``, whose slots the two
-sides of a link have in `mail_out` and `mail_in`.  A frame for which there is no room there
+sides of a link have in `ring_out` and `ring_in`.  A frame for which there is no room there
 goes by the socket.  A receiver that sleeps is woken by a descriptor, `kick_out`, which `_kick`
 keeps from being closed meanwhile: so :meth:`wake` waits for nobody who writes.  Several may be
 woken together (``runtime.ring_exchange``).
@@ -96,7 +96,7 @@ class SendInterrupted(Exception):
 
 
 #: Links by which something was left for receivers that sleep and are still to be woken, by who sends.
-Unwoken: TypeAlias = "list[Link] | None"
+Wakeups: TypeAlias = "list[Link] | None"
 
 
 class Link(Reader):
@@ -121,7 +121,7 @@ class Link(Reader):
         "connection",
         "gate",
         "given_up",
-        "has_bell",
+        "hears_group_wakeup",
         "supports_group_wakeup",
     )
 
@@ -156,13 +156,13 @@ class Link(Reader):
         self._queued = 0
         self._stuck_at = -1  # `_sent` when the other side was found to take nothing
         self._behind = False  # what was queued then is not all written
-        self.mail_out: RingWriter | None = None
+        self.ring_out: RingWriter | None = None
         self._kick = threading.Lock()  # held while `kick_out` is written to, and while it is changed
         self.kick_out = -1  # descriptor that wakes the receiver
         self.supports_group_wakeup = (
-            False  # the receiver may be told by which bell it is woken (``runtime.ring_exchange``)
+            False  # the receiver may be told of the group wake-up (``runtime.ring_exchange``)
         )
-        self.has_bell = False  # and listens to it
+        self.hears_group_wakeup = False  # and listens to it
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
@@ -218,7 +218,7 @@ class Link(Reader):
         parts: list[Part],
         interrupted: Callable[[], bool] = lambda: False,
         fd: int = -1,
-        wakeups: Unwoken = None,
+        wakeups: Wakeups = None,
         patience: float = math.inf,
     ) -> bool:
         """Write one or more whole frames, and wait until the system has taken them.
@@ -231,7 +231,7 @@ class Link(Reader):
             Looked at while waiting; true gives up.
         fd : int
             A descriptor to send along; it stays the caller's.
-        unwoken : list of Link, optional
+        wakeups : list of Link, optional
             As for :meth:`leave`. Those in it are woken before this waits for anything.
         patience : float
             Seconds in which the other side may take nothing before what is left is queued.
@@ -317,27 +317,27 @@ class Link(Reader):
         self._outbox.append(whole)
         self._queued += size
 
-    def leave(self, parts: list[Part], wakeups: Unwoken = None) -> bool:
-        """Leave whole frames in the receiver's mailbox; False when they must be sent. Never blocks.
+    def leave(self, parts: list[Part], wakeups: Wakeups = None) -> bool:
+        """Leave whole frames in the receiver's ring segment; False when they must be sent. Never blocks.
 
         A receiver that sleeps is woken, or its link appended to `wakeups`: then the caller sees to it,
         soon.
         """
-        if self.mail_out is None:
+        if self.ring_out is None:
             return False
         if len(parts) == 1:
             return self.try_ring_one(parts[0], wakeups)
         return sum(map(len, parts)) <= MAX_MESSAGE_BYTES and self.try_ring_one(b"".join(parts), wakeups)
 
-    def try_ring_one(self, whole: Part, wakeups: Unwoken = None) -> bool:
+    def try_ring_one(self, whole: Part, wakeups: Wakeups = None) -> bool:
         """Leave whole frames that are one piece, as :meth:`leave`."""
-        mail = self.mail_out
-        if mail is None or not self._write.acquire(False):
+        ring = self.ring_out
+        if ring is None or not self._write.acquire(False):
             return False
         try:
             if self._outbox or self.closed:
                 return False
-            outcome = mail.put(whole, self._sent)
+            outcome = ring.put(whole, self._sent)
         finally:
             self._write.release()
             if self._outbox:
@@ -369,13 +369,13 @@ class Link(Reader):
             self._put(_WAKE_UP)
             self.flush(block=False)
 
-    def set_wakeup_fd(self, fd: int, bells: bool) -> None:
+    def set_wakeup_fd(self, fd: int, listens: bool) -> None:
         """Wake the receiver by a descriptor from now on; it is the link's."""
         with self._kick:
             if self.closed or self.kick_out >= 0:
                 os.close(fd)
             else:
-                self.kick_out, self.supports_group_wakeup = fd, bells
+                self.kick_out, self.supports_group_wakeup = fd, listens
 
     def _write_parts(self, parts: list[Part], interrupted: Callable[[], bool], fd: int, limit: float) -> bool:
         """Write `parts`; False when the rest was queued. `_write` is held, and the outbox was empty."""
@@ -571,7 +571,7 @@ class Link(Reader):
             self.connection.close()
 
     def _forget_mail(self) -> None:
-        self.mail_in = self.mail_out = None
+        self.ring_in = self.ring_out = None
         fd, self.kick_out = self.kick_out, -1
         if fd >= 0:
             os.close(fd)

@@ -33,7 +33,7 @@ from shmdist.transport.handshake import Acceptor, Connector
 MOST = 64  # handshakes at once; the oldest gives way to a further one
 HANDSHAKE_TIMEOUT = 10.0  # for a handshake
 _ABSTRACT = bool(sys.platform == "linux")  # AF_UNIX names that are no files
-_log = Log("door")
+_log = Log("listener")
 
 Address = tuple[str, Any]
 
@@ -149,7 +149,7 @@ class Listener:
     address : str or tuple
         Where.
     cookie : bytes
-        What those who knock must prove to know.
+        What those who connect must prove to know.
     pid : callable
         Returns this process's id in the cluster.
     start : callable
@@ -192,7 +192,7 @@ class Listener:
                 _log.warning("accepting failed: %s", error)
                 self._ended.wait(0.1)  # out of descriptors, say: others may be given back
                 continue
-            if self._ended.is_set():  # it came while the door was being closed
+            if self._ended.is_set():  # it came while the listener was being closed
                 connection.close()
                 return
             self._receive(connection)

@@ -19,7 +19,7 @@ RESULT        value or captured error the answer to CALL or REFERENCE_OP ``call_
 REFERENCE_OP  (name, rrid, args)      an operation on a reference's owner               RESULT
 CANCEL        none                    give up CALL or REFERENCE_OP ``call_id``          none
 REFS          ((whence, id, pid, n,   counts of references of ``call_id`` change;       none
-              teller)..)              ``reporter`` told of them (``runtime.count_audit``)
+              reporter)..)              ``reporter`` told of them (``runtime.count_audit``)
 FUNCTION      a function              keep it under ``call_id`` for later calls         none
 DROP_FUNCTION none                    forget function ``call_id``                       none
 HELLO         Hello                   first frame on a link, from who connected         none
@@ -31,15 +31,14 @@ EXIT          none                    leave the cluster and end                 
 SEGMENT       (owner, number, size)   map this memory, whose descriptor is with the     RESULT
                                       frame; of size 0: forget it
 LEASES        ((serial, pid, n,       counts of blocks of ``call_id`` change            none
-              teller)..)
+              reporter)..)
 RELAY         pid                     join the sender and ``pid``, by process 1         RESULT
 HEARTBEAT     none                    the sender is alive (``runtime.heartbeat``)       none
-RING          (slot, inode, bells)    short frames may be left in this slot of the      none
-                                      mailbox whose descriptor is with it; of slot -1:
-                                      it wakes who looks into that, who can listen to
-                                      bells if the third is true; of -2: a bell, which
-                                      wakes many at once; of -3: the sender listens to
-                                      the bell
+RING          (slot, inode, listens)  short frames may be left in this slot of the      none
+                                      ring segment whose descriptor is with it; of slot -1:
+                                      it wakes who looks into that, who can listen to a
+                                      group wake-up if the third is true; of -2: a group
+                                      wake-up; of -3: the sender listens to it
 HOST_COPY     (what, ...)             a copy of a value (``runtime.host_copies``)       by what
 AUDIT         (pid, sender)           what has ``call_id`` from ``pid``, which is lost? none
                                       For the same, and what it has: that
@@ -136,7 +135,7 @@ class _Record:
 if TYPE_CHECKING:
     Record = _Record
 else:
-    # The same in C, so that what finds frames in a mailbox (``transport.ring``) can make them.
+    # The same in C, so that what finds frames in a ring segment (``transport.ring``) can make them.
     Record = _Record if native.module is None else native.module.Record
 
 

@@ -11,7 +11,7 @@ in which ``links`` is present as *one* descriptor: arming and disarming it is on
 call however many links there are, and it is armed one shot at a time, so that a message
 wakes one thread and only while nobody reads.
 
-Without epoll (macOS) the same face is served by :class:`SelectPoller`, which parks
+Without epoll (macOS) the same interface is served by :class:`SelectPoller`, which parks
 threads on a lock and wakes one each time the reading falls free: dearer, but equal
 in meaning.
 """
@@ -99,7 +99,7 @@ class Poller:
         self._outputs_fd = self._outputs.fileno()
         self._kick_fd = self._kick.fileno()
         self._always_fd = self._always.fileno()
-        self._bells: set[int] = set()
+        self._group_wakeups: set[int] = set()
         self._links.register(self._kick_fd, _IN)
         self._links.register(self._outputs_fd, _IN)
         self._park.register(self._links_fd, _ONCE)
@@ -146,24 +146,24 @@ class Poller:
         if fd == self._kick_fd:
             self._kick.clear()
             return True
-        return fd == self._outputs_fd or fd in self._bells
+        return fd == self._outputs_fd or fd in self._group_wakeups
 
-    #: Whether :meth:`add_bell` is there.
+    #: Whether :meth:`add_group_wakeup` is there.
     supports_group_wakeup = hasattr(os, "eventfd")
 
-    def add_bell(self, fd: int) -> None:
+    def add_group_wakeup(self, fd: int) -> None:
         """Wake the reader each time somebody writes to `fd`, an eventfd that others listen to as well.
 
         Nobody clears it, so only what changes counts.
         """
-        self._bells.add(fd)
+        self._group_wakeups.add(fd)
         self._links.register(fd, _IN | _EDGE)
 
-    def remove_bell(self, fd: int) -> None:
-        """Listen to a bell no more."""
+    def remove_group_wakeup(self, fd: int) -> None:
+        """Listen to a group wake-up no more."""
         with contextlib.suppress(OSError, ValueError):
             self._links.unregister(fd)
-        self._bells.discard(fd)
+        self._group_wakeups.discard(fd)
 
     @property
     def kicker(self) -> int:
@@ -222,7 +222,7 @@ class SelectPoller(Poller):
         self._table = threading.Lock()  # guards _fds, _outs and _generation
         self._fds: set[int] = {self._kick_fd}
         self._outs: set[int] = set()
-        self._bells = set()
+        self._group_wakeups = set()
         self._outputs_fd = -1
         self._state = threading.Condition()  # guards _armed, _nudged, _woken, _closed
         self._armed = self._nudged = self._woken = self._closed = False

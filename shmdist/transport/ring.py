@@ -1,6 +1,6 @@
 """Rings: shared memory through which processes of one host send short frames.
 
-A process has one mailbox, with a slot for each process that may leave messages there. Who
+A process has one ring segment, with a slot for each process that may leave messages there. Who
 leaves one has no system call to make, and a reader that is looking finds it in less than a
 microsecond. A reader that sleeps is woken by a descriptor made for that (`WakeupFd`), and not by the
 socket: with the socket's data the system takes it that the sender is about to sleep, puts the
@@ -17,7 +17,7 @@ Head and tail of a slot count bytes and never go back. The head is the sender's,
 words are the receiver's. A message lies in one piece, at a multiple of 8, after its length;
 length 0 means that the next one lies at the ring's beginning.
 
-Order across both roads
+Order across both paths
 -----------------------
 - A sender may use the slot only while the receiver has seen every byte that was written to the
   socket (its word says so). So whatever lies in the slot was sent after all that has been read
@@ -31,12 +31,12 @@ was never there.
 
 Sleep
 -----
-`awake` says that somebody looks into the mailbox, or is going to before he sleeps. A reader
+`awake` says that somebody looks into the ring segment, or is going to before he sleeps. A reader
 clears it, *then* looks once more, then sleeps. A sender moves the head, *then* looks at
 `awake`; finding it cleared he wakes the reader. Between the two steps each side has a fence,
 so at least one sees what the other did. A reader that was woken first clears the descriptor,
-then looks. Who leaves something for several wakes them together, by a bell (``runtime.ring_exchange``): a
-descriptor to which all of them listen, and which nobody clears, for each change of it wakes them.
+then looks. A sender that leaves something for several wakes them together (``runtime.ring_exchange``), by
+a descriptor to which all of them listen, and which no process clears: each change of it wakes them.
 
 Memory order
 ------------
@@ -77,12 +77,12 @@ else:
 
 
 class Keeping:
-    """Which slots of a mailbox are in use, whoever looks into them.
+    """Which slots of a ring segment are in use, whoever looks into them.
 
     Attributes
     ----------
     segment : Segment
-        The mailbox's memory, to be offered to others.
+        The ring segment's memory, to be offered to others.
     used : set of int
         Slots that somebody may leave messages in.
     """
@@ -97,7 +97,7 @@ class Keeping:
 
     @classmethod
     def make(cls, owner: int) -> Self:
-        """Make a mailbox.
+        """Make a ring segment.
 
         Raises
         ------
@@ -126,7 +126,7 @@ class Keeping:
 
 
 class InboundRings(Keeping, RingScanner):
-    """The mailbox of a process, as it has it itself."""
+    """The ring segment of a process, as it has it itself."""
 
 
 __all__ = [

@@ -1,7 +1,7 @@
 """The slots of a ring in Python: writing frames into one, and taking them out.
 
 ``transport._native`` is the same in C, a microsecond faster at each of a call's four steps here; where
-it could not be built, or ``SHMDIST_PURE`` is set, this serves. The two may meet in one mailbox.
+it could not be built, or ``SHMDIST_PURE`` is set, this serves. The two may meet in one ring segment.
 The protocol stands in ``transport.ring``.
 """
 
@@ -18,7 +18,7 @@ from shmdist.transport.messages import HEADER, Frame
 if TYPE_CHECKING:
 
     class Memory(Protocol):
-        """A mailbox, mapped: a segment or a window."""
+        """A ring segment, mapped: a segment or a window."""
 
         @property
         def view(self) -> memoryview:
@@ -60,12 +60,12 @@ def any_fence() -> None:
 
 
 class RingWriter:
-    """One slot of another process's mailbox; used by one thread at a time.
+    """One slot of another process's ring segment; used by one thread at a time.
 
     Parameters
     ----------
     memory : Window or Segment
-        The mailbox, mapped.
+        The ring segment, mapped.
     slot : int
         Which slot.
 
@@ -130,12 +130,12 @@ class RingWriter:
 
 
 class RingReader:
-    """One slot of this process's own mailbox; used by the thread that reads.
+    """One slot of this process's own ring segment; used by the thread that reads.
 
     Parameters
     ----------
     memory : Segment
-        The mailbox.
+        The ring segment.
     slot : int
         Which slot.
     link : Link
@@ -176,7 +176,7 @@ class RingReader:
             else:
                 tail += SLOT_BYTES - at
             if tail > end or size > MAX_MESSAGE_BYTES:
-                raise OSError("what a process left in the mailbox makes no sense")
+                raise OSError("what a process left in the ring segment makes no sense")
         self._next = tail
         return found
 
@@ -193,12 +193,12 @@ class RingReader:
 
 
 class RingScanner:
-    """All slots of this process's own mailbox; used by the thread that reads.
+    """All slots of this process's own ring segment; used by the thread that reads.
 
     Parameters
     ----------
     memory : Segment
-        The mailbox.
+        The ring segment.
 
     Attributes
     ----------
@@ -223,24 +223,24 @@ class RingScanner:
         """Look into it no more."""
         self._receivers = tuple(each for each in self._receivers if each is not receiver)
 
-    def wake(self) -> None:
-        """Say that somebody looks here."""
+    def mark_awake(self) -> None:
+        """Say that a thread looks here."""
         self._words[_AWAKE] = 1
 
-    def sleep(self) -> bool:
-        """Say that nobody looks here any more; True when there is something to be looked at all the same."""
+    def mark_asleep(self) -> bool:
+        """Say that no thread looks here any more; True when something new lies here all the same."""
         self._words[_AWAKE] = 0
         assert self.fence is not None
         self.fence()
-        return self.stirred()
+        return self.has_new()
 
-    def stirred(self) -> bool:
+    def has_new(self) -> bool:
         """Tell whether any head has moved since the last :meth:`take`."""
         heads: bytes = self._heads[8 * _HEADS : self._stop]
         return heads != self._looked
 
-    def watch(self) -> bool:
-        """Look out for a message for about a microsecond; true when one has come."""
+    def spin(self) -> bool:
+        """Look again and again for a message for about a microsecond; true when one has come."""
         heads, start, stop, looked = self._heads, 8 * _HEADS, self._stop, self._looked
         for _ in _TIMES:  # noqa: SIM110 - a generator takes as long as a look
             if heads[start:stop] != looked:

@@ -166,10 +166,10 @@ def _tie() -> Any:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-    watcher = Watchdog(lifeline)  # it forks, which is to be done before there are threads
+    watchdog = Watchdog(lifeline)  # it forks, which is to be done before there are threads
 
     def wait() -> None:
-        watcher.wait()
+        watchdog.wait()
         node = sys.modules.get("shmdist.runtime.node")
         if node is not None and node._current is not None:
             node._current.flush_own_output()
@@ -185,7 +185,7 @@ def _tie() -> Any:
             os._exit(1)
     except (AttributeError, ImportError, OSError):
         pass
-    return watcher
+    return watchdog
 
 
 def _address(settings: dict[str, Any]) -> str | None:
@@ -236,7 +236,7 @@ def main() -> None:
         text = f"shmdist {settings['version']} on the master, and on {host} ({sys.executable}) {why}; "
         tell.say("error", message=text + "install the same version there, or pass bootstrap=True")
         sys.exit(1)
-    watcher = _tie()
+    watchdog = _tie()
     import shmdist.references.server  # noqa: F401 - what a worker answers besides calls
     from shmdist.managers.base import usable_cpus
     from shmdist.runtime.resource_tracker import set_authkey
@@ -253,5 +253,5 @@ def main() -> None:
         bind_addr=_address(settings),
         port=settings["bind_port"],
         close_stdin=False,
-        watcher=watcher,
+        watchdog=watchdog,
     )

@@ -12,7 +12,7 @@ whatever this process is doing:
 - a thread that holds the interpreter for minutes lets nobody read.  So the pipe on which
   the cookie came is kept, and the system is asked to kill this process when its other
   end closes.  A worker on another host is killed when the SSH server's process of its login
-  ends, and by its watcher when the road is cut (``worker.watchdog``).
+  ends, and by its watchdog when the path is cut (``worker.watchdog``).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 _log = Log("worker")
 _MAIN_THREAD_SECONDS = 0.2  # a busy main thread gets to come back when the worker is told to end
-_EXIT_TIMEOUT = 3.0  # that a worker whose door is shut may take to end, and process 1 to tell
+_EXIT_TIMEOUT = 3.0  # that a worker whose listener is closed may take to end, and process 1 to tell
 
 
 def start_worker(
@@ -126,9 +126,9 @@ def be_worker(
     local: bool = False,
     close_stdin: bool,
     stderr_to_stdout: bool = False,
-    watcher: Watchdog | None = None,
+    watchdog: Watchdog | None = None,
 ) -> None:
-    """Do what :func:`start_worker` says, with a watcher when there is one."""
+    """Do what :func:`start_worker` says, with a watchdog when there is one."""
     settings: dict[str, Any] = {}
     if cookie is None:
         line = sys.stdin.readline().strip()
@@ -146,9 +146,9 @@ def be_worker(
     if "authkey" in settings:
         resource_tracker.set_authkey(settings["authkey"])
         resource_tracker.use_tracker_of_process_1(node)
-    if watcher is not None:
-        node.settings["watcher"] = watcher
-        node.inherited.append(watcher)
+    if watchdog is not None:
+        node.settings["watchdog"] = watchdog
+        node.inherited.append(watchdog)
     if "page" in settings:
         page = node.tasks.page = node.settings["page"] = ProgressPage(settings["page"])
         page.close_fd()
@@ -247,16 +247,16 @@ class _Worker:
     def _open(self, family: str, address: Any) -> Any:
         node = self.node
         opened = listener.Listener(
-            family, address, node.cookie, lambda: node.pid, node.dispatcher.start, self._admit
+            family, address, node.cookie, lambda: node.pid, node.reactor.start, self._admit
         )
         self.doors.append(opened)
-        DaemonThread(opened.run, "shmdist-door").start()
+        DaemonThread(opened.run, "shmdist-listener").start()
         return opened.address
 
     def _admit(self, connection: Connection) -> None:
         """Take a proven connection; its first frame says who it is."""
         link = Link(connection, -1)
-        self.node.dispatcher.add(link)
+        self.node.reactor.add(link)
 
     def _on_hello(self, frame: Frame) -> None:
         hello: Hello = pickle.loads(frame.body)
@@ -278,15 +278,15 @@ class _Worker:
         node = self.node
         node.pid = join.pid
         node.settings.update(join.settings)
-        node.heart.carried = bool(join.settings.get("carried"))
+        node.heartbeat.carried = bool(join.settings.get("carried"))
         me = PeerInfo(
             join.pid, host_identity(), socket.gethostname(), os.getpid(), tuple(self.addresses), None
         )
         self._learn(join.peers)
         if frame.link.pid == -1:
             self._on_hello_from_master(frame.link)
-        if "watcher" in node.settings:
-            node.settings["watcher"].watch(frame.link.socket, node.heart.carried)
+        if "watchdog" in node.settings:
+            node.settings["watchdog"].watch(frame.link.socket, node.heartbeat.carried)
         # Where the interpreter is process 1's own, so is its numpy: no need to look for that.
         mine = own_versions(numpy=join.settings.get("prefix") != sys.prefix)
         node.post(frame.link, int(Kind.RESULT), 0, frame.call_id, codec.dumps((me, tuple(mine))))
@@ -305,7 +305,7 @@ class _Worker:
             hook(new)
         if not self.node.settings.get("lazy", True):
             # Of two workers the younger connects, so that each pair gets one link.
-            self.node.dispatcher.soon(lambda: self._connect_all([pid for pid in new if pid < self.node.pid]))
+            self.node.reactor.soon(lambda: self._connect_all([pid for pid in new if pid < self.node.pid]))
 
     def _connect_all(self, pids: list[int]) -> None:
         for pid in pids:
@@ -331,7 +331,7 @@ class _Worker:
         node.reported_exits[pid] = error
         links = list(node.all_links.get(pid, ()))
         if not links:
-            node.dispatcher.soon(lambda: node.lost(pid, error))
+            node.reactor.soon(lambda: node.lost(pid, error))
         for link in links:
             link.shut()  # what it wrote is read to its end all the same
 
@@ -393,9 +393,9 @@ class _Worker:
         thread_state.main = False
         thread_state.signalled = True
         signal.signal(signal.SIGINT, thread_state.on_signal)
-        node.dispatcher.threads.ensure_standby()
-        node.dispatcher.start(self._give_up_alone)
-        node.dispatcher.serve()
+        node.reactor.threads.ensure_standby()
+        node.reactor.start(self._give_up_alone)
+        node.reactor.serve()
         self.end()
 
     def _give_up_alone(self) -> None:
@@ -412,12 +412,12 @@ class _Worker:
         """End with the process that started this one."""
         if hasattr(os, "pidfd_open"):
             with contextlib.suppress(OSError):
-                self.node.dispatcher.watch(os.pidfd_open(ospid), self.end_now)
+                self.node.reactor.watch(os.pidfd_open(ospid), self.end_now)
                 return
 
     def _on_exit(self, frame: Frame) -> None:
         self.stopping = True
-        self.node.dispatcher.stop_serving()
+        self.node.reactor.stop_serving()
         DaemonThread(self._end_late, "shmdist-end").start()
 
     def _end_late(self) -> None:
@@ -487,8 +487,8 @@ def process_messages(connection: Connection, incoming: bool = True) -> None:
             return
         worker._admit(connection)
 
-    node.dispatcher.threads.ensure_standby()
-    node.dispatcher.start(admit)
+    node.reactor.threads.ensure_standby()
+    node.reactor.start(admit)
 
 
 __all__ = ["LinkClosed", "host_identity", "init_worker", "process_messages", "start_worker"]

@@ -182,7 +182,7 @@ def _ask_master(name: str) -> tuple[bool, Any]:
         reply = node.request(1, int(Kind.CALL), WANT_VALUE, payload)
         try:
             if not reply.done:
-                node.dispatcher.wait(reply)
+                node.reactor.wait(reply)
         except BaseException:
             node.cancel(reply)
             raise

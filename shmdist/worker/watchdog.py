@@ -1,9 +1,9 @@
 """The watchdog: a process that kills a worker of another host which cannot end itself.
 
 A function may hold the interpreter for hours, in C code.  No thread of the worker runs then, and
-so neither does its heart: when the road to process 1 is cut, it would live on until the function
-comes back.  The watcher has an interpreter of its own.  It hears what the heart hears, from the
-same kernel, and when there was silence for so long that the heart should have acted, it kills the
+so neither does its heartbeat monitor: when the path to process 1 is cut, it would live on until the function
+comes back.  The watchdog has an interpreter of its own.  It hears what the heartbeat monitor hears, from the
+same kernel, and when there was silence for so long that the heartbeat monitor should have acted, it kills the
 worker, and those of its process group.
 
 Protocol
@@ -20,19 +20,19 @@ Protocol
 
 - *Watching.*  When the worker has joined, it sends over *control* its socket to process 1, and one byte:
   what counts as heard there, 0 for segments and 1 for bytes (`carried`, see ``runtime.heartbeat``).  From
-  then on the watcher looks.  What was heard is that count, and the number of bytes that came on *lifeline*.
+  then on the watchdog looks.  What was heard is that count, and the number of bytes that came on *lifeline*.
 - *Silence.*  The rule is that of ``keepalive.SilenceTimer``, with `_GRACE_FRACTION` more.  Both look `LOOKS`
-  times in the timeout, so after the last sign of life the heart acts within 0.85 to 0.9 of the timeout
-  and the watcher within 0.95 to 1.0: a worker that can do so ends by itself.
-- *The master is gone.*  At the end of *lifeline* the watcher writes one byte to *control*, and the
-  worker ends in order.  A road that has ended, this or the socket's, is silent from then on: a
+  times in the timeout, so after the last sign of life the monitor acts within 0.85 to 0.9 of the
+  timeout and the watchdog within 0.95 to 1.0: a worker that can do so ends by itself.
+- *The master is gone.*  At the end of *lifeline* the watchdog writes one byte to *control*, and the
+  worker ends in order.  A path that has ended, this or the socket's, is silent from then on: a
   worker that does not end is killed as above.
-- *The worker has ended.*  *worker* says so at once, and the watcher ends; so nothing waits for its
+- *The worker has ended.*  *worker* says so at once, and the watchdog ends; so nothing waits for its
   copies of the socket and of the channel.  Where there is no pidfd it asks at each look.  The worker
   shuts its links down before it closes them, which copies do not hinder.
-- *The worker has become another program.*  *control* ends, for it is not inherited; the watcher ends.
+- *The worker has become another program.*  *control* ends, for it is not inherited; the watchdog ends.
   Forked children of the worker close it, which is only to be tidy: *worker* tells of the worker's end.
-- *The watcher is gone*, killed by somebody: *control* ends, and the worker reads *lifeline* itself.
+- *The watchdog is gone*, killed by somebody: *control* ends, and the worker reads *lifeline* itself.
 
 What counts while the worker reads nothing, as it does not while its interpreter is held
 --------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ Tried on Linux 6.18, with sockets that nobody reads:
 - Bytes: they count as they fall into the buffer, until it is full.  Then none come.  So through a
   login a worker to which a large array is stuck would seem cut off, and HEARTBEAT could not be sent
   either.  Hence process 1 also sends bytes on the channel of the worker's standard input, which has
-  room of its own (``managers.ssh.tunnel.Pulse``).  When the road is cut while an array is on it, the last
+  room of its own (``managers.ssh.tunnel.Pulse``).  When the path is cut while an array is on it, the last
   bytes are those that the SSH server still had; they may come some tenths of a second after the cut.
 """
 
@@ -65,10 +65,10 @@ from typing import NoReturn
 from shmdist._log import Log
 from shmdist.transport import keepalive
 
-_GRACE_FRACTION = 0.1  # of the timeout, beyond the heart's limit
+_GRACE_FRACTION = 0.1  # of the timeout, beyond the heartbeat monitor's limit
 _END = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR | select.POLLNVAL
 _DEAF = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-_log = Log("watcher")
+_log = Log("watchdog")
 
 
 class Watchdog:
@@ -87,8 +87,8 @@ class Watchdog:
         if timeout:
             try:
                 self._control = _begin(lifeline, timeout)
-            except OSError as error:  # no process or descriptor is to be had: the heart remains
-                _log.warning("no watcher could be started: %s", error)
+            except OSError as error:  # no process or descriptor is to be had: the heartbeat monitor remains
+                _log.warning("no watchdog could be started: %s", error)
 
     def __repr__(self) -> str:
         return f"<Watchdog, {'not running' if self._control is None else 'begun'}>"
@@ -154,7 +154,7 @@ def _fork_again(watch: _WatchdogProcess) -> NoReturn:
 
 
 class _WatchdogProcess:
-    """The watcher's side."""
+    """The watchdog's side."""
 
     def __init__(
         self, worker: int, pidfd: int, control: socket.socket, lifeline: int, timeout: float
@@ -238,7 +238,7 @@ class _WatchdogProcess:
                 self.control.send(b"\0")
 
     def end(self, fd: int) -> None:
-        """Note that a road has ended."""
+        """Note that a path has ended."""
         self.poller.unregister(fd)
         self.ended = True
 

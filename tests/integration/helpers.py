@@ -75,7 +75,7 @@ def settled_state(between_tests=False):
         "released": len(node.released),
         "running": [repr(task) for task in running],
         "queued": sorted(node.tasks.queued),
-        "lanes": len(node.dispatcher._lanes),
+        "lanes": len(node.reactor._lanes),
         "descriptors": descriptors,
     }
 

@@ -21,7 +21,7 @@ TRIES = (
     4  # times that an operation is done until the error comes: threads share the work now this way, now that
 )
 # Part of the names of the sites that finalizers pass.
-IN_FINALIZERS = ("__del__", "see_to_released", "ReferenceCounts.errand", "ReferenceCounts.hand_over")
+IN_FINALIZERS = ("__del__", "see_to_released", "ReferenceCounts.run_soon", "ReferenceCounts.hand_over")
 LARGE = 40000  # numbers of an array that goes through a block
 _injector = Injector()
 _swallowed = []  # what Python let not out of a finalizer
@@ -64,7 +64,7 @@ def state():
         "unclaimed takes": sorted(node.unclaimed_takes),
         "queued": sorted(node.tasks.queued),
         "running": len(node.tasks.running),
-        "lanes": len(node.dispatcher._lanes),
+        "lanes": len(node.reactor._lanes),
         "functions": len(node.functions),
         "who waits at channels": {
             tuple(rrid): len(entry.value._takers) + len(entry.value._putters)
@@ -197,7 +197,7 @@ class World:
         logging.getLogger("shmdist").setLevel(self._level)
         self.operations = self.channels = self.pools = self.before = None
         # Of a descriptor that was lost: no warning for later tests.
-        current_node().sharing.keeper._trouble = ""
+        current_node().sharing.maintainer._trouble = ""
 
     def pids(self):
         return self.home, self.worker, self.other

@@ -329,8 +329,8 @@ def stop():
 
 call = sd.remotecall(stop, stopped)
 def left():
-    dispatcher = current_node().dispatcher
-    return dispatcher._main.task is None and dispatcher._left
+    reactor = current_node().reactor
+    return reactor._main.task is None and reactor._left
 until(lambda: "(stopped)" in open(f"/proc/{ospid}/status").read(), 10)
 time.sleep(1)  # it writes, and the system takes no more
 for _ in range(20):

@@ -363,7 +363,7 @@ from tests.integration.helpers import children, until
 sd.rmprocs(sd.addprocs(2))
 for _ in range(20):
     sd.remotecall_fetch(abs, pid, 1)  # now it has a mailbox
-until(lambda: current_node().links[pid].mail_in is not None and current_node().links[pid].kick_out >= 0)
+until(lambda: current_node().links[pid].ring_in is not None and current_node().links[pid].kick_out >= 0)
 def state():
     return len(os.listdir("/proc/self/fd")), len(children())
 before = state()

@@ -172,7 +172,7 @@ def test_cancelled_calls_free_what_they_held(cluster, started):
 
 def _lose_the_first(lost):
     """Let this process's next signal to a call come to nothing."""
-    thread_state = current_node().dispatcher._main
+    thread_state = current_node().reactor._main
     strike = type(thread_state).interrupt_call
 
     def lossy(self, task):

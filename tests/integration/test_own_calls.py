@@ -102,7 +102,7 @@ def several_threads():
 )
 def test_order(cluster, calls):
     everywhere_the_same(calls, cluster)
-    own = current_node().dispatcher.own
+    own = current_node().reactor.own
     until(lambda: own.begun == own.made and not own._waiting and own._turn is None)
 
 
@@ -158,7 +158,7 @@ def _no_room(job):
 
 def test_a_call_that_gets_no_thread_is_told_and_holds_up_none(cluster, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(current_node().dispatcher, "start", _no_room)
+        patch.setattr(current_node().reactor, "start", _no_room)
         with pytest.raises(RuntimeError, match="no room"):
             sd.remotecall(abs, 1, -1)
     assert sd.remotecall(abs, 1, -2).fetch(timeout=10) == 2
@@ -170,8 +170,8 @@ def test_a_finalizer_that_waits_before_a_call_begins_waits_for_no_call_behind_it
 
     def held_up():
         came.append(sd.remotecall(abs, sd.myid(), -1).fetch(timeout=5))
-        node.dispatcher.own._call(came.append, (2,), {})
+        node.reactor.own._call(came.append, (2,), {})
 
-    node.dispatcher.own.put(held_up)
+    node.reactor.own.put(held_up)
     until(lambda: came == [1, 2])
     assert sd.remotecall(abs, sd.myid(), -1).fetch(timeout=5) == 1

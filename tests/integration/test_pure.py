@@ -19,7 +19,7 @@ from shmdist.transport import ring as mailbox, messages, native, ring_slots as s
 def kind():
     from shmdist.runtime.node import current_node
     from shmdist.transport import ring as mailbox
-    box = current_node().dispatcher.mail.box
+    box = current_node().reactor.rings.inbound
     return mailbox.RingWriter.__module__, box is not None
 
 assert native.module is None and mailbox.RingWriter is slots.RingWriter and messages.Record is messages._Record

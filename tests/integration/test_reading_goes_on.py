@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import shmdist as sd
-from shmdist.runtime import reactor
+from shmdist.runtime import reactor as reactor_module
 from shmdist.runtime.interrupts import current
 from shmdist.runtime.node import current_node
 from tests.integration import raising
@@ -29,7 +29,7 @@ def _no_log(caplog):
     """What is logged keeps the frames of the errors, and with them what was read."""
     caplog.set_level(logging.CRITICAL + 1, "shmdist")
     yield
-    current_node().sharing.keeper._trouble = (
+    current_node().sharing.maintainer._trouble = (
         ""  # a descriptor lost by an error: the warning is not for later tests
     )
 
@@ -115,11 +115,13 @@ def test_an_error_on_a_workers_main_thread(fresh, error, path):
 def test_an_error_while_a_thread_naps(fresh, monkeypatch):
     """The next one is woken as before, also where the error cannot be logged."""
     [pid] = fresh()
-    dispatcher = current_node().dispatcher
+    reactor = current_node().reactor
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(reactor, "time", types.SimpleNamespace(sleep=_no_memory, monotonic=time.monotonic))
-        dispatcher._wait_for_previous_leader()
-    assert not dispatcher._napping
+        patch.setattr(
+            reactor_module, "time", types.SimpleNamespace(sleep=_no_memory, monotonic=time.monotonic)
+        )
+        reactor._wait_for_previous_leader()
+    assert not reactor._napping
     assert sd.remotecall_fetch(_back, pid, 3) == -3
 
 

@@ -120,7 +120,7 @@ def state_of_worker():
 
 def has_mailboxes():
     link = current_node().links[1]
-    return not link.is_local or (link.mail_in is not None and link.kick_out >= 0)
+    return not link.is_local or (link.ring_in is not None and link.kick_out >= 0)
 
 
 def end_idle_threads_soon():
@@ -185,8 +185,8 @@ logged = []
 class Keep(logging.Handler):
     def emit(self, record):
         logged.append(record.getMessage())
-logging.getLogger("shmdist.door").addHandler(Keep())
-logging.getLogger("shmdist.door").setLevel("INFO")
+logging.getLogger("shmdist.listener").addHandler(Keep())
+logging.getLogger("shmdist.listener").setLevel("INFO")
 """
 
 

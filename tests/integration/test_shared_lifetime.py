@@ -331,7 +331,7 @@ def test_a_worker_that_dies_while_it_is_sent_to(fresh, recwarn):
 
 @pytest.mark.parametrize("how", ["dropped", "killed"])
 def test_what_is_given_back_late_goes_back_to_the_system(fresh, monkeypatch, how):
-    """A block that was in use for longer than the keeper waits is not forgotten when it comes back."""
+    """A block that was in use for longer than the maintainer waits is not forgotten when it comes back."""
     [pid] = fresh()
     monkeypatch.setattr("shmdist.runtime.maintenance.IDLE_SECONDS", 0.2)
     sharing = current_node().sharing
@@ -358,22 +358,22 @@ def test_a_segment_in_the_making_is_known_and_none_is_made_for_the_dead():
 import threading, time
 import numpy as np
 import shmdist as sd
-from shmdist.runtime import maintenance as keeper
+from shmdist.runtime import maintenance as maintainer
 from shmdist.runtime.node import current_node
 from tests.integration.helpers import settled_state, until
 
 pids = sd.addprocs(2)
 sd.remotecall_fetch(len, pids[0], np.ones(1 << 17))
 until(lambda: len(current_node().sharing.holds.segments), 5)
-touch, begun, go_on = keeper._touch, threading.Event(), threading.Event()
+touch, begun, go_on = maintainer._touch, threading.Event(), threading.Event()
 def slowly(*where):
     begun.set()
     assert go_on.wait(10)
     touch(*where)
-keeper._touch = slowly
+maintainer._touch = slowly
 before = settled_state()["descriptors"]
 segments = len(current_node().sharing.holds.segments)
-want = current_node().sharing.keeper.want
+want = current_node().sharing.maintainer.want
 want([64 << 20], pids[0])
 assert begun.wait(5)
 assert settled_state()["descriptors"] == before

@@ -158,7 +158,7 @@ def test_a_limit_on_the_size_of_files(where):
             sd.remotecall_wait(limit, pid, resource.RLIMIT_FSIZE, 2 * MIB)
             for _ in range(10): there_and_back(pid, 3 * MIB)
             print("from here", flush=True)
-            until(lambda: (there_and_back(pid, 3 * MIB), "memory" in sd.remotecall_fetch(lambda: current_node().sharing.keeper._told, pid))[1])
+            until(lambda: (there_and_back(pid, 3 * MIB), "memory" in sd.remotecall_fetch(lambda: current_node().sharing.maintainer._told, pid))[1])
             for _ in range(5): there_and_back(pid, 3 * MIB)
         """
     )
@@ -249,7 +249,7 @@ def test_few_descriptors(where):
         for _ in range(20):  # after so many all have mailboxes
             for pid in (a, b): there_and_back(pid, 100)
             sd.remotecall_fetch(sd.remotecall_fetch, a, abs, b, -1)
-        def have(): return all(l.mail_in and l.kick_out >= 0 for l in current_node().links.values())
+        def have(): return all(l.ring_in and l.kick_out >= 0 for l in current_node().links.values())
         until(lambda: all(sd.remotecall_fetch(have, pid) for pid in (1, a)))
         def narrow(spare):
             limit(resource.RLIMIT_NOFILE, 4096)  # there may be none left to see how many there are

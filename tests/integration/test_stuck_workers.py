@@ -94,7 +94,7 @@ def test_short_calls_while_the_main_thread_waits(fresh):
 
 
 def threads_made():
-    return current_node().dispatcher.threads._serial
+    return current_node().reactor.threads._serial
 
 
 def test_a_worker_that_dies_with_calls_queued(fresh):

@@ -86,7 +86,9 @@ def _no_log(caplog):
     """What is logged keeps the frames of the errors, and with them what was read."""
     caplog.set_level(logging.CRITICAL + 1, "shmdist")
     yield
-    current_node().sharing.keeper._trouble = ""  # of a descriptor that was lost: no warning for later tests
+    current_node().sharing.maintainer._trouble = (
+        ""  # of a descriptor that was lost: no warning for later tests
+    )
 
 
 def _same(value):

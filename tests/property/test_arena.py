@@ -20,7 +20,7 @@ class Model(RuleBasedStateMachine):
         self.segments = 0
         self.views = {}  # block's number -> {process: views it has}
         self.spans = {}  # block's number -> (segment, first byte, byte after the last)
-        self.mail = {}  # process -> changes it has told and that have not arrived, in order
+        self.rings = {}  # process -> changes it has told and that have not arrived, in order
         self.gone = set()
         self.busy = []
 
@@ -78,7 +78,7 @@ class Model(RuleBasedStateMachine):
     def pass_on(self, data, to):
         """A holder tells the owner first, then sends; who gets it may be faster with his own word."""
         serial, pid = data.draw(st.sampled_from(self.holding()))
-        self.mail.setdefault(pid, []).append((serial, to, +1))
+        self.rings.setdefault(pid, []).append((serial, to, +1))
         if to not in self.gone:
             self.views[serial][to] = self.views[serial].get(to, 0) + 1
 
@@ -87,27 +87,27 @@ class Model(RuleBasedStateMachine):
     def give_back(self, data):
         serial, pid = data.draw(st.sampled_from(self.holding()))
         self.drop(serial, pid)
-        self.mail.setdefault(pid, []).append((serial, pid, -1))
+        self.rings.setdefault(pid, []).append((serial, pid, -1))
 
-    @precondition(lambda self: any(self.mail.values()))
+    @precondition(lambda self: any(self.rings.values()))
     @rule(data=st.data())
     def deliver(self, data):
-        pid = data.draw(st.sampled_from([pid for pid, changes in self.mail.items() if changes]))
-        self.arena.change(*self.mail[pid].pop(0))
+        pid = data.draw(st.sampled_from([pid for pid, changes in self.rings.items() if changes]))
+        self.arena.change(*self.rings[pid].pop(0))
 
     @precondition(lambda self: len(self.alive()) > 1)
     @rule(data=st.data())
     def die(self, data):
         """What a process wrote before its end is read to the end; then it is lost."""
         pid = data.draw(st.sampled_from(self.alive()))
-        for change in self.mail.pop(pid, []):
+        for change in self.rings.pop(pid, []):
             self.arena.change(*change)
         self.gone.add(pid)
         for holders in self.views.values():
             holders.pop(pid, None)
         self.arena.lose(pid)
 
-    # -------------------------------------------------- the keeper
+    # -------------------------------------------------- the maintainer
 
     @rule()
     def begin_cooling(self):
@@ -150,7 +150,7 @@ class Model(RuleBasedStateMachine):
     @invariant()
     def nothing_is_forgotten(self):
         """When all has been told, only what somebody looks into is lent, with the right counts."""
-        if any(self.mail.values()):
+        if any(self.rings.values()):
             return
         lent = {serial: dict(block.counts) for serial, block in self.arena.blocks.items()}
         assert lent == {serial: holders for serial, holders in self.views.items() if holders}
@@ -158,7 +158,7 @@ class Model(RuleBasedStateMachine):
     def teardown(self):
         for extent, state in self.busy:
             self.arena.end(extent, state)
-        for changes in self.mail.values():
+        for changes in self.rings.values():
             for change in changes:
                 self.arena.change(*change)
         for serial, holders in self.views.items():

@@ -142,10 +142,10 @@ class _Link:
 @pytest.fixture
 def node():
     node = Node(HOLDER)
-    node.dispatcher.start = node.dispatcher.soon = lambda job: job()
+    node.reactor.start = node.reactor.soon = lambda job: job()
     node.links[OWNER] = _Link(OWNER)
     yield node
-    node.dispatcher.close()
+    node.reactor.close()
 
 
 def references_from(sender, *refs):

@@ -39,7 +39,7 @@ def make_heart(monkeypatch):
 
     def make(is_worker=False):
         node = types.SimpleNamespace(
-            pid=3 if is_worker else 1, is_worker=is_worker, dispatcher=types.SimpleNamespace(start=start)
+            pid=3 if is_worker else 1, is_worker=is_worker, reactor=types.SimpleNamespace(start=start)
         )
         hearts.append(HeartbeatMonitor(node))
         return hearts[-1]

@@ -107,7 +107,7 @@ def copies():
         node.links[pid] = Sends(pid)
     yield Asked(node.sharing)
     node.links.clear()
-    node.dispatcher.close()
+    node.reactor.close()
 
 
 def payload_of(nbytes=NBYTES):
@@ -179,8 +179,8 @@ class TestSending:
         parts = OutgoingFrames()
         copies.place(payload, 4, 2, parts)
         payload.spread = {}
-        assert not copies.node.errands, "a frame waits to be written"
+        assert not copies.node.deferred_jobs, "a frame waits to be written"
         del parts
-        [errand] = copies.node.errands
-        errand()
+        [run_soon] = copies.node.deferred_jobs
+        run_soon()
         assert [copies.node.links[pid].posted for pid in (2, 3)] == [1, 0]

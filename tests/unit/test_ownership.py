@@ -10,13 +10,13 @@ from shmdist.runtime.node import Node
 def node():
     node = Node(1)
     yield node
-    node.dispatcher.close()
+    node.reactor.close()
 
 
 def asked(node):
     """Count how often standby threads are woken."""
     wakes = []
-    node.dispatcher.poller.wake = lambda: wakes.append(True)
+    node.reactor.poller.wake = lambda: wakes.append(True)
     return wakes
 
 
@@ -43,7 +43,7 @@ def test_who_comes_too_late_leaves_the_way_free(node):
 
 def test_an_errand_is_run(node):
     wakes, done = asked(node), []
-    node.errand(lambda: done.append(True))
+    node.run_soon(lambda: done.append(True))
     assert len(wakes) == 1
     node.housekeeping()
     assert done

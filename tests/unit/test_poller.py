@@ -433,7 +433,7 @@ class TestBells:
     def listeners(self, bell: WakeupFd) -> Iterator[list[Poller]]:
         listeners = [Poller(), Poller()]
         for each in listeners:
-            each.add_bell(bell.fileno())
+            each.add_group_wakeup(bell.fileno())
         yield listeners
         for each in listeners:
             each.close()
@@ -461,8 +461,8 @@ class TestBells:
         assert woken(listener)
 
     def test_not_heard_any_more(self, bell: WakeupFd, listeners: list[Poller]) -> None:
-        listeners[0].remove_bell(bell.fileno())
-        listeners[0].remove_bell(bell.fileno())
+        listeners[0].remove_group_wakeup(bell.fileno())
+        listeners[0].remove_group_wakeup(bell.fileno())
         bell.set()
         assert not listeners[0].poll(0)
         assert listeners[1].poll(LONG)

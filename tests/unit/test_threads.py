@@ -161,7 +161,7 @@ def test_the_turn_is_not_lost_when_no_thread_can_follow():
         own._waiting.append((0, job))
     own._followed = True
     own._lock.release()
-    own._dispatcher.start(own._follow)
+    own._reactor.start(own._follow)
     assert last.wait(5) and done == [1, 2]
     ends.set()
 

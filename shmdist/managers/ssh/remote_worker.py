@@ -122,9 +122,9 @@ class Pump:
         if not self._begun:
             self._begun = True
             threading.Thread(target=self._run, name="shmdist-ssh-pump", daemon=True).start()
-        bell = _ReadyNotifier(self._ready, worker)
-        channel.in_buffer.set_event(bell)  # type: ignore[arg-type]  # it has what is used of an Event
-        channel.in_stderr_buffer.set_event(bell)  # type: ignore[arg-type]  # as above
+        notifier = _ReadyNotifier(self._ready, worker)
+        channel.in_buffer.set_event(notifier)  # type: ignore[arg-type]  # it has what is used of an Event
+        channel.in_stderr_buffer.set_event(notifier)  # type: ignore[arg-type]  # as above
         self._ready.put(worker)
 
     def step(self, worker: RemoteWorker) -> None:
@@ -431,7 +431,7 @@ class RemoteWorker:
         self._close_pipe(True)
 
     def beat(self) -> None:
-        """Let its watcher hear this process, by a byte on its standard input; it may block."""
+        """Let its watchdog hear this process, by a byte on its standard input; it may block."""
         channel = self._channel
         if channel is not None:
             with contextlib.suppress(OSError):  # it has ended

@@ -60,8 +60,8 @@ class World:
         a.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 19)
         self.a, self.b = Link(Connection(a.detach()), 2), Link(Connection(b.detach()), 1)
         self.box = BOXES[self.receiver].make(1)
-        self.b.mail_in = self.box.open_slot(self.b)
-        self.a.mail_out = MODULES[self.sender].RingWriter(self.box.segment, self.b.mail_in.slot)
+        self.b.ring_in = self.box.open_slot(self.b)
+        self.a.ring_out = MODULES[self.sender].RingWriter(self.box.segment, self.b.ring_in.slot)
         self.kick = WakeupFd()
         self.a.kick_out = os.dup(self.kick.setter) if with_kick else -1
         self.sent, self.got, self.number = [], [], 0
@@ -71,7 +71,7 @@ class World:
         self.before_sending = ()
         self.wakeups = []  # links with somebody at the other end who is to be woken
         self.box.fence = lambda: self.during("at_receiver")
-        self.a.mail_out.fence = self.at_fence
+        self.a.ring_out.fence = self.at_fence
 
     def at_fence(self):
         """The sender is at a fence: before it moves the head, or after that."""
@@ -145,13 +145,13 @@ class World:
 
     def wake(self):
         self.awake = True
-        self.box.wake()
+        self.box.mark_awake()
 
     def sleep(self, then=()):
         """Try to sleep; it must not succeed while there is a message that nothing will wake it for."""
         self.at_receiver = then
         self.awake = False
-        if self.box.sleep():
+        if self.box.mark_asleep():
             self.wake()
             self.read_mail()
         self.at_receiver = ()
@@ -285,7 +285,7 @@ def test_a_wake_up_for_a_receiver_that_has_gone_is_no_error(world):
     world.send(5)
     world.read_socket()
     world.at_sender = [("gone",)]
-    world.gone = lambda: (world.box.sleep(), world.b.close())
+    world.gone = lambda: (world.box.mark_asleep(), world.b.close())
     with contextlib.suppress(LinkClosed):
         world.a.send(encode(b"x"))
 
@@ -307,7 +307,7 @@ def test_nonsense_ends_the_link(world, nonsense):
     world.send(5)
     world.read_socket()
     world.send(6)
-    slot = world.b.mail_in.slot
+    slot = world.b.ring_in.slot
     words = world.box.segment.view.cast("Q")
     ring = (PAGE + slot * SLOT_BYTES) // 8
     if nonsense == "length":
@@ -334,7 +334,7 @@ def test_a_part_of_a_frame_ends_the_link_and_nothing_comes_twice(world, cut):
     world.read_socket()
     whole = b"".join(encode(pattern(6), call_id=8))
     for message in (whole, whole[:cut]):
-        assert world.a.mail_out.put(message, world.a._sent) == LEFT
+        assert world.a.ring_out.put(message, world.a._sent) == LEFT
     frames = []
     (receiver,) = world.box.take(frames)
     with pytest.raises(OSError, match="part of a frame"):
@@ -351,7 +351,7 @@ def test_frames_with_buffers_and_several_at_once_keep_their_order(world):
     frames = [encode(pattern(number), call_id=number) for number in (1, 2, 3)]
     with_buffer = encode(b"body", b"x" * 100, call_id=4)
     for message in (frames[0], frames[1] + frames[2], with_buffer, frames[0]):
-        assert world.a.mail_out.put(b"".join(message), world.a._sent) == LEFT
+        assert world.a.ring_out.put(b"".join(message), world.a._sent) == LEFT
     found = []
     for receiver in world.box.take(found):
         receiver.link.read_mail(found)
@@ -386,7 +386,7 @@ def test_whatever_lies_there_is_borne(sides, lies, at, head):
                 left.done()
             except OSError:
                 pass
-    box.sleep()
+    box.mark_asleep()
 
 
 @every_receiver
@@ -402,14 +402,14 @@ def test_slots_are_had_once(sides):
     again = box.open_slot(None)
     assert again.slot == 5
     last = MODULES[sides[0]].RingWriter(box.segment, SLOTS - 1)
-    box.wake()
+    box.mark_awake()
     assert box.take([]) == []
-    assert not box.stirred()
-    assert not box.watch()
+    assert not box.has_new()
+    assert not box.spin()
     receivers[-1].seen(3)
     assert last.put(b"x" * MAX_MESSAGE_BYTES, 3) == LEFT
-    assert box.stirred()
-    assert box.watch()
+    assert box.has_new()
+    assert box.spin()
     assert box.take([]) == [receivers[-1]]
     assert [bytes(message) for message in receivers[-1].open()] == [b"x" * MAX_MESSAGE_BYTES]
     assert box.segment.size == PAGE + SLOTS * SLOT_BYTES
@@ -418,7 +418,7 @@ def test_slots_are_had_once(sides):
 @every_receiver
 def test_a_slot_that_is_used_again_goes_on_where_it_was(sides):
     box = BOXES[sides[1]].make(1)
-    box.wake()
+    box.mark_awake()
     for turn in range(3):
         receiver = box.open_slot(None)
         sender = MODULES[sides[0]].RingWriter(box.segment, receiver.slot)
@@ -486,8 +486,14 @@ class TestInC:
         assert c.RingReader.__new__(c.RingReader).open() == []
         c.RingReader.__new__(c.RingReader).done()
         c.RingReader.__new__(c.RingReader).seen(1)
-        lookout = c.RingScanner.__new__(c.RingScanner)
-        for step in (lookout.wake, lookout.sleep, lookout.stirred, lookout.watch, lambda: lookout.take([])):
+        scanner = c.RingScanner.__new__(c.RingScanner)
+        for step in (
+            scanner.mark_awake,
+            scanner.mark_asleep,
+            scanner.has_new,
+            scanner.spin,
+            lambda: scanner.take([]),
+        ):
             with pytest.raises(RuntimeError):
                 step()
 
@@ -500,7 +506,7 @@ class TestInC:
         with pytest.raises(ZeroDivisionError):
             sender.put(b"x", 0)
         with pytest.raises(ZeroDivisionError):
-            box.sleep()
+            box.mark_asleep()
 
     def test_nothing_is_kept(self):
         def turn():

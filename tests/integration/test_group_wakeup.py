@@ -14,7 +14,7 @@ from shmdist.transport.link import Link
 from tests.integration.helpers import until
 
 def listening():
-    return [link.pid for link in current_node().links.values() if link.has_bell]
+    return [link.pid for link in current_node().links.values() if link.hears_group_wakeup]
 
 def settle(pids):
     "Map until all of these workers listen to the bell."
@@ -35,9 +35,9 @@ def test_maps_and_loops_wake_by_the_bell():
 pids = sd.addprocs(3)
 settle(pids)
 rung = []
-mail = current_node().dispatcher.mail
-ring = mail._bell.set
-mail._bell.set = lambda: (rung.append(1), ring())
+mail = current_node().reactor.rings
+ring = mail._group_wakeup.set
+mail._group_wakeup.set = lambda: (rung.append(1), ring())
 wakes, wake = [], Link.wake
 Link.wake = lambda link: (wakes.append(link.pid), wake(link))
 loop = sd.distributed(operator.add)(abs)
@@ -59,8 +59,8 @@ def test_few_of_many_are_woken_one_by_one():
         + """
 pids = sd.addprocs(5)
 settle(pids)
-mail = current_node().dispatcher.mail
-mail._bell.set = lambda: 1 / 0
+mail = current_node().reactor.rings
+mail._group_wakeup.set = lambda: 1 / 0
 two = sd.WorkerPool(pids[:2])
 for turn in range(20):
     time.sleep(random.random() / 200)
@@ -94,7 +94,7 @@ def lose():
     take = link.take_fd
     link.take_fd = lambda frame: (os.close(take(frame)), -1)[1]
 sd.pmap(abs, range(10))
-until(lambda: sd.remotecall_fetch(lambda: current_node().links[1].mail_out is not None, pids[1]))
+until(lambda: sd.remotecall_fetch(lambda: current_node().links[1].ring_out is not None, pids[1]))
 sd.remotecall_wait(lose, pids[1])
 settle(pids[:1])
 for turn in range(40):
@@ -112,13 +112,13 @@ def test_descriptors_go_with_the_workers_and_children_have_none():
 def open_files():
     return len(os.listdir("/proc/self/fd"))
 def bells(pid):
-    return sd.remotecall_fetch(lambda: len(current_node().dispatcher.mail._bells), pid)
+    return sd.remotecall_fetch(lambda: len(current_node().reactor.rings._group_wakeups), pid)
 pids = sd.addprocs(2)
 settle(pids)
 assert [bells(pid) for pid in pids] == [1, 1]
 child = os.fork()
 if not child:
-    mail = sd.runtime.node.current_node().dispatcher.mail
+    mail = sd.runtime.node.current_node().reactor.rings
     os._exit(7)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 def turn():
@@ -138,11 +138,11 @@ def inner():
     for _ in range(200):
         time.sleep(0.002)
         sd.pmap(abs, range(100), pool=sd.WorkerPool(pids[1:] + [1]))
-    return current_node().dispatcher.mail._bell is not None
+    return current_node().reactor.rings._group_wakeup is not None
 assert sd.remotecall_fetch(inner, pids[0])
 assert bells(1) == 1
 sd.rmprocs(pids)
-until(lambda: not current_node().dispatcher.mail._bells, 10, "the worker's bell is forgotten")
+until(lambda: not current_node().reactor.rings._group_wakeups, 10, "the worker's bell is forgotten")
 """
     ).end(60).clean()
 
