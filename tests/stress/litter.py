@@ -1,6 +1,7 @@
 """Objects whose finalizers use shmdist in every way, and what these came to; one `Site` a process."""
 
 import collections
+import functools
 import gc
 import itertools
 import logging
@@ -70,11 +71,17 @@ def set_up(others, channels, futures, pool):
     """Make this process's site, and have errors that nobody would see noted there."""
     global site
     site = Site(others, channels, futures, pool)
-    sys.unraisablehook = lambda shown: site.note(
-        f"not raised, in {shown.object!r:.200}: {_chain(shown.exc_value)}"
-    )
+    sys.unraisablehook = functools.partial(_unraisable, site, sys.__unraisablehook__)
     threading.excepthook = lambda shown: site.note(f"in {shown.thread}: {_chain(shown.exc_value)}")
     logging.getLogger("shmdist").addHandler(_Noted(logging.WARNING))
+
+
+def _unraisable(site, show, shown):
+    """Note what a finalizer raised; show it where the interpreter ends, and this module's names are gone."""
+    if _chain is None:
+        show(shown)
+    else:
+        site.note(f"not raised, in {shown.object!r:.200}: {_chain(shown.exc_value)}")
 
 
 class _Noted(logging.Handler):

@@ -1,11 +1,14 @@
 """Arrays on their way between all processes, while one of them is killed at moments of chance."""
 
+import gc
 import os
 import random
 import shutil
 import signal
+import sys
 import threading
 import time
+import traceback
 
 import numpy as np
 import pytest
@@ -82,6 +85,17 @@ def whole(dead):
     return text + [f"owed to {pid}" for pid in dead & state["unsent_releases"].keys()]
 
 
+def what_holds(dead):
+    """Return where this process's threads are, and whether the collector finds what it has of dead ones."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    stacks = [
+        f"{names.get(ident)}: "
+        + " < ".join(f"{each.name}:{each.lineno}" for each in traceback.extract_stack(at)[:-9:-1])
+        for ident, at in sys._current_frames().items()
+    ]
+    return "\n".join([*stacks, f"collected {gc.collect()}, then {whole(dead)}"])
+
+
 # ---------------------------------------------------------------------- here
 
 
@@ -121,7 +135,8 @@ def nothing_of(dead, pid, when):
     try:
         until(nothing, 5)
     except AssertionError:
-        raise AssertionError(f"{when}: process {pid} still has {found}") from None
+        more = sd.remotecall_fetch(what_holds, pid, dead)
+        raise AssertionError(f"{when}: process {pid} still has {found}\n{more}") from None
 
 
 def test_one_of_four_is_killed_at_any_moment(cluster, fresh):
