@@ -86,7 +86,7 @@ def test_words_beyond_the_page(page, word):
 COUNT = 200_000  # many times what one process does before the other one has a processor
 WORKER = f"""
 import sys
-from tests.unit.test_page import begin_of
+from tests.unit.test_progress_page import begin_of
 from shmdist.memory.segment import ProgressPage
 page, begin = ProgressPage(int(sys.argv[1])), begin_of(sys.argv[2])
 print("ready", flush=True)

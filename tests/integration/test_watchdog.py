@@ -154,7 +154,7 @@ MASTER = """
 import sys
 import shmdist as sd
 from pathlib import Path
-from tests.integration.test_watcher import hold_for_long
+from tests.integration.test_watchdog import hold_for_long
 
 pids = sd.addprocs([({text!r}, 2)], **{params!r})
 hold_for_long(pids[0], Path({folder!r}))
