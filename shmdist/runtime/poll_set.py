@@ -201,22 +201,32 @@ class PollSet:
                 elif link.reads == LIVELY and link.is_local:
                     self.soon(functools.partial(self.rings.offer, link))
             elif not self.poller.is_kick(fd):
-                action = self._watched.get(fd)
-                if action is not None:
-                    self.soon(action)
-                    del self._watched[fd]
+                # First, for `action` may close it at once, and its number be another one's then.
+                action = self._watched.pop(fd, None)
                 self.poller.remove(fd)
+                if action is not None:
+                    try:
+                        self.soon(action)
+                    except Exception:
+                        self._watched[fd] = action
+                        firmly(self.poller.add, fd)  # a later turn tries again
+                        raise
 
     def _end_links(self) -> None:
         """Let go of the links that have been read to their ends."""
         while self._ended:
             link = self._ended[-1]
-            self.poller.remove(link.fd)
-            link.shut()
-            self.rings.forget(link)
-            if link.fd in self._links:
-                self.soon(functools.partial(self._node.link_ended, link))
-                self._links.pop(link.fd, None)
+            if self._links.get(link.fd) is link:  # else that was done in a turn that failed later
+                self.poller.remove(link.fd)
+                link.shut()
+                self.rings.forget(link)
+                # First, for `link_ended` closes the descriptor, and its number is another link's then.
+                del self._links[link.fd]
+                try:
+                    self.soon(functools.partial(self._node.link_ended, link))
+                except Exception:
+                    self._links[link.fd] = link
+                    raise
             del self._ended[-1]
 
     def _take_up(self, frames: list[Frame]) -> Sequence[tuple[int, int]]:
