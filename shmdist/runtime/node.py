@@ -342,8 +342,7 @@ class Node(RequestClient):
 
     def read_output(self, fd: int) -> None:
         """Take what a worker printed; on the reading thread."""
-        if not self.outputs.read(fd):
-            self.outputs.close(fd)
+        self.outputs.read(fd)
 
     def print_output(self, *pids: int) -> None:
         """Wait until what these workers printed is written to this process's streams."""

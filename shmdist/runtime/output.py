@@ -125,7 +125,7 @@ class Outputs:
             self._look()
 
     def read(self, fd: int) -> bool:
-        """Read what has come by a pipe; False at its end."""
+        """Read what has come by a pipe; at its end it is closed, and this returns False."""
         with self._changed:
             pipe = self._pipes.get(fd)
             if pipe is None:
@@ -135,6 +135,8 @@ class Outputs:
                 pipe.paused = True
                 self._pause(fd)
             self._look()
+            if not alive:
+                self.close(fd)  # here and now: once closed by another thread, the number may be a new pipe's
             return alive
 
     def _read(self, pipe: _Pipe, budget: float) -> bool:

@@ -95,6 +95,8 @@ class TestReading:
         worker.end()
         assert not outputs.read(worker.fd)
         assert shown(outputs) == []
+        with pytest.raises(OSError):  # it is closed by then: its number may be another pipe's at once
+            os.fstat(worker.fd)
 
     def test_what_was_read_before(self, outputs: Outputs) -> None:
         worker = Worker(outputs, 3, b"early\nbe")
