@@ -106,7 +106,7 @@ def reduce_exception(
     tuple or NotImplemented
         A reduce tuple with the state in third place and its setter in sixth (pickled once the
         object is known, so that cycles through ``__cause__`` end); `NotImplemented` where the
-        class pickles itself in Python, or the standard way loses nothing.
+        standard way, or the class's own, loses nothing.
 
     Examples
     --------
@@ -121,7 +121,7 @@ def reduce_exception(
     """
     cls = type(exc)
     if not by_fields and not _has_builtin_pickling(cls):
-        return NotImplemented
+        return _reduce_own(exc, {id(exc): exc} if seen is None else seen)
     state: dict[str, Any] = {"dict": dict(_DICT.__get__(exc)), "fields": _fields(exc)}
     # Python leaves it out of pickles as well: any object at all, of any size.
     if issubclass(cls, AttributeError):
@@ -134,6 +134,37 @@ def reduce_exception(
     seen = {id(exc): exc} if seen is None else seen
     arguments = _carry((cls, _ARGS.__get__(exc), _group_arguments(exc)), seen)
     return rebuild_exception, arguments, _carry(state, seen), None, None, _set_state
+
+
+def _reduce_own(exc: BaseException, seen: dict[int, Any]) -> Any:
+    """Reduce an exception whose class pickles itself, which leaves out its notes and its cause."""
+    notes, cause = _DICT.__get__(exc).get("__notes__"), _CAUSE.__get__(exc)
+    if notes is None and cause is None and not _SUPPRESS.__get__(exc):
+        return NotImplemented
+    reduced = exc.__reduce_ex__(5)
+    if type(reduced) is not tuple or any(reduced[3:5]):
+        return NotImplemented
+    parts: tuple[Any, ...] = reduced
+    make, arguments, state, _, _, set_own = parts + (None,) * (6 - len(parts))
+    around = {"suppress": _SUPPRESS.__get__(exc)}
+    if notes is not None:
+        around["dict"] = {"__notes__": notes}
+    if cause is not None:
+        around["cause"] = cause
+    return make, arguments, (state, set_own, _carry(around, seen)), None, None, _set_own
+
+
+def _set_own(exc: BaseException, state: Any) -> None:
+    """Set what the class wants set, then notes and cause."""
+    own, set_own, around = state
+    if set_own is not None:
+        set_own(exc, own)
+    elif own is not None:
+        exc.__setstate__(own)
+    _DICT.__get__(exc).update(around.get("dict", {}))
+    if "cause" in around:
+        _CAUSE.__set__(exc, around["cause"])
+    _SUPPRESS.__set__(exc, around["suppress"])
 
 
 def _has_builtin_pickling(cls: type) -> bool:

@@ -129,7 +129,8 @@ def pmap(
     pool : worker pool or list of int, optional
         A list, tuple or range of process ids is a pool of these. Default: the default worker pool.
     distributed : bool
-        False: on threads of this process.
+        False: on threads of this process. Containers and arrays that a generator gives are values then as
+        well; the threads work on the program's other objects themselves.
     batch_size : int, optional
         Elements a message carries. By default it follows from what an element takes.
     on_error : callable, optional

@@ -78,7 +78,7 @@ def short_repr(value: Any) -> str:
     """
     try:
         text = _describe(value, _DEEPEST)
-    except Exception:  # it runs code of the value's class
+    except (Exception, SystemExit, GeneratorExit):  # it runs code of the value's class
         text = f"<{type(value).__name__}>"
     return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 3] + "..."
 

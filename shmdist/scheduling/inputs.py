@@ -226,7 +226,8 @@ def as_of_now_here(element: Any) -> Any:
     kind = type(element)
     if kind is tuple:
         return tuple(map(as_of_now_here, element))
-    if kind in _CONTAINERS or (kind.__module__ == "numpy" and kind.__name__ == "ndarray"):
+    ndarray = getattr(sys.modules.get("numpy"), "ndarray", None)
+    if kind in _CONTAINERS or (ndarray is not None and issubclass(kind, ndarray)):
         return as_of_now(element)
     return element
 

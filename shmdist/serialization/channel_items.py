@@ -72,6 +72,8 @@ def make_item(keep: Callable[[Any], Any], value: Any) -> Any:
     payload = codec.dumps_plainly(value)
     if payload is None or payload.refs or any(type(each) is SharedSource for each in payload.buffers):
         return local_copy(value)
+    # The pickler writes large bytes and bytearrays as they are: the latter are the caller's still.
+    payload.parts = [part if type(part) is bytes else bytes(part) for part in payload.parts]
     payload.buffers = [keep(source) for source in payload.buffers]
     return Item(payload)
 

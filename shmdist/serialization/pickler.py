@@ -20,7 +20,9 @@ from typing import Any
 from shmdist.errors import reduce_exception
 from shmdist.serialization import definitions, stdlib_reducers
 from shmdist.serialization.arrays import INLINE, reduce_array, reduce_masked
+from shmdist.serialization.by_value import with_slots, with_submodules
 from shmdist.serialization.global_names import global_names
+from shmdist.serialization.memoryviews import reduce_memoryview
 from shmdist.serialization.modules import MAIN, goes_by_value
 from shmdist.serialization.random_generators import GENERATORS, reduce_generator
 from shmdist.serialization.unsendable import refuse
@@ -162,6 +164,7 @@ reducers[type(os.environ)] = lambda environ, _pickler: (
 reducers[stdlib_reducers.CACHED] = lambda cached, pickler: (
     definitions.reference(cached, pickler.payload) or stdlib_reducers.reduce_cached(cached, pickler)
 )
+reducers[memoryview] = reduce_memoryview
 reducers[stdlib_reducers.cached_property] = stdlib_reducers.reduce_property
 reducers[stdlib_reducers.singledispatchmethod] = stdlib_reducers.reduce_method
 
@@ -240,9 +243,10 @@ def cloud_pickler() -> Any:
                         if type(reduced) is not tuple or len(reduced) != 6:
                             return reduced
                         names = _choose_globals(obj, reduced[2][1]["__globals__"], self)
+                        with_submodules(obj, reduced[2][1])
                         return _with_receivers_globals(stdlib_reducers.reduce_dispatcher(obj, reduced), names)
                     if isinstance(obj, type):
-                        return super().reducer_override(obj)
+                        return with_slots(obj, super().reducer_override(obj))
                     value = _reduce_rare(obj, kind, self)
                     if value is NotImplemented:
                         return super().reducer_override(obj)

@@ -86,14 +86,17 @@ def whole(dead):
 
 
 def what_holds(dead):
-    """Return where this process's threads are, and whether the collector finds what it has of dead ones."""
+    """Return where this process's threads are, for what it waits, and whether the collector finds what it has."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     stacks = [
         f"{names.get(ident)}: "
         + " < ".join(f"{each.name}:{each.lineno}" for each in traceback.extract_stack(at)[:-9:-1])
         for ident, at in sys._current_frames().items()
     ]
-    return "\n".join([*stacks, f"collected {gc.collect()}, then {whole(dead)}"])
+    node = current_node()
+    pending = [(reply.call_id, reply.pid, reply.done) for reply in list(node.pending.values())]
+    own = [f"pending {pending}", f"queued {list(node.tasks.queued)}, running {list(node.tasks.running)}"]
+    return "\n".join([*stacks, *own, f"collected {gc.collect()}, then {whole(dead)}"])
 
 
 # ---------------------------------------------------------------------- here
@@ -133,7 +136,7 @@ def nothing_of(dead, pid, when):
         return not found
 
     try:
-        until(nothing, 5)
+        until(nothing, 30)  # a call that holds some may be the first one on workers that were just started
     except AssertionError:
         more = sd.remotecall_fetch(what_holds, pid, dead)
         raise AssertionError(f"{when}: process {pid} still has {found}\n{more}") from None
