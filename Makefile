@@ -14,7 +14,7 @@ export PYTHON
 help:
 	@echo "make demo    the main example: handwritten digits, beside numpy alone and multiprocessing.Pool"
 	@echo "make test    all tests but the stress tests"
-	@echo "make bench   the benchmarks, each beside its peers"
+	@echo "make bench   the benchmarks, each beside its peers; CHECK=1 fails where one is too slow"
 	@echo "make check   ruff, mypy and the layers of the package"
 	@echo "make check-pythons  a fast part of the tests with Python 3.12 and 3.13, where they are"
 	@echo "make stress  the stress tests, N=$(N) times in a row"

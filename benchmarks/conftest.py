@@ -1,10 +1,12 @@
 """The rule of these benchmarks: a figure stands beside its peer's, on the same work in the same run.
 
 `compare` measures the two by turns, A B A B, so that a machine that speeds up or slows down does so for
-both, and holds the ratio of their medians against a limit. The table at the end has every ratio.
+both, and holds the ratio of their medians against a limit. The table at the end has every ratio; with
+CHECK=1 one above its limit fails.
 """
 
 import multiprocessing
+import os
 import statistics
 import time
 
@@ -13,6 +15,7 @@ import pytest
 import shmdist as sd
 
 WORKERS = 2
+CHECK = os.environ.get("CHECK") == "1"  # else the table alone is of interest
 _rows = []
 
 
@@ -66,12 +69,12 @@ def compare(benchmark, record):
 
 @pytest.fixture
 def record():
-    """Return a function that enters a row in the table, and fails if the ratio is too high."""
+    """Return a function that enters a row in the table; with CHECK=1 it fails if the ratio is too high."""
 
     def enter(what, ours, peer, peer_name, most, unit="s"):
         ratio = ours / peer
         _rows.append((what, _text(ours, unit), _text(peer, unit), peer_name, ratio, most))
-        assert ratio <= most, f"{what}: {ratio:.3g} of {peer_name}, at most {most:.3g} is wanted"
+        assert not CHECK or ratio <= most, f"{what}: {ratio:.3g} of {peer_name}, at most {most:.3g} is wanted"
 
     return enter
 
@@ -94,5 +97,5 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("shmdist beside its peers, medians of measurements by turns")
     write(f"{'':40} {'shmdist':>8} {'peer':>8}  {'which':21} {'ratio':>7} {'wanted':>7}")
     for what, ours, peer, peer_name, ratio, most in _rows:
-        verdict = "ok" if ratio <= most else "FAILED"
+        verdict = "ok" if ratio <= most else "FAILED" if CHECK else "above"
         write(f"{what:40} {ours:>8} {peer:>8}  {peer_name:21} {ratio:7.3f} {most:7.3f}  {verdict}")
