@@ -57,18 +57,18 @@ def state():
         "receipts": [repr(table) for table in (node.receipts, node.sharing.receipts) if len(table)],
         "references": counts,
         "released": len(node.released),
-        "unsent_releases": {owner: counts for owner, counts in node.unsent_releases.items() if counts},
+        "unsent_releases": {owner: counts for owner, counts in list(node.unsent_releases.items()) if counts},
         "freed": len(node.freed),
-        "pending": sorted(node.pending),
-        "waiting": sorted(node.waiting),
-        "unclaimed takes": sorted(node.unclaimed_takes),
-        "queued": sorted(node.tasks.queued),
+        "pending": sorted(list(node.pending)),
+        "waiting": sorted(list(node.waiting)),
+        "unclaimed takes": sorted(list(node.unclaimed_takes)),
+        "queued": sorted(list(node.tasks.queued)),
         "running": len(node.tasks.running),
         "lanes": len(node.reactor._lanes),
         "functions": len(node.functions),
         "who waits at channels": {
             tuple(rrid): len(entry.value._takers) + len(entry.value._putters)
-            for rrid, entry in node.refs.entries.items()
+            for rrid, entry in list(node.refs.entries.items())
             if isinstance(entry.value, sd.Channel)
         },
     }

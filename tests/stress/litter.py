@@ -49,6 +49,7 @@ class Site:
         self.worked = {kind: itertools.count() for kind in ACTIONS}
         self.refused = {kind: itertools.count() for kind in ACTIONS}
         self.skipped, self.interrupted = itertools.count(), itertools.count()
+        self.interrupted_takes = itertools.count()  # each may have taken one that is noted nowhere
         self.wrong = []
         self.fresh = collections.deque(
             maxlen=8
@@ -244,18 +245,20 @@ def _put():
     token = next(site.tokens) * 8 + sd.myid()
     try:
         random.choice(site.channels).put(token)
-    except KeyboardInterrupt:
+        site.put.append(token)
+    except KeyboardInterrupt:  # of the put, or just after it
         site.open.append(token)
         raise
-    site.put.append(token)
 
 
 def _take():
     try:
-        token = random.choice(site.channels).take(timeout=0)
+        site.took.append(random.choice(site.channels).take(timeout=0))
     except TimeoutError:
-        return
-    site.took.append(token)
+        pass
+    except KeyboardInterrupt:  # of the take, or just after it
+        next(site.interrupted_takes)
+        raise
 
 
 def _future():
@@ -406,9 +409,12 @@ class Collector:
         self.started = True
         chance = 1 / often
 
+        # At hand: it runs on some threads until the interpreter ends, when this module's names are gone.
+        draw, choose, collect = random.random, random.choice, gc.collect
+
         def hook(*_):
-            if random.random() < chance:
-                gc.collect(random.choice((0, 0, 0, 0, 0, 0, 1, 1, 2)))
+            if draw() < chance:
+                collect(choose((0, 0, 0, 0, 0, 0, 1, 1, 2)))
 
         if sys.version_info >= (3, 12):
             events = sys.monitoring.events
@@ -469,6 +475,7 @@ def counted():
         "put": list(site.put),
         "open": list(site.open),
         "took": list(site.took),
+        "interrupted takes": number(site.interrupted_takes),
         "worked": {kind: number(counter) for kind, counter in site.worked.items()},
         "refused": {kind: number(counter) for kind, counter in site.refused.items()},
         "skipped": number(site.skipped),
