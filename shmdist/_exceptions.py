@@ -455,7 +455,7 @@ def join_tracebacks(error: BaseException) -> None:
 
 
 def _went_on(error: BaseException) -> bool:
-    """Tell whether `error` is a RemoteException whose traceback ends where that of the original does."""
+    """Return whether `error` is a RemoteException whose traceback ends where that of the original does."""
     if not issubclass(type(error), RemoteException):
         return False
     original = _DICT.__get__(error)["_shmdist_captured"].ex

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def is_interruption(error: BaseException) -> bool:
-    """Tell whether an error was raised by a handler of a signal, which the calling thread was running.
+    """Return whether an error was raised by a handler of a signal, which the calling thread was running.
 
     An alarm may go off while an object is pickled, or while a function of the user's runs for a
     call: then its error is not the object's or the function's, and goes on as it is.

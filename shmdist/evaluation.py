@@ -465,7 +465,7 @@ def _functions_of(thing: Any) -> list[FunctionType]:
 
 
 def _is_importable(kind: type) -> bool:
-    """Tell whether a class goes by name, and has its own globals wherever it goes."""
+    """Return whether a class goes by name, and has its own globals wherever it goes."""
     return kind.__module__ not in MAIN and "<locals>" not in kind.__qualname__
 
 

@@ -140,7 +140,7 @@ _PURE = frozenset({min, max, operator.mul, operator.and_, operator.or_, operator
 
 
 def _leaves_arguments(reducer: Any) -> bool:
-    """Tell whether a reducer is known to change neither argument."""
+    """Return whether a reducer is known to change neither argument."""
     if reducer is operator.add or type(reducer).__name__ == "ufunc":
         return True
     return type(reducer) is BuiltinFunctionType and reducer in _PURE
@@ -310,7 +310,7 @@ def _chunks(sequence: Any, workers: int, schedule: str, chunk: int | None) -> li
 
 
 def _takes_two(f: Any) -> bool:
-    """Tell whether a callable is a reducer (of two values) and not a loop's body (of one)."""
+    """Return whether a callable is a reducer (of two values) and not a loop's body (of one)."""
     if hasattr(f, "nin"):  # a numpy ufunc
         return int(f.nin) == 2
     try:

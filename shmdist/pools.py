@@ -66,7 +66,7 @@ class AbstractWorkerPool(ABC):
 
     @abstractmethod
     def isready(self, timeout: float | None = None) -> bool:
-        """Tell whether a worker is free."""
+        """Return whether a worker is free."""
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until a worker is free."""
@@ -171,7 +171,7 @@ class WorkerPool(AbstractWorkerPool):
         self._ref.wait(timeout)
 
     def isready(self, timeout: float | None = None) -> bool:
-        """Tell whether a worker is free."""
+        """Return whether a worker is free."""
         return self._ref.isready(timeout)
 
     def workers(self, timeout: float | None = None) -> list[int]:
@@ -220,7 +220,7 @@ def _members(pids: Any) -> list[int]:
 
 
 def _nested() -> bool:
-    """Tell whether this code belongs to a call, which a pool may have lent a worker for."""
+    """Return whether this code belongs to a call, which a pool may have lent a worker for."""
     node = current_node()
     # A worker's other threads are most likely those of its calls.
     return (
@@ -290,7 +290,7 @@ class CachingPool(AbstractWorkerPool):
         self._state.wait(timeout)
 
     def isready(self, timeout: float | None = None) -> bool:
-        """Tell whether a worker is free."""
+        """Return whether a worker is free."""
         return self._state.isready()
 
     def workers(self, timeout: float | None = None) -> list[int]:
@@ -397,7 +397,7 @@ def _lost(pid: int) -> None:
     state = _own_state(current_node())
     if state is not None:
         if set(state.workers()) <= {pid}:
-            _replace_the_last(state)  # first: who waits for a worker gets this one
+            _replace_the_last(state)  # first: the thread that waits for a worker gets this one
         state.discard(pid)
 
 

@@ -282,7 +282,7 @@ def array(
 
 
 def is_shared(a: Any) -> bool:
-    """Tell whether all elements of an array lie in a shared one: whether it goes by reference.
+    """Return whether all elements of an array lie in a shared one: whether it goes by reference.
 
     Parameters
     ----------

@@ -103,7 +103,7 @@ class Task(concurrent.futures.Future):  # type: ignore[type-arg]  # generic only
         return self
 
     def isready(self) -> bool:
-        """Tell whether the function has ended."""
+        """Return whether the function has ended."""
         return self.done()
 
     def __await__(self) -> Generator[Any, None, Any]:

@@ -251,7 +251,7 @@ class _Launch:
         return bool(data)
 
     def decided(self) -> bool:
-        """Tell whether the worker is up or has failed."""
+        """Return whether the worker is up or has failed."""
         return self.up or self.failure is not None
 
     def fail(self, message: str) -> None:

@@ -42,7 +42,7 @@ from shmdist.transport.messages import Join, Kind, PeerInfo
 from shmdist.transport.versions import Versions
 
 _EXIT_TIMEOUT = 3.0  # a worker gets to end when it is asked to, before it is killed
-_EXIT_CAUSE_SECONDS = 0.5  # a worker gets to end whose link has ended: who waits for it must be told soon
+_EXIT_CAUSE_SECONDS = 0.5  # for a worker to end after its link: the thread that waits for it must go on soon
 _ATEXIT = 1.0  # the same when the program ends
 _FINALIZER_SECONDS = 1.0  # that finalizers of what is garbage get then, before the workers end
 _log = Log("cluster")
@@ -327,7 +327,7 @@ class ClusterController:
         )
 
     def _out_of_memory(self, member: WorkerRecord) -> bool:
-        """Tell whether the system has ended a process for lack of memory that was no other worker."""
+        """Return whether the system has ended a process for lack of memory that was no other worker."""
         told = max(self.oom_told, member.oom_before)
         if out_of_memory_kills() <= told:
             return False

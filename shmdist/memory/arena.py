@@ -336,7 +336,7 @@ class Arena:
 
     @_whole
     def has_warm(self, nbytes: int) -> bool:
-        """Tell whether a block of `nbytes` could be taken now."""
+        """Return whether a block of `nbytes` could be taken now."""
         size = self._round(nbytes)
         if self._quick.get(size):
             return True

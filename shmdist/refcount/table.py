@@ -160,7 +160,7 @@ class Entry:
     counts: dict[int, int]
     #: (Process id, reporter) -> its share of that count. No zeros, no dead process, nothing audited.
     told: dict[tuple[int, int], int]
-    #: Who waits for the value; empty once SET. Freeing leaves them, to be failed unlocked.
+    #: The threads that wait for the value; empty once SET. Freeing leaves them, to be failed unlocked.
     waiters: list[Any]
     #: NEW has come.
     created: bool

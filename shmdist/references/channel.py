@@ -140,13 +140,13 @@ class Channel:
         self._lock = threading.Lock()
         #: Items that may be taken, oldest first; more than `size` only by `untake`.
         self._items: deque[Any] = deque()
-        #: Who waits to take, first come first; empty while there are items or putters.
+        #: The threads that wait to take, first come first; empty while there are items or putters.
         self._takers: OrderedDict[int, Completion] = OrderedDict()
-        #: Who waits to fetch (True) or for readiness (False); empty while there are items or putters.
+        #: Threads that wait to fetch (True) or for readiness (False); empty while there are items or putters.
         self._watchers: OrderedDict[int, tuple[Completion, bool]] = OrderedDict()
-        #: Who waits to put, and what; empty while there is room: fewer items than `size`.
+        #: The threads that wait to put, and what; empty while there is room: fewer items than `size`.
         self._putters: OrderedDict[int, tuple[Completion, Any]] = OrderedDict()
-        #: Once closed nobody waits: no takers, watchers or putters. Never opened again.
+        #: Once closed no thread waits: no takers, watchers or putters. Never opened again.
         self._closed = False
         #: What takers of the closed and empty channel are told instead of ChannelClosed; None while open.
         self._exc: BaseException | None = None
@@ -422,19 +422,19 @@ class Channel:
             del waiter  # else exception, traceback, this frame and waiter would be a circle
 
     def isready(self) -> bool:
-        """Tell whether there is an item to take."""
+        """Return whether there is an item to take."""
         return len(self) > 0
 
     def isempty(self) -> bool:
-        """Tell whether there is no item to take."""
+        """Return whether there is no item to take."""
         return len(self) == 0
 
     def isfull(self) -> bool:
-        """Tell whether a `put` would find no room in the buffer; always true when unbuffered."""
+        """Return whether a `put` would find no room in the buffer; always true when unbuffered."""
         return len(self._items) >= self._size  # without the lock: one step for the interpreter
 
     def isopen(self) -> bool:
-        """Tell whether the channel is not closed; a closed one may still have items."""
+        """Return whether the channel is not closed; a closed one may still have items."""
         return not self._closed
 
     @property

@@ -415,11 +415,11 @@ class Future(ConcurrentFutureInterface):
         return self
 
     def isempty(self, timeout: float | None = None) -> bool:
-        """Tell whether the value (or error) is not there."""
+        """Return whether the value (or error) is not there."""
         return not self.isready(timeout)
 
     def isopen(self, timeout: float | None = None) -> bool:
-        """Tell whether it may still be written: it has no value (or error)."""
+        """Return whether it may still be written: it has no value (or error)."""
         return not self.isready(timeout)
 
     def close(self, timeout: float | None = None) -> None:
@@ -430,7 +430,7 @@ class Future(ConcurrentFutureInterface):
         )
 
     def isready(self, timeout: float | None = None) -> bool:
-        """Tell whether the value (or error) is there."""
+        """Return whether the value (or error) is there."""
         timeout = seconds(timeout)
         if self._outcome is not None or self._weak is not None:
             return True

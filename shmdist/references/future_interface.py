@@ -60,7 +60,7 @@ class ConcurrentFutureInterface(Reference, _Base):  # type: ignore[type-arg]  # 
         raise NotImplementedError  # a Future has it
 
     def isready(self, timeout: float | None = None) -> bool:
-        """Tell whether the outcome is there; a Future knows how."""
+        """Return whether the outcome is there; a Future knows how."""
         raise NotImplementedError  # a Future has it
 
     def _open_reply(self, reply: PendingReply) -> None:
@@ -84,7 +84,7 @@ class ConcurrentFutureInterface(Reference, _Base):  # type: ignore[type-arg]  # 
         keepers.append(None)
 
     def _is_settled(self) -> bool:
-        """Tell whether the outcome is here; what was known of it before may have changed."""
+        """Return whether the outcome is here; what was known of it before may have changed."""
         return self._outcome is not None
 
     def _keep_no_longer(self) -> None:
@@ -211,15 +211,15 @@ class ConcurrentFutureInterface(Reference, _Base):  # type: ignore[type-arg]  # 
         return None if self._outcome[0] else self._outcome[1]
 
     def done(self) -> bool:
-        """Tell whether the outcome is there."""
+        """Return whether the outcome is there."""
         return self.isready()
 
     def running(self) -> bool:
-        """Tell whether the computation has not ended."""
+        """Return whether the computation has not ended."""
         return not self.isready()
 
     def cancelled(self) -> bool:
-        """Tell whether the call was withdrawn, by :meth:`cancel` or before it began."""
+        """Return whether the call was withdrawn, by :meth:`cancel` or before it began."""
         if self._outcome is None and self._reply is not None and self._reply.done:
             self._open_reply(self._reply)
         outcome = self._outcome

@@ -54,7 +54,7 @@ def keeping(future: Any) -> tuple[Any, ...]:
 
 
 def can_go(future: Any, outcome: Outcome, known: Verdicts) -> bool:
-    """Tell whether a future's outcome can be sent, by trying.
+    """Return whether a future's outcome can be sent, by trying.
 
     `known` is what is known of futures in the same pickle. Each is tried once: a future
     may hold another one, which holds another one, and so on.

@@ -147,15 +147,15 @@ class RemoteChannel(Reference):
         self._do("wait", timeout=timeout)
 
     def isready(self, timeout: float | None = None) -> bool:
-        """Tell whether there is an item."""
+        """Return whether there is an item."""
         return bool(self._do("isready", timeout=timeout))
 
     def isempty(self, timeout: float | None = None) -> bool:
-        """Tell whether there is no item; takes none away."""
+        """Return whether there is no item; takes none away."""
         return not self.isready(timeout)
 
     def isopen(self, timeout: float | None = None) -> bool:
-        """Tell whether items may still be put."""
+        """Return whether items may still be put."""
         return bool(self._do("isopen", timeout=timeout))
 
     def close(self, timeout: float | None = None) -> None:
@@ -195,7 +195,7 @@ def _within(timeout: float, channel: Any, name: str, args: tuple[Any, ...]) -> A
         if given_up.acquire(False):
             waiter.resolve(value)
         elif name == "take":
-            channel.put(value)  # nobody waits for it any more
+            channel.put(value)  # no thread waits for it any more
 
     current_node().reactor.start(run)
     thread_state = current()
@@ -418,7 +418,7 @@ def take(x: Any, timeout: float | None = None) -> Any:
 
 
 def isready(x: Any, timeout: float | None = None) -> bool:
-    """Tell whether fetch or take would return at once.
+    """Return whether fetch or take would return at once.
 
     Examples
     --------
@@ -429,7 +429,7 @@ def isready(x: Any, timeout: float | None = None) -> bool:
 
 
 def isempty(x: Any, timeout: float | None = None) -> bool:
-    """Tell whether a channel has no item, a future no value; takes none.
+    """Return whether a channel has no item, a future no value; takes none.
 
     Examples
     --------
@@ -440,7 +440,7 @@ def isempty(x: Any, timeout: float | None = None) -> bool:
 
 
 def isopen(x: Any, timeout: float | None = None) -> bool:
-    """Tell whether a channel is open, and a future not yet written.
+    """Return whether a channel is open, and a future not yet written.
 
     Examples
     --------

@@ -108,7 +108,7 @@ class _UserChannelOperation:
         if putting or self._decided.acquire(False):
             self._operation.resolve(value)
         elif self._name == "take":
-            self._channel.put(value)  # nobody waits for it any more
+            self._channel.put(value)  # no thread waits for it any more
 
     def _withdraw(self) -> bool:
         if self._operation.given_up:

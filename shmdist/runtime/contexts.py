@@ -98,7 +98,7 @@ class CallContext:
 
 
 def _is_decimal(value: Any) -> bool:
-    """Tell whether a value is a decimal context."""
+    """Return whether a value is a decimal context."""
     decimal = sys.modules.get("decimal")
     return decimal is not None and isinstance(value, decimal.Context)
 

@@ -303,7 +303,7 @@ class ReferenceCounts:
             return self.refs.create(rrid, kind, client)
 
     def has_value(self, rrid: RRID) -> bool:
-        """Tell whether a reference lives here and has its value."""
+        """Return whether a reference lives here and has its value."""
         with current(), self.lock:
             entry = self.refs.get(rrid)
             return entry is not None and entry.state is State.SET

@@ -126,7 +126,7 @@ def _begin(bootstrap: Job) -> None:
 
 
 def is_own() -> bool:
-    """Tell whether the calling thread is one of these; in any step of it."""
+    """Return whether the calling thread is one of these; in any step of it."""
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back

@@ -402,7 +402,7 @@ class CallExecutor:
         if task.frame.flags & WANT_VALUE:
             node.answer(task.link, task.frame.call_id, IS_ERROR, node.dump_error(captured))
         elif not (node.reactor.closing and isinstance(error, ProcessExitedException)):  # all of them end
-            # remote_do: nobody waits, so it is printed where it happened
+            # remote_do: no thread waits, so it is printed where it happened
             print(f"remote_do failed on process {node.pid}:\n{captured.traceback_text}", file=sys.stderr)  # noqa: T201 - the contract
 
     # ------------------------------------------------------------------ interrupts
@@ -499,7 +499,7 @@ _LOADS: dict[int, Callable[[Any], Any]] = {
 
 
 def _lacks_means(error: BaseException) -> bool:
-    """Tell whether an error says that this process has no more memory, or descriptors."""
+    """Return whether an error says that this process has no more memory, or descriptors."""
     return isinstance(error, MemoryError) or (
         isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
     )

@@ -27,7 +27,7 @@ def note() -> None:
 
 
 def is_child() -> bool:
-    """Tell whether this thread runs a call of the process that this one was forked from."""
+    """Return whether this thread runs a call of the process that this one was forked from."""
     return _forked_by == threading.get_ident()
 
 

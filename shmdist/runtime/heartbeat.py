@@ -3,7 +3,7 @@
 A cable that is pulled or a machine that is suspended ends no connection: nothing comes any
 more, and nothing says so.  Each process looks at its links to other hosts, twenty times within
 `SHMDIST_HEARTBEAT_TIMEOUT`, and shuts those on which nothing has come for nearly so long.  The
-rest follows as from any link that ends: who waits for that process gets
+rest follows as from any link that ends: the thread that waits for that process gets
 `ProcessExitedException`, with calls under way or none, and a write that is blocked there ends.
 
 What is a sign of life, by kind of link:
@@ -148,7 +148,7 @@ class HeartbeatMonitor:
             self._woken.wait(min(watched.silence.pause for _, watched in links))
 
     def _look(self, link: Link, watched: _LinkHealth, now: float) -> bool:
-        """Tell whether nothing has come on a link for too long."""
+        """Return whether nothing has come on a link for too long."""
         heard = self._heard(link)
         return heard is not None and watched.silence.look(now, heard)
 

@@ -29,7 +29,7 @@ the sender alone, by one link and so in order: from *room* or *take* until *forg
 of a copy keep its hold alive themselves, and need no counts of their own. The sender keeps
 a copy as long as its payload, and as long as frames with tokens of it wait to be written.
 
-Nobody waits for a user's code
+No thread waits for a user's code
 ------------------------------
 Requests are noted by who reads, and done on threads of the runtime. A process whose
 interpreter is held, by C code say, does not answer. Who is to take from it waits for `ANSWER_SECONDS`,
@@ -256,7 +256,7 @@ class HostCopySender:
         return None
 
     def _has_sibling(self, pid: int) -> bool:
-        """Tell whether there is another process to which `pid` could lend a copy."""
+        """Return whether there is another process to which `pid` could lend a copy."""
         node = self.node
         peer = node.peers.get(pid)
         if peer is None:
@@ -278,7 +278,7 @@ class HostCopySender:
 
 
 def _may_share(one: PeerInfo, other: PeerInfo) -> bool:
-    """Tell whether two processes are on one host, and may be connected."""
+    """Return whether two processes are on one host, and may be connected."""
     return (
         one.host == other.host
         and (one.links is None or other.pid in one.links)

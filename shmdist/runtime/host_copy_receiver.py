@@ -152,7 +152,7 @@ class HostCopyReceiver:
     def _enter(self, key: Key, kept: _ReceivedCopy, hold: LeaseHandle, here: bool) -> int:
         with self._lock:
             if self.table.get(key) is not kept:
-                return GONE  # it took too long: nobody waits for it
+                return GONE  # it took too long: no thread waits for it
             kept.hold, kept.here = hold, here
             return HERE
 

@@ -283,7 +283,7 @@ class ThreadState:
             waiter.wake()
 
     def interrupted(self) -> bool:
-        """Tell whether an interrupt was put off, or the time is up."""
+        """Return whether an interrupt was put off, or the time is up."""
         return self.has_deferred or time.monotonic() > self.send_deadline
 
     def raise_deferred_or_timeout(self) -> None:
@@ -435,7 +435,7 @@ def _raising_in(ident: int, kind: type[BaseException]) -> Callable[[], object]:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Tell whether an error of a function that the calling thread ran is an interrupt of this thread itself.
+    """Return whether an error of a function that the calling thread ran interrupts this thread itself.
 
     That is Ctrl-C on process 1's main thread, or the interrupt of the remote call that the thread
     runs, or what a handler of another signal raised; a KeyboardInterrupt on another thread, as a
@@ -462,7 +462,7 @@ gc.callbacks += [_phases.pop, _phases.__setitem__, functools.partial(setattr, _l
 
 
 def collecting() -> bool:
-    """Tell whether the collector runs on this thread, which is then inside a finalizer.
+    """Return whether the collector runs on this thread, which is then inside a finalizer.
 
     What is raised there is lost. So a finalizer of the runtime's own that would deliver an interrupt leaves
     what it has to do to another thread, also where it might do it.
@@ -473,12 +473,12 @@ def collecting() -> bool:
 
 
 def collection_runs() -> bool:
-    """Tell whether the collector runs, on whichever thread: what it drops may not all have been noted yet."""
+    """Return whether the collector runs, on any thread: what it drops may not all have been noted yet."""
     return list(_phases)[-1] == "start"
 
 
 def finalizing() -> bool:
-    """Tell whether this is a finalizer that the collector runs on a thread inside the runtime."""
+    """Return whether this is a finalizer that the collector runs on a thread inside the runtime."""
     state = current()
     return state.runtime_depth > 0 and state.collection_at_entry is not _phases["start"] and collecting()
 

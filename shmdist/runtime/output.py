@@ -13,10 +13,10 @@ more, and writes to it without any of Python's locks: who prints beside it can s
 
 What is bounded
 ---------------
-- A pipe of which `_MAX_QUEUED_BYTES` wait to be written is *paused*: nobody reads it, so that the worker's
+- A pipe of which `_MAX_QUEUED_BYTES` wait to be written is *paused*: no thread reads it, so that the worker's
   prints wait once its pipe is full too. It is read again when half of that is written.
 - :meth:`Outputs.show` waits for what was printed before an answer came, for as long as something is written
-  every `_STALL_SECONDS`. After that nobody waits (`stalled`) until something is written again.
+  every `_STALL_SECONDS`. After that no thread waits (`stalled`) until something is written again.
 - At the end of the program the writer gives up when nothing could be written for a second.
 
 A text without a newline is taken for a line when an answer comes from its worker, or the pipe ends.
@@ -89,7 +89,7 @@ class Outputs:
         self._tails: dict[int, deque[str]] = {}
         self.lines: deque[tuple[_Pipe, str, int]] = deque()  # pipe, line, and its number of bytes
         self.busy = False  # something was read that is not written; read without the lock
-        self.stalled = False  # nothing has been written for long; nobody waits
+        self.stalled = False  # nothing has been written for long; no thread waits
         self._queued = self._written = 0  # lines, ever
         self._progress = 0  # how often something was written
         self._writer = 0  # the thread that writes

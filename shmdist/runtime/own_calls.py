@@ -48,7 +48,7 @@ class _Turn:
         self.thread_state: ThreadState | None = None  # of its thread
 
     def is_over(self) -> bool:
-        """Tell whether the next call may begin though the one that was taken last has not ended."""
+        """Return whether the next call may begin though the one that was taken last has not ended."""
         state = self.thread_state
         return self.inside or (state is not None and (state.leading or state.waits_for is not None))
 

@@ -12,7 +12,7 @@ One thread at a time reads the links of this process: the holder of ``_leader_lo
 - A worker's main thread, in :meth:`serve`, reads and runs the calls itself, one after
   the other.  While it runs one it has given up the lead.
 - A standby thread sleeps in the poller and takes the lead when a message comes while
-  nobody reads.  It runs calls itself too, for another standby thread is behind it.
+  no thread reads.  It runs calls itself too, for another standby thread is behind it.
 
 A thread that finds the lead taken waits in ``_followers``, and is woken when its answer
 has come or when the reader leaves: then it reads.
@@ -494,7 +494,7 @@ class Reactor(PollSet):
     # ------------------------------------------------------------------ standing by
 
     def _stand_by(self, thread_state: ThreadState, leave_post: Callable[[], None]) -> None:
-        """Sleep in the poller; when a message comes and nobody reads, serve until it is quiet."""
+        """Sleep in the poller; when a message comes and no thread reads, serve until it is quiet."""
         woken = False
         try:
             try:
@@ -528,7 +528,7 @@ class Reactor(PollSet):
         self._node.reserve.fill()
 
     def _main_returns(self) -> bool:
-        """Tell whether a worker's main thread has ended a call, and is about to read or run the next."""
+        """Return whether a worker's main thread has ended a call, and is about to read or run the next."""
         main = self._main
         return main is not None and main.task is None and main.runtime_depth > 0
 

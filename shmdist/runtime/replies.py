@@ -62,7 +62,7 @@ class PendingOperation:
     Attributes
     ----------
     given_up : bool
-        Nobody waits for it any more: it need not even be tried.
+        No thread waits for it any more: it need not even be tried.
     hurried : bool
         It must not wait.
     undo : callable or None

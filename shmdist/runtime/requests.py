@@ -201,7 +201,7 @@ class RequestClient(ReferenceCounts):
         Raises
         ------
         KeyboardInterrupt, TimeoutError
-            Nobody waits for a peer that stands still longer than he likes.
+            As the caller's interrupt or time limit: no thread need wait for a peer that stands still.
         """
         thread_state = current()
         thread_state.refresh_signal_handlers()
@@ -274,7 +274,7 @@ class RequestClient(ReferenceCounts):
         return reply.done or self.reactor.wait(reply, timeout)
 
     def cancel(self, reply: PendingReply) -> bool:
-        """Give up a request: nobody waits for its answer, and the worker is told.
+        """Give up a request: no thread waits for its answer, and the worker is told.
 
         Returns
         -------

@@ -232,7 +232,7 @@ def _send(link: Link, slot: int, fd: int, listens: bool) -> None:
 
 
 def _exists(ospid: int) -> bool:
-    """Tell whether there is such a process; of 0 nobody knows, so there is."""
+    """Return whether there is such a process; of 0 nobody knows, so there is."""
     try:
         os.kill(ospid, 0)
     except ProcessLookupError:

@@ -133,7 +133,7 @@ def _audit_late_words(node: Node, frame: Frame) -> None:
 
 
 def on_late_answer(node: Node, frame: Frame) -> None:
-    """Handle an answer that nobody waits for any more; on the reading thread."""
+    """Handle an answer that no thread waits for any more; on the reading thread."""
     back = node.unclaimed_takes.get(frame.call_id)
     if back is None:
         return

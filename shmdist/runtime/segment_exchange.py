@@ -28,7 +28,7 @@ from shmdist.transport.messages import Frame, Kind
 if TYPE_CHECKING:
     from shmdist.runtime.sharing import SharedMemory
 
-ANSWER_SECONDS = 0.1  # in which a process may answer an offer before nobody waits for that
+ANSWER_SECONDS = 0.1  # that a thread waits for the answer to an offer
 RETRY_SECONDS = 5.0  # after which who could not map a segment is asked again: it had no descriptor, say
 _SEGMENT, _RESULT = int(Kind.SEGMENT), int(Kind.RESULT)
 

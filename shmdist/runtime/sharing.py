@@ -134,7 +134,7 @@ class SharedMemory:
                 raise
 
     def has_pending_releases(self) -> bool:
-        """Tell whether there may be counts to give back; for the hot path."""
+        """Return whether there may be counts to give back; for the hot path."""
         return bool(self.holds.ended or self.unsent_releases)
 
     def pending_releases(self, link: Link) -> OutgoingFrames:

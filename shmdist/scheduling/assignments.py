@@ -171,7 +171,7 @@ class Assignments:
             batches[0].since = time.monotonic()
 
     def is_blocked(self, pid: int) -> bool:
-        """Tell whether a worker takes nothing of what was sent to it."""
+        """Return whether a worker takes nothing of what was sent to it."""
         link = self._node.links.get(pid)
         return link is not None and link.is_blocked
 
@@ -184,7 +184,7 @@ class Assignments:
                 batch.task.interrupt()
 
     def _takes(self, pid: int) -> bool:
-        """Tell whether a worker takes what is sent to it, as far as is known."""
+        """Return whether a worker takes what is sent to it, as far as is known."""
         return not self.is_blocked(pid) and (not self.back or pid not in self.back.values())
 
     def able(self, pids: list[int]) -> list[int]:
@@ -256,14 +256,14 @@ class Assignments:
         return taken
 
     def _is_unread(self, page: ProgressPage, batch: Batch) -> bool:
-        """Tell whether a worker has not begun a batch, for all that its page says."""
+        """Return whether a worker has not begun a batch, for all that its page says."""
         try:
             return page.begun(self._lane) < batch.call_id
         except ValueError:  # the worker is gone
             return False
 
     def _is_worth(self, batch: Batch, now: float, cost: float | None) -> bool:
-        """Tell whether it is worth it to take a batch back that waits behind another one."""
+        """Return whether it is worth it to take a batch back that waits behind another one."""
         # It may also be short, but wait behind one that takes unexpectedly long.
         if cost is None or cost * len(batch.elements) > _MIN_STOLEN_SECONDS:
             return True

@@ -131,7 +131,7 @@ def positive_integer(name: str, number: Any) -> int:
 
 
 def is_cheap(element: Any) -> bool:
-    """Tell whether elements like this one may be sent twice."""
+    """Return whether elements like this one may be sent twice."""
     if type(element) is tuple:
         return len(element) < 8 and all(type(part) is not tuple and is_cheap(part) for part in element)
     return type(element) in _CHEAP or (type(element) is str and len(element) < 100)

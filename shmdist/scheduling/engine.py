@@ -576,7 +576,7 @@ class MapRun:
             self.alone.extend(pairs)
 
     def _harmless(self, pairs: list[tuple[int, Any]]) -> bool:
-        """Tell whether a batch may be tried again whose worker died when it was to begin it.
+        """Return whether a batch may be tried again whose worker died when it was to begin it.
 
         Mostly that is nobody's fault. But reading an element may also end a process, which
         must not go on to the last worker.

@@ -37,7 +37,7 @@ class Failures:
         self.places.setdefault(place, []).append(pid)
 
     def avoids(self, place: int, pid: int, pids: Collection[int]) -> bool:
-        """Tell whether an element should not go to worker `pid` of those that there are, `pids`."""
+        """Return whether an element should not go to worker `pid` of those that there are, `pids`."""
         failed = self.places.get(place)
         if failed is None or pid not in failed:
             return False

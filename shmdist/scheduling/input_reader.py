@@ -206,7 +206,7 @@ class Feed:
         return elements
 
     def _lingers(self, size: int) -> bool:
-        """Tell whether to wait for more elements to come."""
+        """Return whether to wait for more elements to come."""
         now = time.monotonic()
         self._since = self._since or now
         self._wanted = size

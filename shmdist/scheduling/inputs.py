@@ -37,7 +37,7 @@ _PASSIVE: frozenset[Any] = frozenset(
 
 
 def is_sequence(iterable: Any) -> bool:
-    """Tell whether an input has as many elements as ``len()`` says, and can be sliced."""
+    """Return whether an input has as many elements as ``len()`` says, and can be sliced."""
     kind = type(iterable)
     if kind in _SEQUENCES:
         return True
@@ -53,7 +53,7 @@ def is_sequence(iterable: Any) -> bool:
 
 
 def is_array(iterable: Any) -> bool:
-    """Tell whether an input is an array of another library: its first axis can be sliced."""
+    """Return whether an input is an array of another library: its first axis can be sliced."""
     shape = getattr(iterable, "shape", None)
     if type(shape) is not tuple or not shape or not hasattr(iterable, "dtype") or hasattr(iterable, "keys"):
         return False
@@ -70,12 +70,12 @@ def known_length(iterable: Any) -> int | None:
 
 
 def is_live(iterable: Any) -> bool:
-    """Tell whether to read an input may block, or change what was read before."""
+    """Return whether to read an input may block, or change what was read before."""
     return type(iterable) not in _PASSIVE and not is_sequence(iterable)
 
 
 def is_channel(iterable: Any) -> bool:
-    """Tell whether an input is a channel."""
+    """Return whether an input is a channel."""
     return isinstance(iterable, (Channel, RemoteChannel))
 
 
@@ -113,7 +113,7 @@ _plain_classes: dict[type, bool] = {}  # of classes met, whether an object is it
 
 
 def _is_constant(kind: type) -> bool:
-    """Tell whether the objects of a type cannot change, and note it if so."""
+    """Return whether the objects of a type cannot change, and note it if so."""
     numpy = sys.modules.get("numpy")
     if kind.__module__ == "numpy":
         # A record of an array can be written to.
@@ -188,7 +188,7 @@ class _Bare:
 
 
 def _is_plain_class(kind: type) -> bool:
-    """Tell whether an object of a class is its ``__dict__`` and no more, and is pickled as such."""
+    """Return whether an object of a class is its ``__dict__`` and no more, and is pickled as such."""
     plain = _plain_classes.get(kind)
     if plain is None:
         if len(_plain_classes) > 1000:
@@ -211,7 +211,7 @@ _SPECIAL = ("__setstate__", "__getnewargs__", "__getnewargs_ex__", "__slots__", 
 
 
 def _is_plain_array(value: Any) -> bool:
-    """Tell whether to copy a value is to copy the memory of an array, which is not a shared one."""
+    """Return whether to copy a value is to copy the memory of an array, which is not a shared one."""
     kind = type(value)
     if kind.__module__ != "numpy" or kind.__name__ != "ndarray" or value.dtype.hasobject:
         return False

@@ -47,7 +47,7 @@ def on_threads(f: Any, star: bool, elements: Iterator[Any], retry: Retry) -> Ite
     """Run on threads of this process, many at a time.
 
     When the map ends before them, by an error say, those that still run are interrupted, and
-    nobody waits for them: what they come to is dropped.
+    no thread waits for them: what they come to is dropped.
     """
     crew = _Crew(f, star)
     try:

@@ -2,7 +2,7 @@
 
 It ends as a remote call does: `KeyboardInterrupt` is raised in the function, at the next
 bytecode, or at once where it waits inside the runtime. A system call it sits in is not
-ended; then the thread ends when that returns. Nobody waits for it in either case.
+ended; then the thread ends when that returns. No thread waits for it in either case.
 """
 
 from __future__ import annotations

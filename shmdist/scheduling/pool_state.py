@@ -266,7 +266,7 @@ class PoolState(Channel):
             del self.members[pid]
         if pid in self._items:
             self._items.remove(pid)
-        if not self.members:  # who waits for a worker would wait for ever
+        if not self.members:  # a thread that waits for a worker would wait for ever
             while self._takers:
                 key, w = next(iter(self._takers.items()))
                 self._fail(told, w, self.no_workers())

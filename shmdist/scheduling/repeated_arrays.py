@@ -113,6 +113,6 @@ def _base(array: Any, ndarray: type) -> Any:
 
 
 def _is_plain(base: Any) -> bool:
-    """Tell whether an array's bytes may be copied as they are, and are not shared ones."""
+    """Return whether an array's bytes may be copied as they are, and are not shared ones."""
     find = arrays.find_shared
     return not base.dtype.hasobject and (find is None or find(*extent(base)) is None)

@@ -32,7 +32,7 @@ ndarray: Any = None
 
 
 def is_small(value: Any) -> bool:
-    """Tell whether a value of type :data:`ndarray` may stay in the pickle stream as it is."""
+    """Return whether a value of type :data:`ndarray` may stay in the pickle stream as it is."""
     return (
         (find_shared is None or not registry.shared)
         and value.nbytes < INLINE
@@ -42,7 +42,7 @@ def is_small(value: Any) -> bool:
 
 
 def is_plain(value: Any) -> bool:
-    """Tell whether a value is an array of numpy's own type, without objects in it."""
+    """Return whether a value is an array of numpy's own type, without objects in it."""
     kind = type(value)
     # By name: numpy may be here, and no array pickled yet.
     return kind.__name__ == "ndarray" and kind.__module__ == "numpy" and not value.dtype.hasobject
@@ -243,7 +243,7 @@ def extent(array: Any) -> tuple[int, int]:
 
 
 def reduces_like_ndarray(kind: Any) -> bool:
-    """Tell whether a subclass of ndarray is pickled as its elements and its type, and no more."""
+    """Return whether a subclass of ndarray is pickled as its elements and its type, and no more."""
     ndarray = sys.modules["numpy"].ndarray
     known: bool = (
         kind.__reduce__ is ndarray.__reduce__

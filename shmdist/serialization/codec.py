@@ -173,12 +173,12 @@ def dumps_plainly(obj: Any) -> Payload | None:
 
 
 def is_simple(value: Any) -> bool:
-    """Tell whether it goes without saying that `value` can be pickled."""
+    """Return whether it goes without saying that `value` can be pickled."""
     return type(value) in ATOMS or arrays.is_plain(value)
 
 
 def can_send(obj: Any) -> bool:
-    """Tell whether `obj` can be pickled, by doing it; what is written is kept by nobody."""
+    """Return whether `obj` can be pickled, by doing it; what is written is kept by nobody."""
     payload = Trial()
     payload.write = _forget
     try:

@@ -76,7 +76,7 @@ class Definition:
         self._value = _NOTHING
 
     def is_held_by_all(self) -> bool:
-        """Tell whether all processes that there are have it."""
+        """Return whether all processes that there are have it."""
         return self.holders.issuperset(everyone())
 
 
@@ -94,7 +94,7 @@ version = 0  # goes up with each change
 
 
 def is_definition(value: Any) -> bool:
-    """Tell whether a value is a function or a class, or a cached function."""
+    """Return whether a value is a function or a class, or a cached function."""
     return isinstance(value, (FunctionType, type)) or type(value) is CACHED
 
 
@@ -289,7 +289,7 @@ def own(name: str, value: Any) -> Definition | None:
 
 
 def is_set(name: str) -> bool:
-    """Tell whether ``everywhere`` has set a name in this process."""
+    """Return whether ``everywhere`` has set a name in this process."""
     return name in _by_name and name in sys.modules["__main__"].__dict__
 
 

@@ -93,7 +93,7 @@ _kinds = _kinds_in_python if native.module is None else native.module.kinds
 
 
 def _are_flat(items: list[Any], kinds: set[type]) -> bool:
-    """Tell whether the containers among `items` are different ones, and hold nothing that can change."""
+    """Return whether the containers among `items` are different ones, and hold nothing that can change."""
     inside: set[type] = set()
     for kind in kinds:
         same: list[Any] = [item for item in items if type(item) is kind]
@@ -108,7 +108,7 @@ def _are_flat(items: list[Any], kinds: set[type]) -> bool:
 
 
 def _is_scalar(kind: type) -> bool:
-    """Tell whether a type is one of numpy's scalars, and note it if so."""
+    """Return whether a type is one of numpy's scalars, and note it if so."""
     numpy = sys.modules.get("numpy")
     if numpy is None or kind.__module__ != "numpy" or not issubclass(kind, numpy.generic):
         return False

@@ -98,7 +98,7 @@ def _is_shared(array: Any) -> bool:
 
 
 def is_constant(value: Any) -> bool:
-    """Tell whether a value needs no copy: a number or text, or a tuple of such."""
+    """Return whether a value needs no copy: a number or text, or a tuple of such."""
     kind = type(value)
     return kind in ATOMS or (kind is tuple and all(type(part) in ATOMS for part in value))
 

@@ -20,7 +20,7 @@ def registered() -> Collection[str]:
 
 
 def goes_by_value(module: Any) -> bool:
-    """Tell whether what is defined in the module of this name goes by value."""
+    """Return whether what is defined in the module of this name goes by value."""
     if module in MAIN:
         return True
     names = registered()

@@ -82,7 +82,7 @@ class _FunctionFingerprint:
                 raise _Changing
 
     def is_of(self, function: Any) -> bool:
-        """Tell whether a function consists of just this."""
+        """Return whether a function consists of just this."""
         return list(map(id, _consists_of(function, self._names))) == self._ids and not function.__dict__
 
 
@@ -176,7 +176,7 @@ class PickledFunction:
         return pickle.loads, (self.head[4:],)
 
     def stands_for(self, function: Any) -> bool:
-        """Tell whether the function would have these bytes now as well."""
+        """Return whether the function would have these bytes now as well."""
         return (
             self._first.is_of(function)
             and len(sys.modules) == self._modules
@@ -266,7 +266,7 @@ def kept(function: Any) -> PickledFunction | None:
 
 
 def _is_constant(thing: Any) -> bool:
-    """Tell whether a thing is never anything else."""
+    """Return whether a thing is never anything else."""
     kind = type(thing)
     if kind in _CONSTANTS:
         return True
@@ -277,7 +277,7 @@ def _is_constant(thing: Any) -> bool:
 
 
 def goes_by_name(thing: Any) -> bool:
-    """Tell whether a module, class or function is what is found where it says that it is."""
+    """Return whether a module, class or function is what is found where it says that it is."""
     kind = type(thing)
     if kind is ModuleType:
         return sys.modules.get(thing.__name__) is thing

@@ -30,7 +30,7 @@ _INSIDES = ("register", "dispatch", "registry", "_clear_cache")
 
 
 def is_importable(thing: Any, otherwise: str = "") -> bool:
-    """Tell whether a thing is found under its name, in a module that other processes can import.
+    """Return whether a thing is found under its name, in a module that other processes can import.
 
     The module is `otherwise` for things that do not say in which they are.
     """

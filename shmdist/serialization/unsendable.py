@@ -62,7 +62,7 @@ def refuse(kind: type) -> None:
 
 
 def _pickles_itself(kind: type, base: type) -> bool:
-    """Tell whether a class derived from `base` has pickling of its own."""
+    """Return whether a class derived from `base` has pickling of its own."""
     names = ("__reduce__", "__reduce_ex__", "__getstate__")
     return any(getattr(kind, name, None) is not getattr(base, name, None) for name in names)
 

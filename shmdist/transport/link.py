@@ -579,7 +579,7 @@ class Link(Reader):
     def close(self) -> None:
         """End the link and give the descriptor back.
 
-        The caller makes sure that nobody reads the link any more, and that its descriptor is in no poller.
+        The caller makes sure that no thread reads the link any more, and that its descriptor is in no poller.
         """
         self.shut()
         with self._write, self._kick:  # a sender may still be in a system call with the descriptor

@@ -261,7 +261,7 @@ class Listener:
 
 
 def _same_user(connection: Connection) -> bool:
-    """Tell whether the other side of a local connection runs as this user (or as root)."""
+    """Return whether the other side of a local connection runs as this user (or as root)."""
     if not hasattr(socket, "SO_PEERCRED"):
         return True  # the folder of the socket keeps others out
     sock = socket.socket(fileno=os.dup(connection.fileno()))

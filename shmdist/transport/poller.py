@@ -9,7 +9,7 @@ Three sets, one inside the other, each an epoll instance that is itself pollable
 the standby threads sleep.  The reader polls ``links``.  A standby thread polls ``park``,
 in which ``links`` is present as *one* descriptor: arming and disarming it is one system
 call however many links there are, and it is armed one shot at a time, so that a message
-wakes one thread and only while nobody reads.
+wakes one thread and only while no thread reads.
 
 Without epoll (macOS) the same interface is served by :class:`SelectPoller`, which parks
 threads on a lock and wakes one each time the reading falls free: dearer, but equal
@@ -142,7 +142,7 @@ class Poller:
         return self._links.poll(timeout, maxevents)
 
     def is_kick(self, fd: int) -> bool:
-        """Tell whether `fd` is the poller's own: the kick, which is cleared, or the outputs."""
+        """Return whether `fd` is the poller's own: the kick, which is cleared, or the outputs."""
         if fd == self._kick_fd:
             self._kick.clear()
             return True

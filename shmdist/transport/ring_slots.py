@@ -235,7 +235,7 @@ class RingScanner:
         return self.has_new()
 
     def has_new(self) -> bool:
-        """Tell whether any head has moved since the last :meth:`take`."""
+        """Return whether any head has moved since the last :meth:`take`."""
         heads: bytes = self._heads[8 * _HEADS : self._stop]
         return heads != self._looked
 

@@ -327,7 +327,7 @@ class _Worker:
         pid, error, words = pickle.loads(frame.body)
         node = self.node
         if words is not None:
-            node.last_progress[pid] = words  # before the news: who waits for that looks at these next
+            node.last_progress[pid] = words  # before the news: the thread that waits for it reads these next
         node.reported_exits[pid] = error
         links = list(node.all_links.get(pid, ()))
         if not links:

@@ -36,7 +36,7 @@ Protocol
 
 What counts while the worker reads nothing, as it does not while its interpreter is held
 --------------------------------------------------------------------------------------
-Tried on Linux 6.18, with sockets that nobody reads:
+Tried on Linux 6.18, with sockets that no thread reads:
 
 - Segments: those of keep-alives come, whatever lies in the buffer.  When the buffer is full, process
   1's kernel asks more and more rarely for room, but this one goes on with its keep-alives, and gets
@@ -206,7 +206,7 @@ class _WatchdogProcess:
                 return
 
     def is_alive(self) -> bool:
-        """Tell whether the worker lives, where no pidfd does."""
+        """Return whether the worker lives, where no pidfd does."""
         if self.pidfd < 0:
             try:
                 os.kill(self.worker, 0)

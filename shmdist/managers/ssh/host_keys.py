@@ -39,7 +39,7 @@ class Entry:
     where: str  # file and line
 
     def means(self, name: str) -> bool:
-        """Tell whether the line is about the host `name`."""
+        """Return whether the line is about the host `name`."""
         if self.names.startswith("|1|"):
             return _hash_matches(self.names, name)
         found = False

@@ -73,7 +73,7 @@ def parse_machines(machines: Any) -> list[Machine]:
 
 
 def _is_counted(item: Any) -> bool:
-    """Tell whether `item` is one machine with its count, rather than several machines."""
+    """Return whether `item` is one machine with its count, rather than several machines."""
     return (
         isinstance(item, tuple)
         and len(item) == 2

@@ -195,7 +195,7 @@ class Login:
         self._given_up.set()
         if isinstance(under_way, socket.socket):
             with contextlib.suppress(OSError):
-                under_way.shutdown(socket.SHUT_RDWR)  # who waits for it is told; closing would not do that
+                under_way.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits; closing does not
         elif under_way is not None:
             under_way.close()
         for transport in self.transports:

@@ -6,7 +6,7 @@ worker says of itself it says in lines that begin with a random token, wherever 
 what the login shell prints.
 
 One thread, the pump, takes what comes on all channels of a manager. What a worker prints it gives to a
-pipe that process 1 reads. Where that is full, for nobody reads the program's output, the pump takes no
+pipe that process 1 reads. Where that is full, for no thread reads the program's output, the pump takes no
 more of this worker: the channel's window closes, and the worker's prints wait. A thread waits meanwhile
 until the pipe takes more.
 """
