@@ -202,7 +202,7 @@ def test_an_idle_worker_uses_no_processor(host, server):
 
 def test_nothing_looks_after_local_workers(fresh):
     fresh(1)
-    heart = current_node().heart
+    heart = current_node().heartbeat
     with contextlib.suppress(AssertionError):
         until(lambda: not heart._running, 5)
     assert not [link for link in heart._links if not link.closed]
