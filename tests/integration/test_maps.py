@@ -1,5 +1,6 @@
 """pmap and pgenerate: every keyword, errors, retries, deaths, nesting."""
 
+import gc
 import os
 import threading
 
@@ -224,12 +225,23 @@ def test_the_function_is_pickled_once_and_sent_once_to_each_worker(cluster):
 
 
 def test_workers_forget_the_function(cluster):
+    gc.collect()  # maps and pools that earlier tests left in circles
     sd.pmap(square, range(100))
-    until(lambda: all(sd.remotecall_fetch(_kept_functions, pid) == 0 for pid in cluster))
+    kept = {}
+
+    def forgotten():
+        kept.update({pid: sd.remotecall_fetch(_kept_functions, pid) for pid in cluster})
+        return not any(kept.values())
+
+    try:
+        until(forgotten)
+    except AssertionError:
+        pytest.fail(f"kept: {kept}")
 
 
 def _kept_functions():
-    return len(current_node().functions)
+    """Return the functions that are kept, each with what it is once it is read."""
+    return {key: repr(entry[2]) for key, entry in list(current_node().functions._table.items())}
 
 
 # ---------------------------------------------------------------------- deaths
