@@ -239,8 +239,10 @@ def _ask_all(
         try:
             futures = _begin(shipped.f, (), [_At(pid, shipped) for pid in others], errors)
             _end(futures, me in targets, f, args, errors, done)
-        finally:
-            shipped.drop_in_turn()
+        except BaseException:
+            shipped.drop_in_turn()  # some calls may not have begun
+            raise
+        shipped.drop()  # not by a call, which an interrupt of all calls would end
     else:
         _end(_begin(f, args, others, errors), me in targets, f, args, errors, done)
     if call is not None:

@@ -239,6 +239,13 @@ def test_workers_forget_the_function(cluster):
         pytest.fail(f"kept: {kept}")
 
 
+def test_workers_forget_what_everywhere_ran_when_they_are_interrupted_at_once(cluster):
+    for _ in range(30):
+        sd.everywhere("forgotten_at_once = 1", cluster)
+        sd.interrupt(*cluster)
+    until(lambda: not any(sd.remotecall_fetch(_kept_functions, pid) for pid in cluster))
+
+
 def _kept_functions():
     """Return the functions that are kept, each with what it is once it is read."""
     return {key: repr(entry[2]) for key, entry in list(current_node().functions._table.items())}
