@@ -95,7 +95,7 @@ class _Dispatch:
         self.method = method
 
     def __call__(self, kind: type) -> Any:
-        return self.method.reactor.dispatch(kind)
+        return self.method.dispatcher.dispatch(kind)
 
 
 def cells(function: Any) -> tuple[Any, ...]:
@@ -103,7 +103,7 @@ def cells(function: Any) -> tuple[Any, ...]:
     found = function.__closure__ or ()
     if function.__code__ is not _METHOD:
         return found
-    # Python 3.13 captures a function within the reactor; it captured the method itself before.
+    # Python 3.13 captures a function within the dispatcher; it captured the method itself before.
     return tuple(
         CellType(_Dispatch(function.register.__self__)) if name == "dispatch" else cell
         for name, cell in zip(_METHOD.co_freevars, found, strict=True)
