@@ -285,8 +285,11 @@ class ReferenceCounts:
                 time.sleep(_FLUSH_SECONDS)  # a finalizer asks before all that go with it are noted
             # Also when another thread was faster: who asked us must be able to ask again.
             self.flush_released()
-            while self.deferred_jobs:
-                job = self.deferred_jobs.popleft()
+            while True:
+                try:
+                    job = self.deferred_jobs.popleft()
+                except IndexError:  # asked for and not looked at: two threads may be here
+                    break
                 try:
                     self.reactor.threads.guarded(job)
                 except BaseException:

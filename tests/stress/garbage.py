@@ -360,13 +360,27 @@ def accounts(pids):
         time.sleep(0.05)
 
 
-def check_tokens(found, channels):
-    """Return what is wrong with the tokens: each that was put was taken once, or is still there."""
+def check_tokens(pids, channels):
+    """Return what is wrong with the tokens: each that was put was taken once, or is still there.
+
+    Finalizers run for a while after the traffic has ended, and a token is put before it is noted.
+    """
+    end, left = time.monotonic() + SETTLING, collections.Counter()
+    while True:
+        for each in channels:
+            while len(each):
+                left[each.take()] += 1
+        found, wrong = accounts(pids)
+        wrong += wrong_tokens(found, left)
+        if not wrong or time.monotonic() > end:
+            return found, wrong
+        time.sleep(0.05)
+
+
+def wrong_tokens(found, left):
+    """Return what is wrong, when these are left in the channels."""
     put = collections.Counter(token for each in found.values() for token in each["put"])
-    took = collections.Counter(token for each in found.values() for token in each["took"])
-    for each in channels:
-        while len(each):
-            took[each.take()] += 1
+    took = left + collections.Counter(token for each in found.values() for token in each["took"])
     maybe = [token for each in found.values() for token in each["open"]]
     put += collections.Counter(token for token in maybe if token in took and token not in put)
     lost = list(put - took)
@@ -437,10 +451,10 @@ def main(seed, seconds, folder):
         litter.end()
         for pid in pids:
             sd.remotecall_fetch(litter.end, pid)
-        found, wrong = accounts(pids)
+        found, wrong = check_tokens(pids, channels)
         wrong += traffic.failures
         wrong += [f"process {pid}: {text}" for pid, each in found.items() for text in each["wrong"]]
-        wrong += check_tokens(found, channels) + check_pool(pool, pids)
+        wrong += check_pool(pool, pids)
         channels.clear()
         del pool
         for pid in [1, *pids]:

@@ -1,5 +1,7 @@
 """References dropped by finalizers: told soon, whoever asked first and whoever was faster."""
 
+from collections import deque
+
 import pytest
 
 from shmdist.refcount.table import RRID
@@ -47,3 +49,19 @@ def test_an_errand_is_run(node):
     assert len(wakes) == 1
     node.housekeeping()
     assert done
+
+
+class SeenAMomentAgo(deque):
+    """Jobs that another thread takes just after this one has seen that there are some."""
+
+    def __bool__(self):
+        return True
+
+
+def test_another_thread_takes_the_last_job(node, caplog):
+    asked(node)
+    done, node.deferred_jobs = [], SeenAMomentAgo()
+    node.run_soon(lambda: done.append(True))
+    node.housekeeping()
+    assert done
+    assert not caplog.records
