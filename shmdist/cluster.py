@@ -50,13 +50,7 @@ def _cluster(what: str) -> ClusterController:
         raise ShmdistError(
             f"only process 1 can {what}, and this is process {node.pid}: use remotecall(..., 1)"
         )
-    cluster: ClusterController | None = node.settings.get("cluster")
-    if cluster is None:
-        with current(), node.lock:
-            cluster = node.settings.get("cluster")
-            if cluster is None:
-                cluster = node.settings["cluster"] = ClusterController(node)
-    return cluster
+    return node.part(ClusterController)
 
 
 def addprocs(n: Any = None, **params: Any) -> WorkerList:
@@ -232,7 +226,7 @@ def _alive() -> list[int]:
 
 def _fallen() -> list[int]:
     """Return the workers that have died, when there are no others; on process 1, which knows."""
-    cluster: ClusterController | None = current_node().settings.get("cluster")
+    cluster = current_node().find_part(ClusterController)
     return [] if cluster is None or workers() != [1] else cluster.fallen()
 
 
@@ -387,7 +381,7 @@ def interrupt(*pids: Any) -> None:
     """
     node = current_node()
     wanted = _pids(pids) or [pid for pid in workers() if pid != 1]
-    cluster = node.settings.get("cluster")
+    cluster = node.find_part(ClusterController)
     for pid in wanted:
         if pid == node.pid:
             node.tasks.interrupt_all()

@@ -22,7 +22,7 @@ from shmdist.cluster import _pids, procs
 from shmdist.errors import CompositeException, RemoteException, SerializationError, local_exception
 from shmdist.references.future import Future
 from shmdist.runtime.interrupts import is_interrupt
-from shmdist.runtime.node import current_node
+from shmdist.runtime.node import Node, current_node
 from shmdist.scheduling.function_broadcast import BroadcastFunction
 from shmdist.serialization import codec, definitions
 from shmdist.serialization.modules import MAIN
@@ -131,6 +131,13 @@ def _imports(code: str) -> str:
     return "\n".join(ast.unparse(node) for node in found)
 
 
+class _SentAlong:
+    """What came to this process with definitions of ``everywhere``, and is in ``__main__`` for their sake."""
+
+    def __init__(self, node: Node) -> None:
+        self.values: dict[str, Any] = {}
+
+
 def _define(
     name: str, value: Any, needed: dict[str, Any], bindings: dict[str, Any], call: _Call
 ) -> tuple[None, list[str]]:
@@ -138,7 +145,7 @@ def _define(
     namespace, original = sys.modules["__main__"].__dict__, value
     # What came here with an earlier definition gives way to what comes with this one; what this
     # process has got by other ways is its own.
-    along = current_node().settings.setdefault("sent_along", {})
+    along = current_node().part(_SentAlong).values
     for key, thing in needed.items():
         if key not in namespace or (key in along and namespace[key] is along[key]):
             namespace[key] = along[key] = thing

@@ -357,24 +357,40 @@ def _identity(f: Any) -> Any:
 # ---------------------------------------------------------------------- the default pool
 
 
-def _default_state(node: Node) -> WorkerPool:
-    pool: WorkerPool | None = node.settings.get("default_pool")
-    if pool is None:
-        with current(), node.lock:
-            pool = node.settings.get("default_pool")
-            if pool is None:
-                fallen = _fallen()
-                state = PoolState([] if fallen else workers(), died=fallen)
-                pool = node.settings["default_pool"] = node.settings["own_default_pool"] = WorkerPool._of(
-                    state
-                )
-        _joined([pid for pid in workers() if pid != 1])  # those that came meanwhile, and found no pool
-    return pool
+class _DefaultPool:
+    """The pool that a process uses when none is named.
+
+    Attributes
+    ----------
+    used : AbstractWorkerPool, or None
+        That one: the program's own, or on process 1 the one of all workers.
+    of_all : WorkerPool, or None
+        Process 1's pool of all workers, also while the program uses another one.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self.used: Any = None
+        self.of_all: WorkerPool | None = None
+        if node.pid == 1:
+            node.joined_hooks.append(_joined)
+            node.leaving_hooks.append(_lost)
+            node.lost_hooks.append(_lost)
+
+    def of_all_workers(self, node: Node) -> Any:
+        """Return the pool in use, which is made of all workers if there is none."""
+        if self.used is None:
+            with current(), node.lock:
+                if self.used is None:
+                    fallen = _fallen()
+                    state = PoolState([] if fallen else workers(), died=fallen)
+                    self.used = self.of_all = WorkerPool._of(state)
+            _joined([pid for pid in workers() if pid != 1])  # those that came meanwhile, and found no pool
+        return self.used
 
 
 def _own_state(node: Node) -> PoolState | None:
-    pool: WorkerPool | None = node.settings.get("own_default_pool")
-    return None if pool is None else pool._state
+    default = node.find_part(_DefaultPool)
+    return None if default is None or default.of_all is None else default.of_all._state
 
 
 def _joined(pids: list[int]) -> None:
@@ -410,16 +426,6 @@ def _replace_the_last(state: PoolState) -> None:
             state.push(pid)
 
 
-def _hooked() -> Node:
-    node = current_node()
-    if node.pid == 1 and "pools" not in node.settings:
-        node.settings["pools"] = True
-        node.joined_hooks.append(_joined)
-        node.leaving_hooks.append(_lost)
-        node.lost_hooks.append(_lost)
-    return node
-
-
 def default_worker_pool() -> Any:
     """Return the pool that is used when none is named: all workers, as they come and go.
 
@@ -434,13 +440,13 @@ def default_worker_pool() -> Any:
     >>> default_worker_pool().workers()
     [1]
     """
-    node = _hooked()
-    if node.pid != 1:
-        pool = node.settings.get("default_pool")
-        if pool is None:
-            pool = node.settings["default_pool"] = calls.remotecall_fetch(_default_for_workers, 1)
-        return pool
-    return _default_state(node)
+    node = current_node()
+    default = node.part(_DefaultPool)
+    if node.pid == 1:
+        return default.of_all_workers(node)
+    if default.used is None:
+        default.used = calls.remotecall_fetch(_default_for_workers, 1)
+    return default.used
 
 
 def as_pool(pool: Any, name: str) -> Any:
@@ -488,7 +494,7 @@ def set_default_worker_pool(pool: AbstractWorkerPool) -> None:
     """
     if not hasattr(pool, "take"):
         raise TypeError(f"set_default_worker_pool() takes a worker pool, not {type(pool).__name__}")
-    _hooked().settings["default_pool"] = pool
+    current_node().part(_DefaultPool).used = pool
 
 
 def clear(names: Any = None, pids: Any = None, *, pool: Any = None) -> Any:

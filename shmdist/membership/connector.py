@@ -22,6 +22,22 @@ _ARRIVAL_TIMEOUT = 10.0  # that a connection which was announced may take
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
+class PeerConnections:
+    """What a worker knows about connecting to others.
+
+    Attributes
+    ----------
+    manager : object
+        The one given to ``init_worker``, which makes the connections; or None.
+    unresponsive_hosts : set of str
+        Those that answered nothing: a firewall is waited for once.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self.manager: Any = None
+        self.unresponsive_hosts: set[str] = set()
+
+
 def reachable(peer: PeerInfo, here: str) -> Iterator[tuple[str, Any]]:
     """Yield the addresses of a process that mean it on the host `here` too."""
     same_network = peer.host.rpartition("/")[0] == here.rpartition("/")[0]
@@ -35,7 +51,7 @@ def reachable(peer: PeerInfo, here: str) -> Iterator[tuple[str, Any]]:
 
 def connect_via_manager(node: Node, peer: PeerInfo) -> Connection | None:
     """Return a connection that the manager given to ``init_worker`` makes; None without one."""
-    manager = node.settings.get("manager")
+    manager = node.part(PeerConnections).manager
     if manager is None:
         return None
     place = peer.addresses[-1] if peer.addresses else None
@@ -47,12 +63,12 @@ def connect_via_manager(node: Node, peer: PeerInfo) -> Connection | None:
 def connections(node: Node, peer: PeerInfo, errors: list[str]) -> Iterator[Connection]:
     """Yield proven connections to a process, by one way after the other; why each failed goes to `errors`."""
     ways: list[tuple[str, Callable[[], Connection | None]]] = []
-    if node.settings.get("manager") is not None:
+    made = node.part(PeerConnections)
+    if made.manager is not None:
         ways.append(("by the manager", partial(connect_via_manager, node, peer)))
     # A firewall answers nothing: it is waited for once, and not again for each process of the host behind it.
-    mute: set[str] = node.settings.setdefault("mute hosts", set())
     for family, place in reachable(peer, node.peers[node.pid].host):
-        if family == "tcp" and peer.host in mute:
+        if family == "tcp" and peer.host in made.unresponsive_hosts:
             errors.append(f"{family} {place}: that host has not answered before")
             continue
         ways.append((f"{family} {place}", partial(listener.connect, (family, place), DIRECT_TIMEOUT)))
@@ -64,7 +80,7 @@ def connections(node: Node, peer: PeerInfo, errors: list[str]) -> Iterator[Conne
                 yield connection
         except Exception as error:
             if isinstance(error, TimeoutError):
-                mute.add(peer.host)
+                made.unresponsive_hosts.add(peer.host)
             errors.append(f"{name}: {error}")
 
 
@@ -85,4 +101,11 @@ def connect_via_relay(node: Node, pid: int) -> Link | str:
     return f"by process 1: {error or 'the connection did not arrive'}"
 
 
-__all__ = ["DIRECT_TIMEOUT", "connect_via_manager", "connect_via_relay", "connections", "reachable"]
+__all__ = [
+    "PeerConnections",
+    "DIRECT_TIMEOUT",
+    "connect_via_manager",
+    "connect_via_relay",
+    "connections",
+    "reachable",
+]

@@ -62,7 +62,7 @@ class WorkerRecord:
 
 
 class ClusterController:
-    """Process 1's side of the cluster; hangs on its node as ``settings["cluster"]``."""
+    """Process 1's side of the cluster; a part of its node."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -189,11 +189,15 @@ class ClusterController:
                 member.pidfd = config.process.pidfd = os.pidfd_open(config.process.pid)
                 # What it wrote is read to its end though a child of its own may hold the link open.
                 node.reactor.watch(member.pidfd, link.shut)
-        settings = {"lazy": params["lazy"], "topology": params["topology"], "carried": link.bridged}
-        settings["prefix"] = sys.prefix if link.is_local else None
-        if config.process is not None:
-            settings["parent"] = os.getpid()
-        join = Join(pid, params["lazy"], params["topology"], tuple(node.peers.values()), settings)
+        join = Join(
+            pid,
+            params["lazy"],
+            params["topology"],
+            tuple(node.peers.values()),
+            carried=link.bridged,
+            prefix=sys.prefix if link.is_local else None,
+            parent=None if config.process is None else os.getpid(),
+        )
         return node.request(pid, int(Kind.JOIN), 0, codec.dumps(join))
 
     @staticmethod

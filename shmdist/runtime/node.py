@@ -44,7 +44,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from shmdist._firmly import firmly
 from shmdist._log import Log
@@ -72,6 +72,7 @@ from shmdist.transport.messages import BROKEN, IS_ERROR, NOT_RUN, Frame, Kind, P
 _RESULT, _CANCEL = int(Kind.RESULT), int(Kind.CANCEL)
 _EXIT_CAUSE_SECONDS = 0.3  # that process 1 may take to tell how another one ended
 _log = Log("node")
+_Part = TypeVar("_Part")
 
 
 class Node(RequestClient):
@@ -99,6 +100,7 @@ class Node(RequestClient):
         "master_gone",
         "ospid",
         "pages",
+        "parts",
         "reported_exits",
         "unclaimed_takes",
         "unsent_releases",
@@ -137,7 +139,7 @@ class Node(RequestClient):
         self.tasks = CallExecutor(self)
         self.functions = FunctionStore(self)
         self.outputs = Outputs()
-        self.settings: dict[str, Any] = {}
+        self.parts: dict[Any, Any] = {}  # what higher layers keep for this node, by class: `part`
         self.joined_hooks: list[Callable[[list[int]], None]] = []
         self.leaving_hooks: list[Callable[[int], None]] = []  # called when process 1 asks a member to go
         self.lost_hooks: list[Callable[[int], None]] = []
@@ -167,6 +169,20 @@ class Node(RequestClient):
             f"<Node {self.pid}, members {sorted(self.peers)}, links {sorted(self.links)}, "
             f"{len(self.pending)} awaited, {self.tasks!r}, {self.refs!r}>"
         )
+
+    def part(self, kind: Callable[[Node], _Part]) -> _Part:
+        """Return what a higher layer keeps for this node: a `kind`, made when it is first asked for."""
+        part: _Part | None = self.parts.get(kind)
+        if part is None:
+            with current(), self.lock:
+                part = self.parts.get(kind)
+                if part is None:
+                    part = self.parts[kind] = kind(self)
+        return part
+
+    def find_part(self, kind: type[_Part]) -> _Part | None:
+        """Return such a part if it was made."""
+        return self.parts.get(kind)
 
     # ------------------------------------------------------------------ links
 

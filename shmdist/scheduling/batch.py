@@ -20,7 +20,6 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -67,7 +66,7 @@ class BatchRunner:
 
     def __call__(self, batch: Any, probe: bool = False) -> Any:
         """Run a batch that was sent here; returns its results as they are sent."""
-        results = self.run(batch, probe, current().task.key, current_node().settings.get("page"))
+        results = self.run(batch, probe, current().task.key, current_node().tasks.page)
         if len(results[1]) < 2:
             return results
         return results[0], pack(results[1]), results[2]
@@ -103,7 +102,7 @@ class BatchRunner:
         errors: dict[int, Any] = {}
         several = len(batch) > 1
         if several:
-            under_way = _under_way(current_node())
+            under_way = current_node().part(RunningBatches)
             under_way[key] = batch, source
         numbers, slot, free = _begin_notes(page, key)
         try:
@@ -213,19 +212,17 @@ class _Refusing:
 # ---------------------------------------------------------------------- dividing
 
 
-def _under_way(node: Node) -> dict[tuple[int, int], tuple[list[Any], Any]]:
-    """Return the batches of several elements that run here: their elements and iterators."""
-    table: dict[tuple[int, int], tuple[list[Any], Any]] | None = node.settings.get("batches")
-    if table is None:
-        table = node.settings.setdefault("batches", {})
-        os.register_at_fork(after_in_child=partial(_stop, table))
-    return table
+class RunningBatches(dict[tuple[int, int], tuple[list[Any], Any]]):
+    """The batches of several elements that run on a node: their elements and iterators, by call."""
 
+    def __init__(self, node: Node) -> None:
+        super().__init__()
+        os.register_at_fork(after_in_child=self._stop)
 
-def _stop(table: dict[tuple[int, int], tuple[list[Any], Any]]) -> None:
-    """Begin no further elements, in a forked child."""
-    for batch, _ in table.values():
-        batch.clear()
+    def _stop(self) -> None:
+        """Begin no further elements, in a forked child."""
+        for batch, _ in self.values():
+            batch.clear()
 
 
 def divide(key: tuple[int, int]) -> int | None:
@@ -237,7 +234,7 @@ def divide(key: tuple[int, int]) -> int | None:
         How many elements it keeps, from its first one on. None: it has drawn its last
         element, or is not here any more; what it answers tells how far it came.
     """
-    entry = _under_way(current_node()).get(key)
+    entry = current_node().part(RunningBatches).get(key)
     if entry is None:
         return None
     batch, source = entry

@@ -284,4 +284,6 @@ class Join(NamedTuple):
     lazy: bool
     topology: str
     peers: tuple[PeerInfo, ...]
-    settings: dict[str, Any]
+    carried: bool  # by a tunnel: a heartbeat tells little of the host behind it
+    prefix: str | None  # process 1's ``sys.prefix``, if it is on this host
+    parent: int | None  # process 1's own process id, if it has started the worker

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from shmdist import errors
 from shmdist._log import Log
 from shmdist.membership import connector
+from shmdist.membership.connector import PeerConnections
 from shmdist.memory.segment import ProgressPage
 from shmdist.runtime import imports, resource_tracker
 from shmdist.runtime import node as node_module
@@ -147,12 +148,12 @@ def be_worker(
         resource_tracker.set_authkey(settings["authkey"])
         resource_tracker.use_tracker_of_process_1(node)
     if watchdog is not None:
-        node.settings["watchdog"] = watchdog
+        node.part(WorkerProcess).watchdog = watchdog
         node.inherited.append(watchdog)
     if "page" in settings:
-        page = node.tasks.page = node.settings["page"] = ProgressPage(settings["page"])
+        page = node.tasks.page = ProgressPage(settings["page"])
         page.close_fd()
-    me = node.settings["worker"] = _Worker(node)
+    me = node.part(WorkerProcess)
     address = me.listen(local, bind_addr, port, tell_unix=bool(settings.get("tell_unix")))
     out = out or sys.stdout
     out.write(f"shmdist_worker:{address}\n")
@@ -199,12 +200,12 @@ def init_worker(cookie: str | bytes, manager: object = None) -> Node:
     node = Node(0)
     node.is_worker = True
     node.cookie = cookie
-    node.settings["manager"] = manager
+    node.part(PeerConnections).manager = manager
     node_module.set_current(node)
     return node
 
 
-class _Worker:
+class WorkerProcess:
     """The threads and handlers of a worker around its node."""
 
     def __init__(self, node: Node) -> None:
@@ -224,6 +225,8 @@ class _Worker:
                 Kind.EXIT: self._on_exit,
             }
         )
+        self.watchdog: Watchdog | None = None
+        self._lazy = True
         self.stopping = False
         self.serving = False  # on the main thread, which ends the process in order
         self._known: dict[int, PeerInfo] = {}
@@ -277,21 +280,21 @@ class _Worker:
         join: Join = pickle.loads(frame.body)
         node = self.node
         node.pid = join.pid
-        node.settings.update(join.settings)
-        node.heartbeat.carried = bool(join.settings.get("carried"))
+        self._lazy = join.lazy
+        node.heartbeat.carried = join.carried
         me = PeerInfo(
             join.pid, host_identity(), socket.gethostname(), os.getpid(), tuple(self.addresses), None
         )
         self._learn(join.peers)
         if frame.link.pid == -1:
             self._on_hello_from_master(frame.link)
-        if "watchdog" in node.settings:
-            node.settings["watchdog"].watch(frame.link.socket, node.heartbeat.carried)
+        if self.watchdog is not None:
+            self.watchdog.watch(frame.link.socket, node.heartbeat.carried)
         # Where the interpreter is process 1's own, so is its numpy: no need to look for that.
-        mine = own_versions(numpy=join.settings.get("prefix") != sys.prefix)
+        mine = own_versions(numpy=join.prefix != sys.prefix)
         node.post(frame.link, int(Kind.RESULT), 0, frame.call_id, codec.dumps((me, tuple(mine))))
-        if "parent" in join.settings:
-            self._watch_parent(join.settings["parent"])
+        if join.parent is not None:
+            self._watch_parent(join.parent)
 
     def _on_hello_from_master(self, link: Link) -> None:
         link.pid = 1
@@ -303,7 +306,7 @@ class _Worker:
         new = self._learn(peers)
         for hook in self.node.joined_hooks:
             hook(new)
-        if not self.node.settings.get("lazy", True):
+        if not self._lazy:
             # Of two workers the younger connects, so that each pair gets one link.
             self.node.reactor.soon(lambda: self._connect_all([pid for pid in new if pid < self.node.pid]))
 
@@ -469,9 +472,7 @@ def process_messages(connection: Connection, incoming: bool = True) -> None:
         threading.Event().wait()
     """
     node = node_module.current_node()
-    worker = node.settings.get("worker")
-    if worker is None:
-        worker = node.settings["worker"] = _Worker(node)
+    worker = node.part(WorkerProcess)
 
     def admit() -> None:
         try:

@@ -24,7 +24,7 @@ def _work(flag):
 
 def _flag(name, value=None):
     """Return a list of this process; anything in it stops the loops that look at it."""
-    flags = current_node().settings.setdefault("test flags", {})
+    flags = current_node().parts.setdefault("test flags", {})
     flag = flags.setdefault(name, [])
     if value is not None:
         flag.append(value)

@@ -9,6 +9,7 @@ import time
 import pytest
 
 import shmdist as sd
+from shmdist.membership.connector import PeerConnections
 from shmdist.runtime.node import current_node
 from tests.integration import helpers
 from tests.integration.helpers import until, within
@@ -241,7 +242,7 @@ class ByFiles(sd.ClusterManager):
 
 
 def asked():
-    return current_node().settings["manager"].asked
+    return current_node().part(PeerConnections).manager.asked
 
 
 def test_workers_connect_by_the_manager_given_to_init_worker(fresh, tmp_path):
@@ -263,7 +264,7 @@ def break_roads():
     def connect(id, config):
         raise ConnectionError("the road is closed")
 
-    current_node().settings["manager"].connect = connect
+    current_node().part(PeerConnections).manager.connect = connect
 
 
 def test_the_contract(tmp_path):

@@ -15,6 +15,7 @@ import shmdist as sd
 from shmdist.runtime.node import current_node
 from shmdist.transport import listener
 from shmdist.transport.handshake import Connector
+from shmdist.worker.main import WorkerProcess
 from tests.integration.helpers import ROOT, run_script, until, within
 
 
@@ -108,7 +109,7 @@ def state_of_worker():
     node = current_node()
     with open("/proc/self/statm") as file:
         resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    me = node.settings["worker"]
+    me = node.part(WorkerProcess)
     return {
         "descriptors": len(os.listdir("/proc/self/fd")),
         "threads": threading.active_count(),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import shmdist as sd
+from shmdist.membership.controller import ClusterController
 from shmdist.runtime.node import current_node
 from tests.integration import helpers
 from tests.integration.helpers import Script, until, within
@@ -128,7 +129,7 @@ def test_the_channel_of_a_login_ends(host, server, tmp_path):
 
 
 def close_channel(pid):
-    worker = current_node().settings["cluster"].members[pid].config.userdata
+    worker = current_node().part(ClusterController).members[pid].config.userdata
     with contextlib.suppress(EOFError):  # the worker may end, and the login after it, before all is said
         worker._channel.close()
 

@@ -42,7 +42,7 @@ def test_repr_of_frames() -> None:
 
 def test_records_travel() -> None:
     peer = PeerInfo(2, "host id", "node7", 123, (("unix", "\0x"), ("tcp", ("h", 1))), frozenset({3}))
-    for record in (peer, Hello(2, "host id"), Join(2, True, "all_to_all", (peer,), {"parent": 1})):
+    for record in (peer, Hello(2, "host id"), Join(2, True, "all_to_all", (peer,), False, "/usr", 1)):
         again = pickle.loads(pickle.dumps(record, 5))
         assert again == record
         assert type(again) is type(record)
