@@ -44,20 +44,7 @@ from shmdist.calls import (
     spawn,
     spawnat,
 )
-from shmdist.cluster import (
-    WorkerList,
-    addprocs,
-    cluster_cookie,
-    interrupt,
-    myid,
-    nprocs,
-    nworkers,
-    other_procs,
-    other_workers,
-    procs,
-    rmprocs,
-    workers,
-)
+from shmdist.cluster import WorkerList, addprocs, cluster_cookie, interrupt, rmprocs
 from shmdist.errors import (
     AuthenticationError,
     CapturedException,
@@ -70,7 +57,7 @@ from shmdist.errors import (
     ShmdistError,
     VersionMismatch,
 )
-from shmdist.evaluation import everywhere, remotecall_eval
+from shmdist.evaluation import clear, everywhere, remotecall_eval
 from shmdist.loops import DistributedLoop, distributed, splitrange
 from shmdist.managers.base import ClusterManager, WorkerConfig
 from shmdist.managers.local import LocalManager
@@ -80,9 +67,17 @@ from shmdist.pools import (
     AbstractWorkerPool,
     CachingPool,
     WorkerPool,
-    clear,
     default_worker_pool,
     set_default_worker_pool,
+)
+from shmdist.processes import (
+    myid,
+    nprocs,
+    nworkers,
+    other_procs,
+    other_workers,
+    procs,
+    workers,
 )
 from shmdist.refcount.table import RRID, AlreadySet
 from shmdist.references.channel import Channel

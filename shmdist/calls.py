@@ -11,6 +11,7 @@ from typing import Any, TypeVar, overload
 from shmdist._ending import VOID
 from shmdist._firmly import firmly
 from shmdist.errors import CapturedException, RemoteException, local_exception
+from shmdist.pools import default_worker_pool, least_loaded_worker
 from shmdist.refcount.table import RRID, AlreadySet
 from shmdist.references.future import Future, LocalTask
 from shmdist.runtime.call_target import USAGE, CallTarget, check_callable
@@ -20,6 +21,7 @@ from shmdist.runtime.replies import PendingReply
 from shmdist.serialization import codec
 from shmdist.serialization.atoms import ATOMS
 from shmdist.serialization.local_copy import local_copy
+from shmdist.tasks import sync_groups
 from shmdist.transport.link import LinkClosed, SendInterrupted
 from shmdist.transport.messages import WANT_STORE, WANT_VALUE, Kind
 
@@ -68,25 +70,8 @@ def remotecall_fetch(f: Callable[..., _T], where: Any, /, *args: Any, **kwargs: 
         value: _T = _fetch_slowly(node, f, where, args, kwargs)
         return value
     check_callable(f, "remotecall_fetch", where)
-    value = _ask(node, f, where, WANT_VALUE, codec.dumps_call(f, args, kwargs))
+    value = node.call(where, WANT_VALUE, codec.dumps_call(f, args, kwargs), f)
     return value
-
-
-def _ask(node: Node, f: Any, pid: int, flags: int, payload: codec.Payload) -> Any:
-    """Send a call whose value comes back, and wait for it."""
-    thread_state = current()
-    thread_state.enter()
-    try:
-        reply = node.request(pid, _CALL, flags, payload)
-        try:
-            if not reply.done:
-                node.reactor.wait(reply)
-        except BaseException:
-            node.cancel(reply)
-            raise
-    finally:
-        thread_state.leave()
-    return node.open(reply, f)
 
 
 def _fetch_slowly(node: Node, f: Any, where: Any, args: Any, kwargs: Any) -> Any:
@@ -98,7 +83,7 @@ def _fetch_slowly(node: Node, f: Any, where: Any, args: Any, kwargs: Any) -> Any
             place.lend()
         if place.pid != node.pid:
             flags, payload = place.payload(f, args, kwargs)
-            return _ask(node, f, place.pid, WANT_VALUE | flags, payload)
+            return node.call(place.pid, WANT_VALUE | flags, payload, f)
         own = node.reactor.own
         if own.begun != own.made:
             own.catch_up()
@@ -182,7 +167,7 @@ def _start(f: Any, place: CallTarget, args: Any, kwargs: Any) -> Future:
     except BaseException:
         firmly(place.back)
         raise
-    for group in _groups():
+    for group in sync_groups():
         group.append(future)
     return future
 
@@ -248,10 +233,6 @@ def _start_here(node: Node, f: Any, rrid: RRID, args: Any, kwargs: Any, place: C
 
     node.reactor.own.begin(node.tasks.context.new().run, (f, *args), kwargs, task, ended)
     return future
-
-
-#: The `sync` blocks that enclose the running code; ``tasks`` sets it.
-_groups: Callable[[], Any] = lambda: ()  # noqa: E731 - a hook, replaced as a whole
 
 
 def remotecall_wait(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) -> Future:
@@ -370,7 +351,7 @@ def remote(pool: Any = None, f: Any = None) -> Any:
         CallTarget(pool, "remote")
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return remotecall_fetch(f, _default_pool() if pool is None else pool, *args, **kwargs)
+        return remotecall_fetch(f, default_worker_pool() if pool is None else pool, *args, **kwargs)
 
     try:
         functools.update_wrapper(call, f)
@@ -379,14 +360,9 @@ def remote(pool: Any = None, f: Any = None) -> Any:
     return call
 
 
-#: Returns the default worker pool, and the worker with least to do; ``pools`` sets them.
-_default_pool: Callable[[], Any] = lambda: 1  # noqa: E731 - a hook, replaced as a whole
-_any_worker: Callable[[], int] = lambda: current_node().pid  # noqa: E731 - likewise
-
-
 def _pid_of(pid: Any, name: str) -> int:
     if isinstance(pid, str) and pid in ("any", ":any"):
-        return _any_worker()
+        return least_loaded_worker()
     if isinstance(pid, bool) or not hasattr(pid, "__index__"):
         raise TypeError(
             f"{USAGE[name]}: pid must be a process id, which is an integer, or 'any', not {pid!r:.80}"
@@ -449,7 +425,7 @@ def spawn(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
     6
     """
     check_callable(f, "spawn", args[0] if args else None)
-    return _start(f, CallTarget(_any_worker(), "spawn"), args, kwargs)
+    return _start(f, CallTarget(least_loaded_worker(), "spawn"), args, kwargs)
 
 
 def fetchfrom(pid: Any, f: Callable[..., _T], /, *args: Any, **kwargs: Any) -> _T:
@@ -481,7 +457,7 @@ def fetchany(f: Callable[..., _T], /, *args: Any, **kwargs: Any) -> _T:
     4
     """
     check_callable(f, "fetchany", args[0] if args else None)
-    return remotecall_fetch(f, _any_worker(), *args, **kwargs)
+    return remotecall_fetch(f, least_loaded_worker(), *args, **kwargs)
 
 
 __all__ = [

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from shmdist._timeouts import seconds
-from shmdist.errors import ShmdistError, no_workers_left
+from shmdist.errors import ShmdistError
 from shmdist.managers.base import ClusterManager
 from shmdist.managers.local import LocalManager
 from shmdist.managers.ssh.manager import SSHManager
 from shmdist.membership.controller import ClusterController
+from shmdist.processes import process_ids, workers
 from shmdist.runtime.interrupts import current
-from shmdist.runtime.node import current_node, process_id
+from shmdist.runtime.node import current_node
+from shmdist.tasks import start_task
 from shmdist.transport.messages import Kind
 
 _TOPOLOGIES = ("all_to_all", "master_worker", "custom")
@@ -166,7 +167,7 @@ def rmprocs(*pids: Any, waitfor: float | None = None) -> Any:
     >>> rmprocs(*addprocs(1))
     """
     cluster = _cluster("remove processes")
-    wanted = _pids(pids)
+    wanted = process_ids(pids)
     limit = seconds(waitfor, "waitfor")
     if waitfor is not None and waitfor < 0:
         raise ValueError(f"waitfor must be seconds, 0 or more, not {waitfor!r}")
@@ -181,7 +182,7 @@ def rmprocs(*pids: Any, waitfor: float | None = None) -> Any:
     if limit == 0:
         with current():
             cluster.ask_to_exit(wanted)  # now: what follows must not choose them
-        return _in_background(lambda: _remove(cluster, wanted, None))
+        return start_task(_remove, (cluster, wanted, None))
     _remove(cluster, wanted, limit)
     return None
 
@@ -193,167 +194,6 @@ def _remove(cluster: ClusterController, pids: list[int], waitfor: float | None) 
         cluster.remove(pids, waitfor)
     finally:
         thread_state.leave()
-
-
-def _run_in_background(job: Any) -> Any:
-    current_node().reactor.start(job)
-
-
-#: Starts a Task; ``tasks`` sets it.
-_in_background: Any = _run_in_background
-
-
-def _pids(pids: Sequence[Any]) -> list[int]:
-    """Flatten what functions that take process ids are given."""
-    flat: list[int] = []
-    for pid in pids:
-        if hasattr(pid, "__index__") and not isinstance(pid, bool):
-            flat.append(pid.__index__())
-        elif hasattr(pid, "workers") and callable(pid.workers):
-            flat += pid.workers()
-        elif isinstance(pid, (str, bytes)) or not hasattr(pid, "__iter__"):
-            raise TypeError(f"process ids are integers, not {pid!r:.80}")
-        else:
-            flat += _pids(tuple(pid))
-    return list(dict.fromkeys(flat))
-
-
-def _alive() -> list[int]:
-    node = current_node()
-    leaving = node.leaving
-    return sorted(pid for pid in list(node.peers) if pid not in leaving)
-
-
-def _fallen() -> list[int]:
-    """Return the workers that have died, when there are no others; on process 1, which knows."""
-    cluster = current_node().find_part(ClusterController)
-    return [] if cluster is None or workers() != [1] else cluster.fallen()
-
-
-def _usable_workers() -> list[int]:
-    """Return the workers, ``[1]`` when there never were any or all were removed.
-
-    Raises
-    ------
-    ShmdistError
-        All have died. The program has to know: what killed them would run on process 1 next.
-    """
-    pids = workers()
-    if pids == [1]:
-        fallen = _fallen()
-        if fallen:
-            raise no_workers_left(current_node().deaths(fallen), _cure(fallen))
-    return pids
-
-
-def _cure(fallen: list[int]) -> str:
-    """Return what a program can do when workers have died that nothing is left without."""
-    return f"addprocs() adds others, rmprocs({fallen[-1]}) lets process 1 do their work"
-
-
-def procs(pid: int | None = None) -> list[int]:
-    """Return the ids of all processes, or of all on the host of process `pid`.
-
-    References
-    ----------
-    Julia manual, `procs`.
-
-    Examples
-    --------
-    >>> procs()
-    [1]
-    """
-    alive = _alive()
-    if pid is None:
-        return alive
-    node = current_node()
-    pid = process_id(pid)
-    node.check_member(pid)
-    host = node.peers[pid].host
-    return [other for other in alive if node.peers[other].host == host]
-
-
-def workers() -> list[int]:
-    """Return the ids of all workers; ``[1]`` when there are none.
-
-    References
-    ----------
-    Julia manual, `workers`.
-
-    Examples
-    --------
-    >>> workers()
-    [1]
-    """
-    return [pid for pid in _alive() if pid != 1] or [1]
-
-
-def nprocs() -> int:
-    """Return the number of processes.
-
-    References
-    ----------
-    Julia manual, `nprocs`.
-
-    Examples
-    --------
-    >>> nprocs()
-    1
-    """
-    return len(_alive())
-
-
-def nworkers() -> int:
-    """Return the number of workers; 1 when there is only process 1.
-
-    References
-    ----------
-    Julia manual, `nworkers`.
-
-    Examples
-    --------
-    >>> nworkers()
-    1
-    """
-    return len(workers())
-
-
-def myid() -> int:
-    """Return the id of this process; 1 for the one that the user started.
-
-    References
-    ----------
-    Julia manual, `myid`.
-
-    Examples
-    --------
-    >>> myid()
-    1
-    """
-    return current_node().pid
-
-
-def other_procs() -> list[int]:
-    """Return the ids of all processes but this one.
-
-    Examples
-    --------
-    >>> other_procs()
-    []
-    """
-    me = myid()
-    return [pid for pid in _alive() if pid != me]
-
-
-def other_workers() -> list[int]:
-    """Return the ids of all workers but this process.
-
-    Examples
-    --------
-    >>> other_workers()
-    []
-    """
-    return [pid for pid in other_procs() if pid != 1]
 
 
 def interrupt(*pids: Any) -> None:
@@ -380,7 +220,7 @@ def interrupt(*pids: Any) -> None:
     >>> interrupt()
     """
     node = current_node()
-    wanted = _pids(pids) or [pid for pid in workers() if pid != 1]
+    wanted = process_ids(pids) or [pid for pid in workers() if pid != 1]
     cluster = node.find_part(ClusterController)
     for pid in wanted:
         if pid == node.pid:
@@ -429,12 +269,5 @@ __all__ = [
     "addprocs",
     "cluster_cookie",
     "interrupt",
-    "myid",
-    "nprocs",
-    "nworkers",
-    "other_procs",
-    "other_workers",
-    "procs",
     "rmprocs",
-    "workers",
 ]

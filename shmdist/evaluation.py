@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from shmdist._parsing import parsing
 from shmdist.calls import remote_do, remotecall, remotecall_fetch
-from shmdist.cluster import _pids, procs
 from shmdist.errors import CompositeException, RemoteException, SerializationError, local_exception
+from shmdist.processes import process_ids, procs, usable_workers
 from shmdist.references.future import Future
 from shmdist.runtime.interrupts import is_interrupt
 from shmdist.runtime.node import Node, current_node
@@ -323,7 +323,7 @@ def _end(
 def _targets(which: Any) -> list[int]:
     if which is None:
         return procs()
-    targets = _pids((which,))
+    targets = process_ids((which,))
     for pid in targets:
         if pid != current_node().pid:
             current_node().check_member(pid)
@@ -513,6 +513,49 @@ def remotecall_eval(module_name: Any, procs: Any, code: str) -> Any:
     targets = _targets(procs)
     _ask_all(targets, _run_quietly, (code, {}, name), "remotecall_eval", _call(targets))
     return None
+
+
+def clear(names: Any = None, pids: Any = None, *, pool: Any = None) -> Any:
+    """Empty a CachingPool's cache, or set globals of ``__main__`` to None.
+
+    Parameters
+    ----------
+    names : str, sequence of str, or CachingPool
+        Names of globals; or the pool, which may also be given as `pool`.
+    pids : int or sequence of int, optional
+        With names: the processes; default all workers.
+
+    Returns
+    -------
+    object
+        The pool, or None.
+
+    References
+    ----------
+    Julia manual, `clear!`.
+
+    Examples
+    --------
+    >>> clear(CachingPool([1]))
+    <CachingPool [1], 0 functions>
+    """
+    if (names is None) == (pool is None):
+        raise TypeError("clear(pool) or clear(names, pids): give one of them")
+    what = names if pool is None else pool
+    if hasattr(what, "clear") and not isinstance(what, (str, list, set, dict)):
+        what.clear()
+        return what
+    names = (what,) if isinstance(what, str) else tuple(what)
+    _ask_all(usable_workers() if pids is None else _targets(pids), _set_none, (names,), "clear")
+    return None
+
+
+def _set_none(names: tuple[str, ...]) -> None:
+    main = sys.modules["__main__"].__dict__
+    for name in names:
+        if name in main:
+            main[name] = None
+    definitions.release(names)
 
 
 __all__ = ["everywhere", "remotecall_eval"]

@@ -16,18 +16,15 @@ from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any
 
-from shmdist import calls
-from shmdist.cluster import _cure, _fallen, _pids, _usable_workers, workers
 from shmdist.errors import ShmdistError, no_workers_left
-from shmdist.evaluation import _ask_all, _targets
-from shmdist.references.base import ask
+from shmdist.processes import fallen_workers, process_ids, remedy, usable_workers, workers
+from shmdist.references.base import ask, call_owner
 from shmdist.references.remote_channel import RemoteChannel, channel_from_id
 from shmdist.runtime import call_target
 from shmdist.runtime.interrupts import current
 from shmdist.runtime.node import Node, current_node
 from shmdist.scheduling.function_broadcast import BroadcastFunction
 from shmdist.scheduling.pool_state import PoolState, give_back
-from shmdist.serialization import definitions
 
 
 class AbstractWorkerPool(ABC):
@@ -216,7 +213,7 @@ def workers_of(pool: Any) -> list[int]:
 
 
 def _members(pids: Any) -> list[int]:
-    return pids.workers() if isinstance(pids, AbstractWorkerPool) else _pids((pids,))
+    return pids.workers() if isinstance(pids, AbstractWorkerPool) else process_ids((pids,))
 
 
 def _nested() -> bool:
@@ -381,7 +378,7 @@ class _DefaultPool:
         if self.used is None:
             with current(), node.lock:
                 if self.used is None:
-                    fallen = _fallen()
+                    fallen = fallen_workers()
                     state = PoolState([] if fallen else workers(), died=fallen)
                     self.used = self.of_all = WorkerPool._of(state)
             _joined([pid for pid in workers() if pid != 1])  # those that came meanwhile, and found no pool
@@ -419,8 +416,8 @@ def _lost(pid: int) -> None:
 
 def _replace_the_last(state: PoolState) -> None:
     """Let process 1 into the default pool, unless the last workers have died."""
-    fallen = _fallen()
-    state.cure = _cure(fallen) if fallen else ""
+    fallen = fallen_workers()
+    state.cure = remedy(fallen) if fallen else ""
     if not fallen:
         for pid in workers():  # [1], unless others have come this moment
             state.push(pid)
@@ -445,7 +442,7 @@ def default_worker_pool() -> Any:
     if node.pid == 1:
         return default.of_all_workers(node)
     if default.used is None:
-        default.used = calls.remotecall_fetch(_default_for_workers, 1)
+        default.used = call_owner(1, _default_for_workers)
     return default.used
 
 
@@ -497,71 +494,22 @@ def set_default_worker_pool(pool: AbstractWorkerPool) -> None:
     current_node().part(_DefaultPool).used = pool
 
 
-def clear(names: Any = None, pids: Any = None, *, pool: Any = None) -> Any:
-    """Empty a CachingPool's cache, or set globals of ``__main__`` to None.
-
-    Parameters
-    ----------
-    names : str, sequence of str, or CachingPool
-        Names of globals; or the pool, which may also be given as `pool`.
-    pids : int or sequence of int, optional
-        With names: the processes; default all workers.
-
-    Returns
-    -------
-    object
-        The pool, or None.
-
-    References
-    ----------
-    Julia manual, `clear!`.
-
-    Examples
-    --------
-    >>> clear(CachingPool([1]))
-    <CachingPool [1], 0 functions>
-    """
-    if (names is None) == (pool is None):
-        raise TypeError("clear(pool) or clear(names, pids): give one of them")
-    what = names if pool is None else pool
-    if hasattr(what, "clear") and not isinstance(what, (str, list, set, dict)):
-        what.clear()
-        return what
-    names = (what,) if isinstance(what, str) else tuple(what)
-    _ask_all(_usable_workers() if pids is None else _targets(pids), _set_none, (names,), "clear")
-    return None
-
-
-def _set_none(names: tuple[str, ...]) -> None:
-    import sys
-
-    main = sys.modules["__main__"].__dict__
-    for name in names:
-        if name in main:
-            main[name] = None
-    definitions.release(names)
-
-
 _turn = itertools.count()
 
 
-def _least_loaded() -> int:
+def least_loaded_worker() -> int:
     """Return the worker with least to do, as far as this process knows; in turn among equals."""
     node = current_node()
-    pids = _usable_workers()
+    pids = usable_workers()
     load = Counter(reply.pid for reply in list(node.pending.values()))
     turn = next(_turn)
     return min(pids, key=lambda pid: (load[pid], (pids.index(pid) - turn) % len(pids)))
 
 
-calls._default_pool = default_worker_pool
-calls._any_worker = _least_loaded
-
 __all__ = [
     "AbstractWorkerPool",
     "CachingPool",
     "WorkerPool",
-    "clear",
     "default_worker_pool",
     "set_default_worker_pool",
 ]

@@ -7,11 +7,11 @@ import contextvars
 import math
 import threading
 import time
+import types
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any
 
-from shmdist import calls, cluster
 from shmdist._timeouts import FOREVER, seconds
 from shmdist.errors import CompositeException, local_exception
 from shmdist.runtime import call_target
@@ -118,14 +118,15 @@ _ENDS = (StopIteration, StopAsyncIteration, GeneratorExit)
 _group: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("shmdist.sync", default=None)
 
 
-def _groups() -> Iterator[list[Any]]:
+def sync_groups() -> Iterator[list[Any]]:
+    """Yield the list of the `sync` block that encloses the running code, if there is one."""
     group = _group.get()
     # What a finalizer begins is not the block's, inside which it runs.
     if group is not None and not collecting():
         yield group
 
 
-def _begin(f: Callable[..., Any], args: Any, kwargs: Any) -> Task:
+def start_task(f: Callable[..., Any], args: Any = (), kwargs: Any = types.MappingProxyType({})) -> Task:
     """Run a function on a thread of the runtime."""
     task = Task()
     task._what = getattr(f, "__qualname__", None) or repr(f)
@@ -166,8 +167,8 @@ def async_(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Task:
     """
     if not callable(f):
         raise TypeError(f"async_(f, *args): f must be callable, not {f!r:.80}")
-    task = _begin(f, args, kwargs)
-    for group in _groups():
+    task = start_task(f, args, kwargs)
+    for group in sync_groups():
         group.append(task)
     return task
 
@@ -290,8 +291,5 @@ def timedwait(test: Callable[[], Any], timeout: float, pollint: float = 0.1) -> 
             return "timed_out"
         threading.Event().wait(min(FOREVER if pause is None else pause, left))
 
-
-calls._groups = _groups
-cluster._in_background = lambda job: _begin(job, (), {})
 
 __all__ = ["Task", "async_", "sync", "timedwait"]

@@ -14,9 +14,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from shmdist.calls import remotecall, remotecall_fetch
-from shmdist.cluster import addprocs, cluster_cookie, interrupt, rmprocs, workers
+from shmdist.cluster import addprocs, cluster_cookie, interrupt, rmprocs
 from shmdist.errors import ProcessExitedException, RemoteException
 from shmdist.managers.base import ClusterManager, WorkerConfig
+from shmdist.processes import workers
 from shmdist.runtime.node import current_node
 from shmdist.transport import listener
 

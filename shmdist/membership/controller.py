@@ -38,7 +38,7 @@ from shmdist.runtime.node import Node, current_node
 from shmdist.serialization import codec
 from shmdist.transport import listener, versions
 from shmdist.transport.link import Link, LinkClosed
-from shmdist.transport.messages import Join, Kind, PeerInfo
+from shmdist.transport.messages import WANT_VALUE, Join, Kind, PeerInfo
 from shmdist.transport.versions import Versions
 
 _EXIT_TIMEOUT = 3.0  # a worker gets to end when it is asked to, before it is killed
@@ -284,11 +284,19 @@ class ClusterController:
 
     def _connect_all(self, pids: list[int]) -> None:
         """Have the new workers connect to all older ones, and wait for it."""
-        from shmdist.calls import remotecall
-
-        calls = [remotecall(_connect_to, pid, [p for p in self.members if p < pid]) for pid in pids]
-        for call in calls:
-            call.wait()
+        node, replies = self.node, []
+        with current():
+            try:
+                for pid in pids:
+                    older = [other for other in self.members if other < pid]
+                    payload = codec.dumps_call(_connect_to, (older,), {})
+                    replies.append(node.request(pid, int(Kind.CALL), WANT_VALUE, payload))
+                for reply in replies:
+                    node.wait(reply)
+            except BaseException:
+                for reply in replies:
+                    node.cancel(reply)
+                raise
 
     # ------------------------------------------------------------------ going
 

@@ -69,7 +69,7 @@ from shmdist.serialization.atoms import PICKLE
 from shmdist.transport.link import Link
 from shmdist.transport.messages import BROKEN, IS_ERROR, NOT_RUN, Frame, Kind, PeerInfo
 
-_RESULT, _CANCEL = int(Kind.RESULT), int(Kind.CANCEL)
+_CALL = int(Kind.CALL)
 _EXIT_CAUSE_SECONDS = 0.3  # that process 1 may take to tell how another one ended
 _log = Log("node")
 _Part = TypeVar("_Part")
@@ -306,6 +306,22 @@ class Node(RequestClient):
         frame = reply.frame
         assert frame is not None
         return self.read_result(frame, reply.pid, what)
+
+    def call(self, pid: int, flags: int, payload: codec.Payload, what: Any) -> Any:
+        """Send a call to another process, wait for its value, and return that."""
+        thread_state = current()
+        thread_state.enter()
+        try:
+            reply = self.request(pid, _CALL, flags, payload)
+            try:
+                if not reply.done:
+                    self.reactor.wait(reply)
+            except BaseException:
+                self.cancel(reply)
+                raise
+        finally:
+            thread_state.leave()
+        return self.open(reply, what)
 
     def read_result(self, frame: Frame, pid: int, what: Any) -> Any:
         """Read a RESULT frame: its value, or raise what it tells; `what` is a function, or a text."""

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from shmdist._log import Log
 from shmdist.runtime import imports
-from shmdist.runtime.interrupts import current
 from shmdist.serialization import codec
-from shmdist.transport.messages import WANT_VALUE, Kind
+from shmdist.transport.messages import WANT_VALUE
 
 if TYPE_CHECKING:
     from shmdist.runtime.node import Node
@@ -73,14 +72,7 @@ def _redirect(module: ModuleType, node: Node) -> None:
 
 def _open(node: Node) -> int:
     """Return a descriptor of the pipe to the tracker of process 1."""
-    with current():
-        reply = node.request(1, int(Kind.CALL), WANT_VALUE, codec.dumps_call(pipe_of_tracker, (), {}))
-        try:
-            node.reactor.wait(reply)
-        except BaseException:
-            node.cancel(reply)
-            raise
-    ospid, fd = node.open(reply, pipe_of_tracker)
+    ospid, fd = node.call(1, WANT_VALUE, codec.dumps_call(pipe_of_tracker, (), {}), pipe_of_tracker)
     return os.open(f"/proc/{ospid}/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
 
 

@@ -26,13 +26,12 @@ from types import BuiltinFunctionType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 from shmdist.errors import FinalizerError, ShmdistError
-from shmdist.runtime.interrupts import current
 from shmdist.runtime.node import current_node
 from shmdist.serialization import codec
 from shmdist.serialization.atoms import ATOMS
 from shmdist.serialization.modules import MAIN
 from shmdist.serialization.stdlib_reducers import CACHED
-from shmdist.transport.messages import WANT_VALUE, Kind
+from shmdist.transport.messages import WANT_VALUE
 
 _NAMESPACE: Any = vars(ModuleType)["__dict__"]
 _EVALUATORS = frozenset({"typing", "typing_extensions"})
@@ -175,20 +174,10 @@ def _globals_of_all(here: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _ask_master(name: str) -> tuple[bool, Any]:
-    node, thread_state = current_node(), current()
     payload = codec.dumps_call(_give, (name,), {})
-    thread_state.enter()
-    try:
-        reply = node.request(1, int(Kind.CALL), WANT_VALUE, payload)
-        try:
-            if not reply.done:
-                node.reactor.wait(reply)
-        except BaseException:
-            node.cancel(reply)
-            raise
-    finally:
-        thread_state.leave()
-    answer: tuple[bool, Any] = node.open(reply, f"the search for {name} of __main__")
+    answer: tuple[bool, Any] = current_node().call(
+        1, WANT_VALUE, payload, f"the search for {name} of __main__"
+    )
     return answer
 
 

@@ -21,7 +21,13 @@ TRIES = (
     4  # times that an operation is done until the error comes: threads share the work now this way, now that
 )
 # Part of the names of the sites that finalizers pass.
-IN_FINALIZERS = ("__del__", "see_to_released", "ReferenceCounts.run_soon", "ReferenceCounts.hand_over")
+IN_FINALIZERS = (
+    "__del__",
+    "see_to_released",
+    "ReferenceCounts.run_soon",
+    "ReferenceCounts.hand_over",
+    "_ask_for_housekeeping",
+)
 LARGE = 40000  # numbers of an array that goes through a block
 _injector = Injector()
 _swallowed = []  # what Python let not out of a finalizer
