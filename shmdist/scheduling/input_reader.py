@@ -323,6 +323,8 @@ class Reader:
         try:
             thread_state.runtime_depth = 0
             self._context.run(self._read)
+        except KeyboardInterrupt:
+            pass  # by `close`, when this thread was inside the input no longer
         finally:
             if self._interruptible:
                 thread_state.end()

@@ -44,6 +44,7 @@ class Site:
         # Nothing here is counted with a lock held, for a finalizer may come there; each step is one.
         self.arrived = itertools.count()  # its next number is how many calls of finalizers have come
         self.sent = []  # the processes to which finalizers here have sent calls
+        self.maybe_sent = []  # those where the sending was interrupted
         self.put, self.took = [], []  # tokens
         self.open = []  # those whose putting was interrupted: they may be put or not
         self.worked = {kind: itertools.count() for kind in ACTIONS}
@@ -237,8 +238,12 @@ def _expect(found, right):
 
 def _send():
     pid = site.peer()
-    sd.remote_do(arrive, pid)
-    site.sent.append(pid)
+    try:
+        sd.remote_do(arrive, pid)
+        site.sent.append(pid)
+    except KeyboardInterrupt:  # of the call, or just after it
+        site.maybe_sent.append(pid)
+        raise
 
 
 def _put():
@@ -472,6 +477,7 @@ def counted():
     return {
         "arrived": number(site.arrived),
         "sent": dict(collections.Counter(site.sent)),
+        "maybe sent": dict(collections.Counter(site.maybe_sent)),
         "put": list(site.put),
         "open": list(site.open),
         "took": list(site.took),

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import pytest
 
@@ -81,3 +82,23 @@ def test_an_interrupt_while_the_reader_is_woken_leaves_no_thread_behind(number):
         sys.settrace(former)
     feed.close()
     assert let_go.wait(10) and reader._over.done
+
+
+def test_an_interrupt_that_comes_too_late_for_the_input_is_nothing(monkeypatch):
+    """`close` interrupts a reader that has just left the input."""
+    raised = []
+    monkeypatch.setattr(threading, "excepthook", lambda shown: raised.append(shown.exc_value))
+    feed = input_reader.Feed(lambda: iter(()))
+    reader = input_reader.Reader(feed, interruptible=True)
+    reader.wake()
+    while reader._strand is None or reader._strand.task is not reader:
+        time.sleep(0.001)
+    feed.closed = True
+    input_reader.interrupt(reader._strand, reader)
+    reader.wake()
+    reader.close()
+    assert reader._over.done
+    while reader._strand.task is reader:
+        time.sleep(0.001)
+    time.sleep(0.01)
+    assert raised == []
