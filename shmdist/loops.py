@@ -14,10 +14,11 @@ from typing import Any
 from shmdist._parsing import parsing
 from shmdist.errors import SerializationError, capture, local_exception
 from shmdist.pools import as_pool, workers_of
-from shmdist.runtime.interrupts import Waiter, current, is_interrupt
+from shmdist.runtime.interrupts import current, is_interrupt
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.replies import PendingReply, pack_error, unpack_error
 from shmdist.runtime.ring_exchange import BatchedWakeups
+from shmdist.runtime.waiting import Waiter
 from shmdist.scheduling.batch import BatchRunner
 from shmdist.scheduling.batch_sizing import positive_integer
 from shmdist.scheduling.element_errors import name_element, name_in_chunk, note_offset

@@ -15,8 +15,9 @@ from typing import Any
 from shmdist._timeouts import FOREVER, seconds
 from shmdist.errors import CompositeException, local_exception
 from shmdist.runtime import call_target
-from shmdist.runtime.interrupts import Waiter, collecting, current
+from shmdist.runtime.interrupts import collecting, current
 from shmdist.runtime.node import current_node
+from shmdist.runtime.waiting import Waiter
 
 
 class Task(concurrent.futures.Future):  # type: ignore[type-arg]  # generic only in stubs

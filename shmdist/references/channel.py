@@ -20,11 +20,13 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from math import inf
-from typing import Any, ClassVar, SupportsIndex, TypeAlias, TypeVar
+from typing import Any, SupportsIndex, TypeAlias, TypeVar
 
 from shmdist._firmly import firmly
 from shmdist._timeouts import seconds
 from shmdist.errors import ChannelClosed, SerializationError
+from shmdist.runtime.interrupts import current
+from shmdist.runtime.node import current_node
 from shmdist.runtime.waiting import Completion, ResultWaiter
 from shmdist.serialization.channel_items import Item
 
@@ -53,15 +55,12 @@ def _tell(told: Iterable[tuple[Callable[[Any], None], Any]]) -> None:
 
 
 def _inside(method: _F) -> _F:
-    """Let a method that takes the lock and waits for nothing run between `_enter` and `_leave`."""
+    """Let a method that takes the lock and waits for nothing run inside the runtime, safe from interrupts."""
 
     @functools.wraps(method)
     def inside(self: Channel, *args: Any, **kwargs: Any) -> Any:
-        self._enter()
-        try:
+        with current():
             return method(self, *args, **kwargs)
-        finally:
-            self._leave()
 
     return inside  # type: ignore[return-value]  # it has the signature of `method`
 
@@ -112,15 +111,6 @@ class Channel:
     """
 
     __module__ = "shmdist"
-
-    # How a local thread waits until waiter.done or for so many seconds (None: no limit); it may return
-    # early, and raise what interrupts it. The runtime replaces it, to read links meanwhile.
-    _block: ClassVar[staticmethod[[ResultWaiter, float | None], None]] = staticmethod(ResultWaiter.sleep)
-    # Around each blocking method, `_block` included: between them the runtime puts interrupts off, and
-    # raises them in `_block` or `_leave`. Without a runtime there is no such shield, and an interrupt
-    # between two bytecodes of the lines under the lock may lose an item, as in `queue.Queue`.
-    _enter: ClassVar[staticmethod[[], None]] = staticmethod(lambda: None)
-    _leave: ClassVar[staticmethod[[], None]] = staticmethod(lambda: None)
 
     # What is kept of a value that is put, and the value of what is kept, by the verb that gets it. A channel
     # that a RemoteChannel serves has these of its own (``references.remote_channel``): there items are
@@ -386,14 +376,18 @@ class Channel:
         """Wait for an item, which another thread may take first; errors as those of `take`."""
         self._perform("wait", timeout, self.wait_async)
 
+    @staticmethod
+    def _block(waiter: ResultWaiter, timeout: float | None) -> None:
+        """Wait until the waiter is done, or for so many seconds; may return early. Reads links meanwhile."""
+        current_node().reactor.wait(waiter, timeout)
+
     def _perform(self, verb: str, timeout: float | None, begin: Callable[..., None], *args: Any) -> Any:
         """Begin an operation of the core, wait for its outcome, and undo it if the waiting fails."""
         waiter = ResultWaiter()
         timeout = seconds(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            self._enter()
-            try:
+            with current():
                 begin(*args, waiter)
                 while not waiter.done:
                     left = None if deadline is None else deadline - time.monotonic()
@@ -402,19 +396,14 @@ class Channel:
                     elif self.cancel(waiter):
                         raise TimeoutError(f"{verb} timed out after {timeout:.3g} s: {self!r}")
                     # else it was decided this very moment, under the lock: the waiter is done.
-            finally:
-                self._leave()
             if waiter.exc is None:
                 return waiter.value if self._open is None else self._open(waiter.value, verb)
         except BaseException as error:
-            self._enter()
-            try:
+            with current():
                 # Neither withdrawn nor done: not begun, or undone before.
                 taken = not self.cancel(waiter) and verb == "take" and waiter.done and waiter.exc is None
                 if taken and type(error) is not SerializationError:  # that nobody can read
                     self.untake(waiter.value)
-            finally:
-                self._leave()
             raise
         try:
             raise waiter.exc

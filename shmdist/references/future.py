@@ -312,7 +312,7 @@ class Future(ConcurrentFutureInterface):
                     entry.waiters.append(waiter)
             if not ready:
                 try:
-                    if not node.reactor.wait(waiter, timeout):  # type: ignore[arg-type]  # same interface
+                    if not node.reactor.wait(waiter, timeout):
                         raise TimeoutError(f"{self!r} got no value within {timeout:g} s")
                 finally:
                     with node.lock:

@@ -16,7 +16,7 @@ from shmdist.references.channel import Channel
 from shmdist.references.future import Future
 from shmdist.references.future_interface import NO_TAKE
 from shmdist.references.server import USER_CHANNEL_MIN_SECONDS, local_channel
-from shmdist.runtime.interrupts import current, enter, leave
+from shmdist.runtime.interrupts import current
 from shmdist.runtime.node import current_node, process_id
 from shmdist.runtime.waiting import ResultWaiter
 from shmdist.serialization import codec
@@ -201,7 +201,7 @@ def _within(timeout: float, channel: Any, name: str, args: tuple[Any, ...]) -> A
     thread_state = current()
     thread_state.enter()
     try:
-        in_time = current_node().reactor.wait(waiter, max(timeout, USER_CHANNEL_MIN_SECONDS))  # type: ignore[arg-type]  # same interface
+        in_time = current_node().reactor.wait(waiter, max(timeout, USER_CHANNEL_MIN_SECONDS))
     except BaseException:
         if not given_up.acquire(False) and name == "take":
             channel.put(waiter.value)
@@ -261,17 +261,6 @@ def _make_channel(rrid: tuple[int, int], factory: Callable[[], Any] | None) -> R
         count.__del__ = back
         node.set_value(entry, channel)
     return made
-
-
-# A thread that waits at a local channel reads the links meanwhile, and Ctrl-C is put off
-# while it is inside.
-def _block(waiter: Any, timeout: float | None) -> None:
-    current_node().reactor.wait(waiter, timeout)
-
-
-Channel._enter = staticmethod(enter)
-Channel._leave = staticmethod(leave)
-Channel._block = staticmethod(_block)
 
 
 # ---------------------------------------------------------------------- functions

@@ -44,7 +44,6 @@ import _signal  # type: ignore[import-not-found]  # has no stubs
 import functools
 import gc
 import math
-import os
 import signal
 import sys
 import threading
@@ -58,67 +57,9 @@ from shmdist._signals import is_interruption
 from shmdist.errors import FinalizerError
 from shmdist.runtime.daemon_thread import is_own
 from shmdist.runtime.deferred_signals import DeferredSignalHandlers
+from shmdist.runtime.waiting import Waiter
 
 _SIGINT, _DEFAULT = int(signal.SIGINT), int(signal.SIG_DFL)
-
-
-_adding = threading.Lock()  # guards the locks of all waiters; nothing else is done while it is held
-
-
-def _after_fork() -> None:
-    """Make the lock anew in a forked child: its holder may be a thread of the parent."""
-    global _adding
-    _adding = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-class Waiter:
-    """Something that threads wait for.
-
-    Attributes
-    ----------
-    done : bool
-        Set once, by whoever completes the waiter; then `locks` are released.
-    locks : tuple of lock
-        Where the waiting threads sleep while another one reads for them.
-    """
-
-    __slots__ = ("__weakref__", "done", "locks")
-    #: Whoever completes it knows how to wake a thread that reads (``Reactor.complete``).
-    kicked = True
-
-    def __init__(self) -> None:
-        self.done = False
-        self.locks: tuple[Any, ...] = ()
-
-    def add(self, lock: Any) -> None:
-        """Let a thread sleep on `lock` until the waiter is done."""
-        with _adding:
-            self.locks += (lock,)
-
-    def remove(self, lock: Any) -> None:
-        """The thread sleeps no more."""
-        with _adding:
-            self.locks = tuple(each for each in self.locks if each is not lock)
-
-    def wake(self) -> None:
-        """Wake the threads that sleep here, done or not."""
-        for lock in self.locks:
-            try:
-                lock.release()
-            except RuntimeError:
-                pass  # awake already
-
-
-class WakeCallback:
-    """Stands for the lock of a waiter whose thread does not sleep on a lock, but reads."""
-
-    __slots__ = ("release",)
-
-    def __init__(self, kick: Callable[[], None]) -> None:
-        self.release = kick
 
 
 class ThreadState:
@@ -492,13 +433,3 @@ def current() -> ThreadState:
         thread_state.runtime_depth = int(is_own())
         _local.thread_state = thread_state
     return thread_state
-
-
-def enter() -> None:
-    """Let the calling thread enter the runtime."""
-    current().enter()
-
-
-def leave() -> None:
-    """Let the calling thread leave the runtime."""
-    current().leave()

@@ -426,12 +426,12 @@ def _make_node() -> Node:
         return _current
 
 
-def _everyone() -> list[int]:
+def _processes() -> list[int]:
     node = current_node()
     return [node.pid, *node.peers, *node.links]
 
 
-definitions.everyone = _everyone
+definitions.register_processes(_processes)
 
 
 def set_current(node: Node | None) -> None:

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 from shmdist._firmly import firmly
 from shmdist._log import Log
 from shmdist.errors import CapturedException, capture
-from shmdist.runtime.interrupts import ThreadState, Waiter, current
+from shmdist.runtime.interrupts import ThreadState, current
 from shmdist.runtime.threads import Attempt
+from shmdist.runtime.waiting import Waiter
 
 if TYPE_CHECKING:
     from shmdist.runtime.reactor import Reactor

@@ -63,11 +63,12 @@ from typing import TYPE_CHECKING, Any
 
 from shmdist._log import Log
 from shmdist.errors import FinalizerError
-from shmdist.runtime.interrupts import ThreadState, Waiter, WakeCallback, current
+from shmdist.runtime.interrupts import ThreadState, current
 from shmdist.runtime.own_calls import OwnCalls
 from shmdist.runtime.poll_set import PollSet
 from shmdist.runtime.serial_queues import SerialQueues
 from shmdist.runtime.threads import Attempt, ThreadPool, surely
+from shmdist.runtime.waiting import Waiter, WakeCallback
 from shmdist.transport.messages import Frame
 
 if TYPE_CHECKING:

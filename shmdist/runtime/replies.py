@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from shmdist._firmly import firmly
 from shmdist.errors import CapturedException, RemoteException, capture, remote_exception
-from shmdist.runtime.interrupts import Waiter
 from shmdist.runtime.threads import Attempt
+from shmdist.runtime.waiting import Waiter
 from shmdist.serialization import codec
 from shmdist.serialization.channel_items import Item
 from shmdist.transport.messages import IS_ERROR, NOT_RUN, Frame, Kind

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING
 
 from shmdist._firmly import firmly
 from shmdist.runtime.counts import Ref, ReferenceCounts
-from shmdist.runtime.interrupts import Waiter, current
+from shmdist.runtime.interrupts import current
 from shmdist.runtime.replies import PendingReply
 from shmdist.runtime.stack import need_stack
+from shmdist.runtime.waiting import Waiter
 from shmdist.serialization import codec
 from shmdist.transport.link import STUCK_SECONDS, Link, LinkClosed, SendInterrupted, Wakeups
 from shmdist.transport.messages import AT_ONCE, HEADER, NO_LANE, Kind, OutgoingFrames

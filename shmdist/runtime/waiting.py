@@ -1,8 +1,10 @@
-"""What is notified of the outcome of an operation."""
+"""What threads wait for, and what is notified of the outcome of an operation."""
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Callable
 from typing import Any, Protocol
 
 
@@ -19,28 +21,86 @@ class Completion(Protocol):
         """It cannot succeed any more."""
 
 
-class ResultWaiter:
+_adding = threading.Lock()  # guards the locks of all waiters; nothing else is done while it is held
+
+
+def _after_fork() -> None:
+    """Make the lock anew in a forked child: its holder may be a thread of the parent."""
+    global _adding
+    _adding = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class Waiter:
+    """Something that threads wait for.
+
+    Attributes
+    ----------
+    done : bool
+        Set once, by whoever completes the waiter; then `locks` are released.
+    locks : tuple of lock
+        Where the waiting threads sleep while another one reads for them.
+    """
+
+    __slots__ = ("__weakref__", "done", "locks")
+    #: Whoever completes it knows how to wake a thread that reads (``Reactor.complete``).
+    kicked = True
+
+    def __init__(self) -> None:
+        self.done = False
+        self.locks: tuple[Any, ...] = ()
+
+    def add(self, lock: Any) -> None:
+        """Let a thread sleep on `lock` until the waiter is done."""
+        with _adding:
+            self.locks += (lock,)
+
+    def remove(self, lock: Any) -> None:
+        """The thread sleeps no more."""
+        with _adding:
+            self.locks = tuple(each for each in self.locks if each is not lock)
+
+    def wake(self) -> None:
+        """Wake the threads that sleep here, done or not."""
+        for lock in self.locks:
+            try:
+                lock.release()
+            except RuntimeError:
+                pass  # awake already
+
+
+class WakeCallback:
+    """Stands for the lock of a waiter whose thread does not sleep on a lock, but reads."""
+
+    __slots__ = ("release",)
+
+    def __init__(self, kick: Callable[[], None]) -> None:
+        self.release = kick
+
+
+class ResultWaiter(Waiter):
     """The completion on which a thread of this process waits.
 
     Attributes
     ----------
     done : bool
-        Set last, once, with `value` and `exc` in place; then a thread asleep on `lock` is woken.
+        Set last, once, with `value` and `exc` in place.
     value : object
         What it was resolved with.
     exc : BaseException or None
         What it failed with.
-    lock : lock or None
-        Held, and waited for, by the thread that sleeps; None when no thread ever had to.
     """
 
-    __slots__ = ("__weakref__", "done", "exc", "lock", "value")
+    __slots__ = ("exc", "value")
+    #: It is completed by a channel, which does not know of threads that read.
+    kicked = False
 
     def __init__(self) -> None:
-        self.done = False
+        super().__init__()
         self.value: Any = None
         self.exc: BaseException | None = None
-        self.lock: threading.Lock | None = None
 
     def resolve(self, value: Any, /) -> None:
         """Set the value and wake the thread."""
@@ -53,37 +113,6 @@ class ResultWaiter:
         self.exc = exc
         self.done = True
         self.wake()
-
-    def wake(self) -> None:
-        """Wake the thread that sleeps here, done or not."""
-        lock = self.lock
-        if lock is not None:
-            try:
-                lock.release()
-            except RuntimeError:
-                pass  # awake already
-
-    #: It is completed by a channel, which does not know of threads that read.
-    kicked = False
-
-    def add(self, lock: Any) -> None:
-        """Let the thread sleep on `lock`, or on what stands for one."""
-        self.lock = lock
-
-    def remove(self, lock: Any) -> None:
-        """The thread sleeps no more."""
-        self.lock = None
-
-    def sleep(self, timeout: float | None) -> None:
-        """Sleep until woken, or for `timeout` seconds; an interrupt ends it with its exception."""
-        lock = self.lock
-        if lock is None:
-            lock = threading.Lock()
-            lock.acquire()
-            self.lock = lock
-        # Looked at after the lock is in place: who sets `done` later finds the lock and releases it.
-        if not self.done:
-            lock.acquire(timeout=-1 if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX))
 
     def __repr__(self) -> str:
         state = "waiting" if not self.done else "failed" if self.exc is not None else "resolved"

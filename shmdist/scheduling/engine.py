@@ -40,11 +40,12 @@ from typing import Any
 
 from shmdist._firmly import firmly
 from shmdist.errors import ProcessExitedException, capture, no_workers_left
-from shmdist.runtime.interrupts import Waiter, collecting, current, is_interrupt
+from shmdist.runtime.interrupts import collecting, current, is_interrupt
 from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.reactor import SPIN_SECONDS
 from shmdist.runtime.replies import PendingReply, pack_error, unpack_error
 from shmdist.runtime.ring_exchange import BatchedWakeups
+from shmdist.runtime.waiting import Waiter
 from shmdist.scheduling.assignments import Assignments, Batch, SplitRequest
 from shmdist.scheduling.batch import BatchRunner, Results, note_key
 from shmdist.scheduling.batch_sizing import WINDOW, BatchSizer, is_cheap

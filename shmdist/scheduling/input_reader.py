@@ -49,8 +49,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from shmdist.runtime import call_target
-from shmdist.runtime.interrupts import Waiter, collecting, current, is_interrupt
+from shmdist.runtime.interrupts import collecting, current, is_interrupt
 from shmdist.runtime.node import current_node
+from shmdist.runtime.waiting import Waiter
 from shmdist.scheduling.inputs import as_of_now, constants
 
 _GATHER_SECONDS = 0.0005  # that a batch waits for elements to come after its first

@@ -11,8 +11,9 @@ from typing import Any
 
 from shmdist.errors import local_exception
 from shmdist.references.future import LocalTask
-from shmdist.runtime.interrupts import Waiter, collecting, current, is_interrupt
+from shmdist.runtime.interrupts import collecting, current, is_interrupt
 from shmdist.runtime.node import current_node
+from shmdist.runtime.waiting import Waiter
 from shmdist.scheduling.element_errors import name_element
 from shmdist.scheduling.engine import Outcome
 from shmdist.scheduling.local_thread import run_on_thread

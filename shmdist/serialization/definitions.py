@@ -77,11 +77,22 @@ class Definition:
 
     def is_held_by_all(self) -> bool:
         """Return whether all processes that there are have it."""
-        return self.holders.issuperset(everyone())
+        return all_hold(self.holders)
 
 
-#: Returns the processes that something may be sent to; ``runtime.node`` sets it.
-everyone: Callable[[], Iterable[int]] = lambda: ()  # noqa: E731 - a hook, replaced as a whole
+_list_processes: Callable[[], Iterable[int]] = tuple
+
+
+def register_processes(list_processes: Callable[[], Iterable[int]]) -> None:
+    """Have the processes that something may be sent to listed by this; once, by the runtime."""
+    global _list_processes
+    _list_processes = list_processes
+
+
+def all_hold(holders: frozenset[int]) -> bool:
+    """Return whether `holders` are all processes that there are."""
+    return holders.issuperset(_list_processes())
+
 
 _by_name: dict[str, Definition] = {}
 _by_id: dict[int, Definition] = {}  # of functions and classes, which the definition keeps alive

@@ -181,7 +181,7 @@ class PickledFunction:
             self._first.is_of(function)
             and len(sys.modules) == self._modules
             and self._version == definitions.version
-            and (self._holders is None or self._holders.issuperset(definitions.everyone()))
+            and (self._holders is None or definitions.all_hold(self._holders))
             and all(
                 (used := reference()) is not None and part.is_of(used)
                 for reference, part in self._others.items()

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from shmdist.errors import ChannelClosed
-from shmdist.references.channel import Channel, ResultWaiter
+from shmdist.references.channel import Channel
+from shmdist.runtime.interrupts import current
+from shmdist.runtime.waiting import ResultWaiter
 from tests.unit.test_channels import Recorder, Threads
 
 
@@ -46,7 +48,7 @@ Make = Callable[..., Channel]
 
 def on_block(monkeypatch: pytest.MonkeyPatch, f: Callable[[ResultWaiter], None]) -> None:
     """Have `f` run when a thread is about to wait, its operation queued."""
-    real = Channel._block  # not `waiter.sleep`: inside the runtime a signal wakes only what waits there
+    real = Channel._block
 
     def block(waiter: ResultWaiter, timeout: float | None) -> None:
         f(waiter)
@@ -166,17 +168,21 @@ class TestCompletions:
             channel.close()
         assert isinstance(second.error, ChannelClosed)
 
-    def test_cell(self) -> None:
+    def test_result_waiter(self) -> None:
         waiter = ResultWaiter()
         assert repr(waiter) == "<ResultWaiter waiting>"
-        waiter.wake()
-        waiter.sleep(0)
+        lock = threading.Lock()
+        lock.acquire()
+        waiter.add(lock)
         waiter.wake()
         waiter.wake()  # twice is as good as once
-        waiter.sleep(None)  # returns early: woken
+        assert lock.acquire(blocking=False)  # woken early
         assert not waiter.done
         waiter.resolve(1)
-        waiter.sleep(None)
+        assert lock.acquire(blocking=False)
+        waiter.remove(lock)
+        waiter.wake()
+        assert lock.locked()
         assert (waiter.done, waiter.value, repr(waiter)) == (True, 1, "<ResultWaiter resolved>")
         failed = ResultWaiter()
         failed.fail(KeyError())
@@ -263,24 +269,18 @@ class TestInterrupt:
         channel = make(2)
         channel.put("a")
         channel.put("b")
-        depth, pending = [0], [True]
+        real, tries = Channel.take_async, iter([True])
 
-        def enter() -> None:
-            depth[0] += 1
+        def take_async(*args: Any) -> None:
+            real(*args)
+            if next(tries, False):
+                os.kill(os.getpid(), signal.SIGINT)  # the item is this thread's already
 
-        def leave() -> None:
-            depth[0] -= 1
-            if pending.pop():
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(Channel, "_enter", staticmethod(enter))
-        monkeypatch.setattr(Channel, "_leave", staticmethod(leave))
-        pending[:] = [False] * 10 + [True]
+        monkeypatch.setattr(Channel, "take_async", take_async)
         with pytest.raises(KeyboardInterrupt):
             channel.take()
-        assert depth == [0]
+        assert current().runtime_depth == 0
         assert [channel.take(), channel.take()] == ["a", "b"]
-        assert depth == [0]
 
     def test_early_return_of_the_wait_is_no_end(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         channel = make()
@@ -401,7 +401,7 @@ class TestThreads:
 
         def interrupt(waiter: ResultWaiter) -> None:
             if getattr(interrupted, "by_me", False):
-                waiter.sleep(1e-5)
+                time.sleep(1e-5)
                 raise KeyboardInterrupt
 
         on_block(monkeypatch, interrupt)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from shmdist.runtime.interrupts import ThreadState, Waiter, current
+from shmdist.runtime.interrupts import ThreadState, current
+from shmdist.runtime.waiting import Waiter
 from tests.unit.test_channels import Threads
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from shmdist.runtime.interrupts import ThreadState, Waiter
+from shmdist.runtime.interrupts import ThreadState
+from shmdist.runtime.waiting import Waiter
 from tests.unit.test_channels import Threads
 from tests.unit.test_interrupts import ctrl_c, threads
 

@@ -308,7 +308,7 @@ def test_none_uses_too_many(main, monkeypatch):
 
 def test_a_global_that_not_all_processes_have_set_after_all_goes_along(monkeypatch):
     main = sys.modules["__main__"].__dict__
-    monkeypatch.setattr(definitions, "everyone", lambda: (1, 2))
+    monkeypatch.setattr(definitions, "_list_processes", lambda: (1, 2))
     monkeypatch.setitem(main, "of_everywhere", 7)
     function = types.FunctionType(compile("of_everywhere", "", "eval"), main, "<lambda>")
     function.__module__ = "__main__"
