@@ -24,7 +24,7 @@ from shmdist.managers.base import (
     working_folder,
 )
 from shmdist.managers.processes import WorkerProcess, authkey, hash_seed
-from shmdist.memory.segment import make_page
+from shmdist.memory.progress_page import make_page
 from shmdist.transport import versions
 
 if TYPE_CHECKING:

@@ -35,7 +35,8 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from shmdist._ending import Ending
-from shmdist.memory.segment import PrivateView, Segment
+from shmdist.memory.private_mappings import PrivateView
+from shmdist.memory.segment import Segment
 
 OWN, PRIVATE, SHARED = 0, 1, 2
 

@@ -1,4 +1,4 @@
-"""A cache of private mappings, for the next array at the same place.
+"""Private mappings of parts of a segment, and a cache of them for the next array at the same place.
 
 Mapping the pages of a large part once more would take longer than a copy of them. To forget what
 an array's user wrote, all the page table must be gone through, which takes a fifth of a copy. So
@@ -8,19 +8,97 @@ next quiet moment as were short.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter, deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from shmdist.memory.mapping import DONTNEED, LINUX, PAGE, POPULATE_READ, libc, map_at, map_file_privately
 
-    from shmdist.memory.segment import PrivateView
-
-    Part = tuple[int, int]  # where it begins in the segment, and its size
+Part = tuple[int, int]  # where it begins in the segment, and its size
 
 _MIN_KEPT_BYTES = 1 << 20  # of a mapping from which on it is kept
 _MOST = 8  # mappings of a segment that are kept
+
+
+class PrivateView:
+    """A mapping of a part of a segment that keeps what is written there to itself.
+
+    Pages that were not written show what is in the segment, also what is written there later.
+    The C library is called directly where it can be: the module ``mmap`` keeps a descriptor
+    open for each mapping, and there may be thousands of these.
+
+    Parameters
+    ----------
+    fd : int
+        The segment's.
+    start, size : int
+        The part; bytes, multiples of the page size.
+    """
+
+    can_be_cleaned = LINUX
+
+    def __init__(self, fd: int, start: int, size: int) -> None:
+        self.start = start
+        self.size = size
+        self._base = 0
+        self._kept: Any = None
+        if LINUX:
+            self._base = map_at(0, size, fd, start)
+            self.address = self._base
+        else:
+            import numpy
+
+            self._kept = map_file_privately(fd, size, start)
+            self.address = numpy.frombuffer(self._kept, "B").__array_interface__["data"][0]
+
+    def __del__(self) -> None:
+        try:
+            if self._base:
+                libc().munmap(self._base, self.size)
+        except Exception:
+            pass  # made by halves, or the program is at its end and its modules are gone
+
+    def clean(self) -> None:
+        """Forget what was written here, so that the segment's own bytes are seen again."""
+        try:
+            runs = _written(self._base, self.size)
+        except OSError:
+            runs = [(0, self.size)]
+        for start, size in runs:
+            libc().madvise(self._base + start, size, DONTNEED)
+
+    def populate(self) -> None:
+        """Have the pages mapped now, so that the first user need not do it page by page."""
+        if self._base:
+            libc().madvise(self._base, self.size, POPULATE_READ)
+
+
+def _written(address: int, size: int) -> list[tuple[int, int]]:
+    """Return offset and size of the parts of a private mapping that were written.
+
+    The system tells of each page whether it is the file's (bit 61) or was made for this mapping.
+    """
+    import numpy
+
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        pages = numpy.frombuffer(os.pread(fd, size // PAGE * 8, address // PAGE * 8), "u8") >> 61
+    finally:
+        os.close(fd)
+    if len(pages) < size // PAGE:
+        raise OSError("the page map is shorter than the mapping")
+    # Bits 62 and 63 of the entry: the page is swapped out, is in memory.
+    own = numpy.flatnonzero((pages > 1) & (pages & 1 == 0))
+    if not len(own):
+        return []
+    breaks = numpy.flatnonzero(numpy.diff(own) > 1)
+    firsts = own[numpy.concatenate(([0], breaks + 1))]
+    lasts = own[numpy.concatenate((breaks, [len(own) - 1]))]
+    return [
+        (int(first) * PAGE, int(last - first + 1) * PAGE) for first, last in zip(firsts, lasts, strict=True)
+    ]
 
 
 class MappingCache:

@@ -41,7 +41,7 @@ from shmdist.errors import (
     capture,
     drop_tracebacks,
 )
-from shmdist.memory.segment import BEGUN, LANES, ProgressPage
+from shmdist.memory.progress_page import BEGUN, LANES, ProgressPage
 from shmdist.refcount.table import RRID, AlreadySet
 from shmdist.runtime import forked_child
 from shmdist.runtime.contexts import CallContext
@@ -125,7 +125,7 @@ class CallExecutor:
         self.queued: dict[tuple[int, int], IncomingCall] = {}
         self.running: dict[tuple[int, int], IncomingCall] = {}
         self.context = CallContext()
-        #: A local worker's, on which process 1 takes calls back (``memory.segment``).
+        #: A local worker's, on which process 1 takes calls back (``memory.progress_page``).
         self.page: ProgressPage | None = None
 
     def __repr__(self) -> str:

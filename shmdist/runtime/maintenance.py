@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 from shmdist._log import Log, warn
 from shmdist.memory.arena import State
 from shmdist.memory.limits import total_memory
-from shmdist.memory.segment import Segment, whole_pages
+from shmdist.memory.mapping import whole_pages
+from shmdist.memory.segment import Segment
 from shmdist.transport.poller import WakeupFd
 
 if TYPE_CHECKING:

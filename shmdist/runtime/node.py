@@ -49,7 +49,7 @@ from typing import Any, ClassVar, TypeVar
 from shmdist._firmly import firmly
 from shmdist._log import Log
 from shmdist.errors import CapturedException, ProcessExitedException, RemoteException, ShmdistError
-from shmdist.memory.segment import ProgressPage
+from shmdist.memory.progress_page import ProgressPage
 from shmdist.refcount.receipts import Receipts
 from shmdist.refcount.table import RRID, Entry, RefTable
 from shmdist.runtime import router

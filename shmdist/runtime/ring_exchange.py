@@ -23,7 +23,7 @@ import time
 from typing import TYPE_CHECKING
 
 from shmdist._log import Log
-from shmdist.memory.segment import Window
+from shmdist.memory.mapping import Window
 from shmdist.runtime.interrupts import current
 from shmdist.serialization import codec
 from shmdist.transport.link import Link, LinkClosed

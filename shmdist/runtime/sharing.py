@@ -47,7 +47,8 @@ from shmdist._log import Log
 from shmdist.errors import ShmdistError
 from shmdist.memory.arena import Arena, Extent
 from shmdist.memory.leases import OWN, PRIVATE, SHARED, Lease, LeaseHandle, LeaseTable
-from shmdist.memory.segment import PAGE, Segment
+from shmdist.memory.mapping import PAGE
+from shmdist.memory.segment import Segment
 from shmdist.refcount.receipts import Receipts
 from shmdist.runtime.block_buffers import Kept, ReturningBuffer, address_of, write_pieces
 from shmdist.runtime.fork_safety import ForkGuard

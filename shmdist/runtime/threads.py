@@ -33,7 +33,7 @@ from collections.abc import Callable
 
 from shmdist._firmly import firmly
 from shmdist._log import Log
-from shmdist.memory.segment import try_to_map
+from shmdist.memory.mapping import try_to_map
 from shmdist.runtime.daemon_thread import DaemonThread, Job
 from shmdist.runtime.interrupts import ThreadState, current
 

@@ -3,7 +3,7 @@
 A worker has its batches in the order in which it runs them.  When another has nothing left:
 
 - a batch that waits behind another one is taken back: on the worker's page, without its help
-  (``memory.segment``); where there is none, a CANCEL with ``NOT_RUN`` withdraws it if it has not begun,
+  (``memory.progress_page``); where there is none, a CANCEL with ``NOT_RUN`` withdraws it if it has not begun,
   and its answer says so;
 - a batch that runs is divided: a call on its worker takes out the later half of what has
   not begun (`batches.divide`), and returns how many elements are left.  The batch's own
@@ -36,7 +36,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from shmdist.errors import ShmdistError
-from shmdist.memory.segment import ProgressPage
+from shmdist.memory.progress_page import ProgressPage
 from shmdist.references.future import LocalTask
 from shmdist.runtime.interrupts import current
 from shmdist.runtime.node import Node

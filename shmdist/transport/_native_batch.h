@@ -75,7 +75,7 @@ static PyObject *advance(PyObject *module, PyObject *const *args, Py_ssize_t cou
 }
 
 /* begin(numbers, word, apart, call): raise numbers[word] to `call`, then tell whether numbers[word + apart]
- * is below it. What for, `shmdist.memory.segment` says (`Page`). */
+ * is below it. What for, `shmdist.memory.progress_page` says. */
 static PyObject *begin(PyObject *module, PyObject *const *args, Py_ssize_t count) {
     if (count != 4) {
         PyErr_SetString(PyExc_TypeError, "begin(numbers, word, apart, call)");

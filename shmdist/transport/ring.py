@@ -58,7 +58,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
-from shmdist.memory.segment import PAGE, Segment
+from shmdist.memory.mapping import PAGE
+from shmdist.memory.segment import Segment
 from shmdist.transport import native, ring_slots
 from shmdist.transport.messages import Frame
 from shmdist.transport.ring_slots import LEFT, MAX_MESSAGE_BYTES, REFUSED, SLOT_BYTES, SLOTS, UNSEEN

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from shmdist.memory.segment import PAGE
+from shmdist.memory.mapping import PAGE
 from shmdist.transport.messages import HEADER, Frame
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from shmdist import errors
 from shmdist._log import Log
 from shmdist.membership import connector
 from shmdist.membership.connector import PeerConnections
-from shmdist.memory.segment import ProgressPage
+from shmdist.memory.progress_page import ProgressPage
 from shmdist.runtime import imports, resource_tracker
 from shmdist.runtime import node as node_module
 from shmdist.runtime.daemon_thread import DaemonThread

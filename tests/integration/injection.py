@@ -29,7 +29,7 @@ AREAS = {
     ),
     "memory": (
         "memory/arena.py memory/leases.py refcount/receipts.py memory/private_mappings.py"
-        " memory/segment.py runtime/sharing.py runtime/host_copy_receiver.py runtime/maintenance.py"
+        " memory/segment.py memory/mapping.py runtime/sharing.py runtime/host_copy_receiver.py runtime/maintenance.py"
     ),
     "pools": (
         "scheduling/pool_state.py pools.py references/channel.py references/server.py runtime/waiting.py"

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shmdist.memory.segment import PAGE
+from shmdist.memory.mapping import PAGE
 from shmdist.transport import messages, native, ring, ring_slots
 from shmdist.transport.link import Link, LinkClosed
 from shmdist.transport.messages import Kind

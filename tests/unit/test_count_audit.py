@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from shmdist.memory.arena import Arena
-from shmdist.memory.segment import PAGE
+from shmdist.memory.mapping import PAGE
 from shmdist.refcount.receipts import Receipts
 from shmdist.refcount.table import RRID, RefTable
 from shmdist.runtime.node import Node

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from shmdist.memory.leases import OWN, PRIVATE, SHARED, Lease, LeaseHandle, LeaseTable
-from shmdist.memory.segment import PAGE, Segment
+from shmdist.memory.mapping import PAGE
+from shmdist.memory.segment import Segment
 
 
 @pytest.fixture

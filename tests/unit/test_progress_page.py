@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from shmdist.memory.segment import LANES, ProgressPage
+from shmdist.memory.progress_page import LANES, ProgressPage
 from shmdist.runtime import executor
 from shmdist.transport import native
 from tests.integration.helpers import ROOT
@@ -87,7 +87,7 @@ COUNT = 200_000  # many times what one process does before the other one has a p
 WORKER = f"""
 import sys
 from tests.unit.test_progress_page import begin_of
-from shmdist.memory.segment import ProgressPage
+from shmdist.memory.progress_page import ProgressPage
 page, begin = ProgressPage(int(sys.argv[1])), begin_of(sys.argv[2])
 print("ready", flush=True)
 sys.stdin.readline()

@@ -8,9 +8,10 @@ import threading
 import numpy as np
 import pytest
 
-from shmdist.memory import limits
+from shmdist.memory import limits, private_mappings
 from shmdist.memory import segment as module
-from shmdist.memory.segment import PAGE, Segment
+from shmdist.memory.mapping import PAGE
+from shmdist.memory.segment import Segment
 from tests.integration.helpers import until
 
 MIB = 1 << 20
@@ -162,10 +163,13 @@ class TestPrivateView:
         view = segment.private(0, 2 * MIB)
         array = self.as_array(view)
         array.sum()
-        assert module._written(view.address, view.size) == []
+        assert private_mappings._written(view.address, view.size) == []
         for page in (1, 2, 3, 7, 511):
             array[page * PAGE] = 1
-        runs = [(start // PAGE, size // PAGE) for start, size in module._written(view.address, view.size)]
+        runs = [
+            (start // PAGE, size // PAGE)
+            for start, size in private_mappings._written(view.address, view.size)
+        ]
         assert runs == [(1, 3), (7, 1), (511, 1)]
 
     def test_without_a_page_map_all_is_forgotten(self, segment, monkeypatch):
@@ -174,7 +178,7 @@ class TestPrivateView:
 
         view = segment.private(0, MIB)
         self.as_array(view)[5] = 1
-        monkeypatch.setattr(module, "_written", refuse)
+        monkeypatch.setattr(private_mappings, "_written", refuse)
         view.clean()
         assert not self.as_array(view).any()
 
@@ -189,8 +193,10 @@ class TestPrivateView:
             segment.private(0, 1 << 60)
 
     def test_as_many_are_made_ready_as_were_short(self, segment, monkeypatch):
-        cleaned, clean = [], module.PrivateView.clean
-        monkeypatch.setattr(module.PrivateView, "clean", lambda view: (cleaned.append(view), clean(view)))
+        cleaned, clean = [], private_mappings.PrivateView.clean
+        monkeypatch.setattr(
+            private_mappings.PrivateView, "clean", lambda view: (cleaned.append(view), clean(view))
+        )
         for size, kept in ((MIB, True), (PAGE, False)):
             first = segment.private(0, size)
             segment.spares.rest(first)
