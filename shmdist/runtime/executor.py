@@ -46,6 +46,7 @@ from shmdist.refcount.table import RRID, AlreadySet
 from shmdist.runtime import forked_child
 from shmdist.runtime.contexts import CallContext
 from shmdist.runtime.interrupts import current
+from shmdist.runtime.thread_frames import frames_of
 from shmdist.serialization import atoms, codec, function_names, pickled_functions
 from shmdist.transport import native
 from shmdist.transport.messages import (
@@ -345,11 +346,8 @@ class CallExecutor:
             return None  # it is about to begin
         if thread_state.leading or thread_state.waits_for is not None:
             return -1.0
-        frame = sys._current_frames().get(thread_state.ident)
-        while frame is not None:
-            if frame.f_code.co_filename == _IMPORT:
-                return None
-            frame = frame.f_back
+        if any(frame.f_code.co_filename == _IMPORT for frame in frames_of(thread_state.ident)):
+            return None
         clock = getattr(time, "pthread_getcpuclockid", None)  # not on macOS
         return 0.0 if clock is None else time.clock_gettime(clock(thread_state.ident))
 

@@ -25,8 +25,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any
+
+from shmdist.runtime.thread_frames import frames_of
 
 _LOOK_SECONDS = 0.01  # between two looks at the holder
 _WAITING_SECONDS = 0.1  # that the holder stays at one instruction of code that waits
@@ -135,13 +137,11 @@ _NOWHERE = (0, 0)
 
 def _look_at(ident: int) -> tuple[tuple[int, int], float]:
     """Return where a thread is in its import, and for how many seconds it may stay there."""
-    frame: FrameType | None = sys._current_frames().get(ident)
-    outer = frame
+    frames = frames_of(ident)
     codes = _load.__code__, _load_beside.__code__, _wait.__code__
-    while outer is not None and outer.f_code not in codes:
-        outer = outer.f_back
-    if frame is None or outer is None or outer.f_code is not codes[0]:
+    if next((frame.f_code for frame in frames if frame.f_code in codes), None) is not codes[0]:
         return _NOWHERE, _WAITING_SECONDS
+    frame = frames[0]
     module = frame.f_globals.get("__name__", "")
     waits = module in _WAITERS or module.partition(".")[0] == _PACKAGE
     # Not the frame itself, which would keep alive what is in it.

@@ -27,6 +27,7 @@ from typing import Any
 
 from shmdist.errors import FinalizerError, ShmdistError
 from shmdist.runtime.node import current_node
+from shmdist.runtime.thread_frames import frames_of_all, outwards
 from shmdist.serialization import codec
 from shmdist.serialization.atoms import ATOMS
 from shmdist.serialization.modules import MAIN
@@ -93,7 +94,7 @@ class _Names:
 
     def find(self, name: str, here: dict[str, Any], frame: FrameType | None) -> Any:
         """Return what a name stands for; raises AttributeError."""
-        places = _globals_in(frame, here)
+        places = _globals_in(outwards(frame), here)
         is_child = os.getpid() != self._ospid
         if is_child:
             places += self._at_fork
@@ -151,26 +152,25 @@ class _Names:
         main = sys.modules.get("__main__")
         if type(main) is MainModule and os.getpid() == self._ospid:
             here = _NAMESPACE.__get__(main)
-            self._at_fork = _globals_in(sys._getframe(1), here) + _globals_of_all(here)
+            self._at_fork = _globals_in(outwards(sys._getframe(1)), here) + _globals_of_all(here)
 
     def after_fork(self) -> None:
         """Let go of that in the parent."""
         self._at_fork = []
 
 
-def _globals_in(frame: FrameType | None, here: dict[str, Any]) -> list[dict[str, Any]]:
+def _globals_in(frames: list[FrameType], here: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the globals of the functions by value of the program that a thread is in, innermost first."""
     found: list[dict[str, Any]] = []
-    while frame is not None:
+    for frame in frames:
         there = frame.f_globals
         if there is not here and there.get("__name__") in MAIN and not any(there is each for each in found):
             found.append(there)
-        frame = frame.f_back
     return found
 
 
 def _globals_of_all(here: dict[str, Any]) -> list[dict[str, Any]]:
-    return [there for frame in sys._current_frames().values() for there in _globals_in(frame, here)]
+    return [there for frames in frames_of_all().values() for there in _globals_in(frames, here)]
 
 
 def _ask_master(name: str) -> tuple[bool, Any]:
