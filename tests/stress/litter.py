@@ -82,6 +82,8 @@ def _unraisable(site, show, shown):
     """Note what a finalizer raised; show it where the interpreter ends, and this module's names are gone."""
     if _chain is None:
         show(shown)
+    elif shown.exc_type is KeyboardInterrupt:  # in a callback of the collector; it is answered for the call
+        next(site.interrupted)
     else:
         site.note(f"not raised, in {shown.object!r:.200}: {_chain(shown.exc_value)}")
 
