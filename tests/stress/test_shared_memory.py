@@ -138,8 +138,8 @@ def nothing_of(dead, pid, when):
     try:
         until(nothing, 30)  # a call that holds some may be the first one on workers that were just started
     except AssertionError:
-        more = sd.remotecall_fetch(what_holds, pid, dead)
-        raise AssertionError(f"{when}: process {pid} still has {found}\n{more}") from None
+        more = [f"process {each}:\n{sd.remotecall_fetch(what_holds, each, dead)}" for each in sd.procs()]
+        raise AssertionError("\n\n".join([f"{when}: process {pid} still has {found}", *more])) from None
 
 
 def test_one_of_four_is_killed_at_any_moment(cluster, fresh):
