@@ -42,7 +42,7 @@ def far():
         sd.remotecall_fetch(abs, pid, -1)
         from shmdist.runtime.node import current_node
 
-        assert not current_node().links[pid].is_local
+        assert not current_node().peers.links[pid].is_local
         yield pid
 
 

@@ -16,8 +16,9 @@ from shmdist.refcount.table import RRID, AlreadySet
 from shmdist.references.future import Future, LocalTask
 from shmdist.runtime.call_target import USAGE, CallTarget, check_callable
 from shmdist.runtime.interrupts import current, finalizing, is_interrupt
-from shmdist.runtime.node import Node, current_node, name_of
+from shmdist.runtime.node import Node, current_node
 from shmdist.runtime.replies import PendingReply
+from shmdist.runtime.requests import name_of
 from shmdist.serialization import codec
 from shmdist.serialization.atoms import ATOMS
 from shmdist.serialization.local_copy import local_copy
@@ -70,7 +71,7 @@ def remotecall_fetch(f: Callable[..., _T], where: Any, /, *args: Any, **kwargs: 
         value: _T = _fetch_slowly(node, f, where, args, kwargs)
         return value
     check_callable(f, "remotecall_fetch", where)
-    value = node.call(where, WANT_VALUE, codec.dumps_call(f, args, kwargs), f)
+    value = node.requests.call(where, WANT_VALUE, codec.dumps_call(f, args, kwargs), f)
     return value
 
 
@@ -83,7 +84,7 @@ def _fetch_slowly(node: Node, f: Any, where: Any, args: Any, kwargs: Any) -> Any
             place.lend()
         if place.pid != node.pid:
             flags, payload = place.payload(f, args, kwargs)
-            return node.call(place.pid, WANT_VALUE | flags, payload, f)
+            return node.requests.call(place.pid, WANT_VALUE | flags, payload, f)
         own = node.reactor.own
         if own.begun != own.made:
             own.catch_up()
@@ -145,7 +146,7 @@ def remotecall(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) 
 def _start(f: Any, place: CallTarget, args: Any, kwargs: Any) -> Future:
     """Begin a call whose value stays where it runs; at its end a pool gets its worker back."""
     node = current_node()
-    rrid = RRID(node.pid, next(node.call_ids))
+    rrid = RRID(node.pid, next(node.requests.call_ids))
     what = name_of(f)
     try:
         if place.pool is not None:
@@ -160,8 +161,8 @@ def _start(f: Any, place: CallTarget, args: Any, kwargs: Any) -> Future:
             finally:
                 thread_state.leave()
         else:
-            if pid not in node.links:
-                node.link_to(pid)
+            if pid not in node.peers.links:
+                node.peers.link_to(pid)
             flags, payload = place.payload(f, args, kwargs)
             future = _start_there(node, what, rrid, place, flags, payload)
     except BaseException:
@@ -192,7 +193,9 @@ def _start_there(
                 future._on_reply(reply)
 
         try:
-            reply = node.request(pid, _CALL, WANT_STORE | flags, payload, callback=ended, call_id=rrid.id)
+            reply = node.requests.request(
+                pid, _CALL, WANT_STORE | flags, payload, callback=ended, call_id=rrid.id
+            )
         except BaseException as error:
             stopped = error.__context__
             if isinstance(stopped, SendInterrupted) and not stopped.begun:
@@ -220,7 +223,7 @@ def _own_arguments(args: Any, kwargs: Any) -> tuple[Any, Any]:
 def _start_here(node: Node, f: Any, rrid: RRID, args: Any, kwargs: Any, place: CallTarget) -> Future:
     """Begin a call on a thread of this process; the caller is inside the runtime."""
     future = Future._of_call(rrid, node.pid, name_of(f))  # first: the entry lives as long as it
-    entry = node.create(rrid, "future", node.pid)
+    entry = node.counts.create(rrid, "future", node.pid)
 
     task = future._local = LocalTask()
 
@@ -228,7 +231,7 @@ def _start_here(node: Node, f: Any, rrid: RRID, args: Any, kwargs: Any, place: C
         if place.lent:
             place.back_at_once()
         with contextlib.suppress(AlreadySet):  # it was cancelled
-            node.set_value(entry, value if captured is None else captured)
+            node.counts.set_value(entry, value if captured is None else captured)
         place.back()
 
     node.reactor.own.begin(node.tasks.context.new().run, (f, *args), kwargs, task, ended)
@@ -283,7 +286,7 @@ def remote_do(f: Callable[..., Any], where: Any, /, *args: Any, **kwargs: Any) -
     except Exception:
         if not finalizing():
             raise
-        current_node().hand_over(lambda: _do(f, where, args, kwargs))
+        current_node().counts.hand_over(lambda: _do(f, where, args, kwargs))
 
 
 def _do(f: Any, where: Any, args: Any, kwargs: Any) -> None:
@@ -303,11 +306,13 @@ def _do(f: Any, where: Any, args: Any, kwargs: Any) -> None:
         thread_state = current()
         thread_state.enter()
         try:
-            link = node.link_to(place.pid)
+            link = node.peers.link_to(place.pid)
             try:
-                node.send(link, codec.frame(_CALL, flags, 0, next(node.call_ids), payload, link), payload)
+                node.requests.send(
+                    link, codec.frame(_CALL, flags, 0, next(node.requests.call_ids), payload, link), payload
+                )
             except LinkClosed:
-                raise node.death(place.pid) from None
+                raise node.peers.death(place.pid) from None
         finally:
             thread_state.leave()
     finally:

@@ -39,7 +39,7 @@ class WorkerList(list[int]):
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         node = current_node()
-        members = [pid for pid in self if pid in node.peers or pid in node.leaving]
+        members = [pid for pid in self if pid in node.peers.members or pid in node.peers.leaving]
         if members:  # those that died as well: from here on the program does without them
             rmprocs(*members)
 
@@ -109,7 +109,7 @@ def addprocs(n: Any = None, **params: Any) -> WorkerList:
     2
     """
     cluster = _cluster("add processes")
-    if current_node().closed or cluster.node.closed:
+    if current_node().peers.closed or cluster.node.peers.closed:
         raise ShmdistError(
             "the program ends, and its workers have ended: no more can be added. Have an atexit handler "
             "that needs workers registered after the first addprocs(), then it runs before their end"
@@ -175,10 +175,10 @@ def rmprocs(*pids: Any, waitfor: float | None = None) -> Any:
         raise ValueError("process 1 cannot be removed")
     node = current_node()
     for pid in wanted:
-        if pid not in cluster.members and pid not in node.lost_processes:
+        if pid not in cluster.members and pid not in node.peers.lost:
             raise ValueError(f"there is no worker {pid}; the workers are {sorted(cluster.members)}")
     if wanted:
-        cluster.settled |= node.leaving
+        cluster.settled |= node.peers.leaving
     if limit == 0:
         with current():
             cluster.ask_to_exit(wanted)  # now: what follows must not choose them
@@ -226,7 +226,7 @@ def interrupt(*pids: Any) -> None:
         if pid == node.pid:
             node.tasks.interrupt_all()
             continue
-        node.post(node.link_to(pid), int(Kind.INTERRUPT_ALL), 0, 0)
+        node.reactor.post(node.peers.link_to(pid), int(Kind.INTERRUPT_ALL), 0, 0)
         member = cluster.members.get(pid) if cluster is not None else None
         if member is not None:
             member.manager.manage(pid, member.config, "interrupt")
@@ -251,7 +251,7 @@ def cluster_cookie(cookie: str | bytes | None = None) -> str:
     """
     node = current_node()
     if cookie is not None:
-        if node.links:
+        if node.peers.links:
             raise ShmdistError("the cookie cannot change while there are workers")
         text = cookie.encode() if isinstance(cookie, str) else bytes(cookie)
         if not text or b"\n" in text:

@@ -49,7 +49,7 @@ class _Call(NamedTuple):
 def _call(pids: list[int]) -> _Call:
     node = current_node()
     package = getattr(sys.modules["__main__"], "__package__", None)
-    return _Call((node.pid, next(node.call_ids)), pids, package or None)
+    return _Call((node.pid, next(node.requests.call_ids)), pids, package or None)
 
 
 def _run(
@@ -326,7 +326,7 @@ def _targets(which: Any) -> list[int]:
     targets = process_ids((which,))
     for pid in targets:
         if pid != current_node().pid:
-            current_node().check_member(pid)
+            current_node().peers.check_member(pid)
     return targets
 
 

@@ -481,19 +481,21 @@ def scatter(f: _Chunk, parts: Iterable[tuple[int, tuple[Any, ...]]]) -> list[Any
                 thread_state.enter()
                 try:
                     shipped.send_to(pid, wakeups)
-                    replies.append(node.request(pid, _CALL, WANT_VALUE | BY_ID, payload, **how))
+                    replies.append(node.requests.request(pid, _CALL, WANT_VALUE | BY_ID, payload, **how))
                 finally:
                     thread_state.leave()
                 wakeups.turn()
         thread_state.enter()
         try:
-            node.wait(over)
+            node.requests.wait(over)
         finally:
             thread_state.leave()
         values = []
         for reply in replies if over.failed is None else [over.failed]:
             try:
-                values.append(reply.get() if isinstance(reply, _Here) else node.open(reply, "the loop"))
+                values.append(
+                    reply.get() if isinstance(reply, _Here) else node.requests.open(reply, "the loop")
+                )
             except Exception as error:
                 number = next(number for number, each in enumerate(replies) if each is reply)
                 name_in_chunk(error, [chunk for _, (chunk,) in parts], number, f.vectorized)
@@ -503,7 +505,7 @@ def scatter(f: _Chunk, parts: Iterable[tuple[int, tuple[Any, ...]]]) -> list[Any
         with thread_state:
             for reply in replies:
                 if isinstance(reply, PendingReply):
-                    node.cancel(reply)
+                    node.requests.cancel(reply)
                 else:
                     reply.task.interrupt()
             shipped.drop()

@@ -201,10 +201,10 @@ def workers_of(pool: Any) -> list[int]:
     """
     node = current_node()
     members = pool.workers()
-    pids = [pid for pid in members if pid not in node.leaving]
+    pids = [pid for pid in members if pid not in node.peers.leaving]
     if pids:
         return pids
-    deaths = node.deaths(members)
+    deaths = node.peers.deaths(members)
     if hasattr(pool, "_no_workers"):
         raise pool._no_workers()
     if members:
@@ -223,7 +223,7 @@ def _nested() -> bool:
     return (
         current().task is not None
         or call_target.nested.get()
-        or (node.is_worker and bool(node.tasks.running))
+        or (node.peers.is_worker and bool(node.tasks.running))
     )
 
 
@@ -335,8 +335,8 @@ class CachingPool(AbstractWorkerPool):
     def __del__(self) -> None:
         try:
             functions = self._functions
-            if functions and not self._node.closed:
-                self._node.run_soon(lambda: _drop(functions))  # a finalizer may run inside any lock
+            if functions and not self._node.peers.closed:
+                self._node.counts.run_soon(lambda: _drop(functions))  # a finalizer may run inside any lock
         except Exception:
             pass
 
@@ -369,9 +369,9 @@ class _DefaultPool:
         self.used: Any = None
         self.of_all: WorkerPool | None = None
         if node.pid == 1:
-            node.joined_hooks.append(_joined)
-            node.leaving_hooks.append(_lost)
-            node.lost_hooks.append(_lost)
+            node.peers.joined_hooks.append(_joined)
+            node.peers.leaving_hooks.append(_lost)
+            node.peers.lost_hooks.append(_lost)
 
     def of_all_workers(self, node: Node) -> Any:
         """Return the pool in use, which is made of all workers if there is none."""
@@ -397,7 +397,7 @@ def _joined(pids: list[int]) -> None:
     if state is None:
         return
     for pid in pids:
-        if pid in node.peers and pid not in node.leaving:
+        if pid in node.peers.members and pid not in node.peers.leaving:
             state.push(pid)
     if set(state.workers()) > {1}:
         state.discard(1)
@@ -501,7 +501,7 @@ def least_loaded_worker() -> int:
     """Return the worker with least to do, as far as this process knows; in turn among equals."""
     node = current_node()
     pids = usable_workers()
-    load = Counter(reply.pid for reply in list(node.pending.values()))
+    load = Counter(reply.pid for reply in list(node.requests.pending.values()))
     turn = next(_turn)
     return min(pids, key=lambda pid: (load[pid], (pids.index(pid) - turn) % len(pids)))
 

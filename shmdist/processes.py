@@ -27,8 +27,8 @@ def process_ids(pids: Sequence[Any]) -> list[int]:
 
 def _alive() -> list[int]:
     node = current_node()
-    leaving = node.leaving
-    return sorted(pid for pid in list(node.peers) if pid not in leaving)
+    leaving = node.peers.leaving
+    return sorted(pid for pid in list(node.peers.members) if pid not in leaving)
 
 
 def fallen_workers() -> list[int]:
@@ -49,7 +49,7 @@ def usable_workers() -> list[int]:
     if pids == [1]:
         fallen = fallen_workers()
         if fallen:
-            raise no_workers_left(current_node().deaths(fallen), remedy(fallen))
+            raise no_workers_left(current_node().peers.deaths(fallen), remedy(fallen))
     return pids
 
 
@@ -75,9 +75,9 @@ def procs(pid: int | None = None) -> list[int]:
         return alive
     node = current_node()
     pid = process_id(pid)
-    node.check_member(pid)
-    host = node.peers[pid].host
-    return [other for other in alive if node.peers[other].host == host]
+    node.peers.check_member(pid)
+    host = node.peers.members[pid].host
+    return [other for other in alive if node.peers.members[other].host == host]
 
 
 def workers() -> list[int]:

@@ -269,7 +269,8 @@ def array(
             f"a {subclass.__qualname__} has a way of its own to be pickled, and would not go by reference; "
             "share the arrays that it consists of, or leave subok=True out"
         )
-    axes = _axes(source, layout)
+    # Of `given`, for a conversion keeps the order of its axes, but not what tells it where one has length 1.
+    axes = _axes(given if given.ndim == source.ndim else source, layout)
     result = _make([source.shape[axis] for axis in axes], kind, "C")
     if axes != sorted(axes):
         result = result.transpose(numpy.argsort(axes))

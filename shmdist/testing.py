@@ -127,7 +127,7 @@ class _Suite:
             seen: dict[tuple[Any, int], int] = {}
             for pid in pids:
                 _expect(remotecall_fetch(_myid, pid) == pid, f"connect({pid}, ...) leads to another worker")
-                info = current_node().peers[pid]
+                info = current_node().peers.members[pid]
                 other = seen.setdefault((info.host, info.ospid), pid)
                 _expect(other == pid, f"workers {other} and {pid} are one process")
                 _expect(
@@ -220,7 +220,7 @@ class _Suite:
         """A worker that dies is found, whoever waits for it is told, and the others live."""
         with self.workers() as pids:
             pid, ended = pids[-1], _ending(pids[-1])
-            call = remotecall(os.kill, pid, current_node().peers[pid].ospid, signal.SIGKILL)
+            call = remotecall(os.kill, pid, current_node().peers.members[pid].ospid, signal.SIGKILL)
             try:
                 call.fetch(timeout=_SOON_SECONDS)
             except ProcessExitedException:
@@ -235,7 +235,7 @@ class _Suite:
         """`kill` ends a worker that does not listen any more."""
         with self.workers() as pids:
             pid, ended = pids[0], _ending(pids[0])
-            ospid = current_node().peers[pid].ospid
+            ospid = current_node().peers.members[pid].ospid
             remotecall(os.kill, pid, ospid, signal.SIGSTOP)
             try:
                 time.sleep(0.2)
@@ -386,9 +386,9 @@ def _open() -> int:
 def _ending(pid: int) -> Callable[[], bool]:
     """Return a function that tells whether the process of a worker has ended."""
     node = current_node()
-    info = node.peers[pid]
-    if info.host != node.peers[1].host:
-        return lambda: pid not in node.peers
+    info = node.peers.members[pid]
+    if info.host != node.peers.members[1].host:
+        return lambda: pid not in node.peers.members
 
     def ended() -> bool:
         try:

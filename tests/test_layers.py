@@ -100,16 +100,6 @@ def imports_of(module):
                 yield Import(node.lineno, target)
 
 
-def typing_lines(module):
-    """Return the lines of `module` that stand under ``if TYPE_CHECKING:``."""
-    lines = set()
-    for node in ast.walk(module.tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            for statement in node.body:
-                lines.update(range(statement.lineno, statement.end_lineno + 1))
-    return lines
-
-
 def absolute(module, level, name):
     """Return the dotted name that ``from <level dots><name>`` means in `module`."""
     if level == 0:
@@ -175,10 +165,9 @@ def layer_faults(modules):
         if not allowed(importer.unit, imported.unit)
     ]
     graph = {name: set() for name in modules}
-    for importer, line, imported in imports_within(modules):
-        # Names for annotations alone make no circle: nothing is imported when the program runs.
-        if line not in typing_lines(importer):
-            graph[importer.name].add(imported.name)
+    for importer, _, imported in imports_within(modules):
+        # Names for annotations alone as well: what must know each other's types is one part.
+        graph[importer.name].add(imported.name)
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -342,6 +331,11 @@ def test_a_good_tree_has_no_faults(tmp_path):
         ("cluster.py", "__import__('shmdist.maps')", "may not import shmdist.maps"),
         ("transport/messages.py", "from . import codec", "circle"),
         ("transport/messages.py", "def f():\n    from .codec import dumps", "circle"),
+        (
+            "transport/messages.py",
+            "import typing\nif typing.TYPE_CHECKING:\n    from .codec import dumps",
+            "circle",
+        ),
         ("adapters/__init__.py", "from .executor import Executor", None),
         ("elsewhere.py", "", "'elsewhere' has no floor"),
         ("adapters/deep/__init__.py", "import shmdist.maps", None),
@@ -382,3 +376,25 @@ def test_a_touch_of_shared_memory_is_found(tmp_path, text):
     faults = shared_memory_faults(tree(tmp_path, {"transport/codec.py": text}))
     assert faults
     assert all("codec.py" in fault for fault in faults)
+
+
+# --------------------------------------------------------------------------- the docs
+
+
+def undescribed(modules, text):
+    """Return the files whose line in the tree of the docs is missing, or is not their first sentence."""
+    missing = []
+    for module in modules.values():
+        if not module.is_package:
+            doc = ast.get_docstring(module.tree) or ""
+            first = " ".join(doc.split("\n\n")[0].split()).replace("``", "`").replace(":mod:", "").rstrip(".")
+            if f"| `{module.path.name}` | {first.replace('|', '/')} |" not in text:
+                missing.append(f"{module.name}: {first}")
+    return missing
+
+
+def test_the_docs_describe_each_file():
+    text = (SOURCE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    modules = read_package(SOURCE)
+    assert undescribed(modules, text) == []
+    assert len(undescribed(modules, text.replace("| `reactor.py` |", "| `other.py` |"))) == 1

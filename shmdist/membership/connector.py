@@ -67,7 +67,7 @@ def connections(node: Node, peer: PeerInfo, errors: list[str]) -> Iterator[Conne
     if made.manager is not None:
         ways.append(("by the manager", partial(connect_via_manager, node, peer)))
     # A firewall answers nothing: it is waited for once, and not again for each process of the host behind it.
-    for family, place in reachable(peer, node.peers[node.pid].host):
+    for family, place in reachable(peer, node.peers.members[node.pid].host):
         if family == "tcp" and peer.host in made.unresponsive_hosts:
             errors.append(f"{family} {place}: that host has not answered before")
             continue
@@ -89,12 +89,12 @@ def connect_via_relay(node: Node, pid: int) -> Link | str:
 
     It makes a connection to each, tells each who is at the other end, and moves the bytes.
     """
-    reply = node.request(1, int(Kind.RELAY), 0, codec.dumps(pid))
-    node.wait_inside(reply)
-    error = node.open(reply, "asking process 1 for a connection")
+    reply = node.requests.request(1, int(Kind.RELAY), 0, codec.dumps(pid))
+    node.requests.wait_inside(reply)
+    error = node.requests.open(reply, "asking process 1 for a connection")
     deadline = time.monotonic() + _ARRIVAL_TIMEOUT
     while error is None and time.monotonic() < deadline:
-        link = node.links.get(pid)
+        link = node.peers.links.get(pid)
         if link is not None:
             return link
         time.sleep(0.002)  # its first frame is on the way

@@ -75,13 +75,13 @@ class ClusterController:
         #: One for all workers, where process 1's environment has none: texts have one hash on all.
         self.hash_seed = str(random.SystemRandom().randrange(1, 1 << 32))
         self.oom_told = 0  # how many of the system's kills for lack of memory are accounted for
-        node.find_exit_cause = self.find_exit_cause
-        node.lost_hooks.append(self.on_lost)
-        node.controls[Kind.RELAY] = lambda frame: node.reactor.start(
-            lambda: relay.serve(node, self.members, frame)
+        node.peers.find_exit_cause = self.find_exit_cause
+        node.peers.lost_hooks.append(self.on_lost)
+        node.router.register(
+            Kind.RELAY, lambda frame: node.reactor.start(lambda: relay.serve(node, self.members, frame))
         )
         me = PeerInfo(1, host_identity(), _hostname(), os.getpid(), (), None)
-        node.peers[1] = me
+        node.peers.members[1] = me
         atexit.register(self.at_exit)
 
     # ------------------------------------------------------------------ coming
@@ -94,7 +94,7 @@ class ClusterController:
 
             self.node.cookie = secrets.token_hex(32).encode()
         first = self.next_pid  # whatever happens, no half-made member stays
-        gone = set(self.node.leaving)
+        gone = set(self.node.peers.leaving)
         joined: list[tuple[int, Any]] = []
         pids: list[int] = []
         failures: list[LaunchWorkerError] = []
@@ -183,7 +183,7 @@ class ClusterController:
             for fd, error_stream, rest in zip(config.io, (False, True), config.io_rest, strict=True):
                 node.outputs.add(fd, pid, error=error_stream, rest=rest)
                 node.reactor.poller.add_output(fd)
-        node.add_link(link)
+        node.peers.add_link(link)
         if config.process is not None and hasattr(os, "pidfd_open"):
             with contextlib.suppress(OSError):
                 member.pidfd = config.process.pidfd = os.pidfd_open(config.process.pid)
@@ -193,12 +193,12 @@ class ClusterController:
             pid,
             params["lazy"],
             params["topology"],
-            tuple(node.peers.values()),
+            tuple(node.peers.members.values()),
             carried=link.bridged,
             prefix=sys.prefix if link.is_local else None,
             parent=None if config.process is None else os.getpid(),
         )
-        return node.request(pid, int(Kind.JOIN), 0, codec.dumps(join))
+        return node.requests.request(pid, int(Kind.JOIN), 0, codec.dumps(join))
 
     @staticmethod
     def _check_versions(pid: int, config: WorkerConfig, theirs: Versions) -> None:
@@ -232,7 +232,7 @@ class ClusterController:
         thread_state = current()
         thread_state.enter()
         try:
-            joined = node.wait(reply, timeout)
+            joined = node.requests.wait(reply, timeout)
         finally:
             thread_state.leave()
         if not joined:
@@ -240,7 +240,7 @@ class ClusterController:
                 f"worker {pid} did not join within {timeout:g} s", host=member.config.host, phase="join"
             )
         try:
-            info, told = node.open(reply, "joining the cluster")
+            info, told = node.requests.open(reply, "joining the cluster")
         except ProcessExitedException as error:
             raise LaunchWorkerError(
                 f"worker {pid} ended while it joined: {error}", host=member.config.host, phase="join"
@@ -263,21 +263,21 @@ class ClusterController:
         new = {pid: self.arriving.pop(pid) for pid in pids if pid in self.arriving}
         _choose_links(new, {pid: self.members[pid].config for pid in pids if pid in self.members}, topology)
         with current(), node.lock:
-            new = {pid: info for pid, info in new.items() if pid not in node.lost_processes}
-            everybody = (*node.peers.values(), *new.values())
+            new = {pid: info for pid, info in new.items() if pid not in node.peers.lost}
+            everybody = (*node.peers.members.values(), *new.values())
         payload = codec.dumps(everybody)
         for pid in list(self.members):
-            link = node.links.get(pid)
+            link = node.peers.links.get(pid)
             if link is not None:
                 with contextlib.suppress(LinkClosed), thread_state:
                     link.send(codec.frame(int(Kind.PEERS), 0, 0, 0, payload), thread_state.interrupted)
         with current(), node.lock:
-            node.peers.update((pid, info) for pid, info in new.items() if pid not in node.lost_processes)
+            node.peers.members.update((pid, info) for pid, info in new.items() if pid not in node.peers.lost)
         for pid in pids:
             member = self.members.get(pid)
             if member is not None:
                 member.manager.manage(pid, member.config, "register")
-        for hook in list(node.joined_hooks):
+        for hook in list(node.peers.joined_hooks):
             hook(pids)
         if not lazy:
             self._connect_all(pids)
@@ -290,25 +290,25 @@ class ClusterController:
                 for pid in pids:
                     older = [other for other in self.members if other < pid]
                     payload = codec.dumps_call(_connect_to, (older,), {})
-                    replies.append(node.request(pid, int(Kind.CALL), WANT_VALUE, payload))
+                    replies.append(node.requests.request(pid, int(Kind.CALL), WANT_VALUE, payload))
                 for reply in replies:
-                    node.wait(reply)
+                    node.requests.wait(reply)
             except BaseException:
                 for reply in replies:
-                    node.cancel(reply)
+                    node.requests.cancel(reply)
                 raise
 
     # ------------------------------------------------------------------ going
 
     def fallen(self) -> list[int]:
         """Return the workers that have died since the program last added or removed some."""
-        return sorted(self.node.leaving - self.settled)
+        return sorted(self.node.peers.leaving - self.settled)
 
     def find_exit_cause(self, pid: int) -> BaseException:
         """Find out how a worker ended whose link did."""
         member = self.members.get(pid)
         node = self.node
-        info = node.peers.get(pid)
+        info = node.peers.members.get(pid)
         if member is None:
             return ProcessExitedException(pid)
         process = member.config.process
@@ -326,7 +326,7 @@ class ClusterController:
             exitcode, signal_name = describe_exit(member.config.userdata.wait(1.0))
         node.outputs.drain(pid)
         if member.config.page is not None:
-            node.last_progress[pid] = member.config.page.copy()
+            node.peers.last_progress[pid] = member.config.page.copy()
         return ProcessExitedException(
             pid,
             host=info.name if info is not None else member.config.host,
@@ -349,10 +349,10 @@ class ClusterController:
     def on_lost(self, pid: int) -> None:
         """Tell the other workers, and give back what this one had."""
         node = self.node
-        payload = codec.dumps((pid, node.lost_processes[pid], node.last_progress.get(pid)))
-        for other, link in list(node.links.items()):
+        payload = codec.dumps((pid, node.peers.lost[pid], node.peers.last_progress.get(pid)))
+        for other, link in list(node.peers.links.items()):
             if other != pid:
-                node.post(link, int(Kind.LOST), 0, 0, payload)
+                node.reactor.post(link, int(Kind.LOST), 0, 0, payload)
         member = self.members.pop(pid, None)
         self.arriving.pop(pid, None)
         if member is None:
@@ -380,18 +380,18 @@ class ClusterController:
     def ask_to_exit(self, pids: Sequence[int]) -> None:
         """Ask workers to end."""
         self.settled.update(pids)
-        self.node.leaving.update(pids)
-        for pid in pids if not self.node.exiting else ():
-            for hook in list(self.node.leaving_hooks):
+        self.node.peers.leaving.update(pids)
+        for pid in pids if not self.node.peers.exiting else ():
+            for hook in list(self.node.peers.leaving_hooks):
                 hook(pid)
         for pid in pids:
             member = self.members.get(pid)
-            link = self.node.links.get(pid)
+            link = self.node.peers.links.get(pid)
             if member is None:
                 continue
             member.leaving = True
             if link is not None:
-                self.node.post(link, int(Kind.EXIT), 0, 0)
+                self.node.reactor.post(link, int(Kind.EXIT), 0, 0)
 
     def _end(self, pids: Sequence[int], patience: float) -> None:
         """Ask workers to end, kill those that do not in `patience` seconds, and wait for all."""
@@ -404,7 +404,7 @@ class ClusterController:
                 member.manager.kill(pid, member.config)
         left = self._wait_gone(left, 5.0)
         for pid in left:  # killed, and still its link is open: a child of its own holds it
-            for link in list(self.node.all_links.get(pid, ())):
+            for link in list(self.node.peers.all_links.get(pid, ())):
                 link.shut()
         self._wait_gone(left, 5.0)
 
@@ -438,14 +438,14 @@ class ClusterController:
     def at_exit(self) -> None:
         """End all workers with the program; promptly, silently, whatever they do."""
         node = self.node
-        if node.closed or os.getpid() != node.ospid:
+        if node.peers.closed or os.getpid() != node.ospid:
             return
         with contextlib.suppress(BaseException):  # Ctrl-C, or no thread
             self._finalize()
         thread_state = current()
         thread_state.enter()
         try:
-            node.exiting = True
+            node.peers.exiting = True
             try:
                 self._end(list(self.members), _ATEXIT)
             except BaseException:
@@ -453,7 +453,7 @@ class ClusterController:
                     with contextlib.suppress(Exception):
                         member.manager.kill(0, member.config)
             node.outputs.finish()
-            node.closed = True
+            node.peers.closed = True
             node.reactor.close()
         finally:
             thread_state.interrupt_pending = False  # what Ctrl-C was for, has been done
@@ -503,7 +503,7 @@ def _connect_to(pids: list[int]) -> None:
     node = current_node()
     for pid in pids:
         with contextlib.suppress(ConnectionError, ShmdistError, ValueError):
-            node.link_to(pid)
+            node.peers.link_to(pid)
 
 
 def _hostname() -> str:

@@ -31,7 +31,7 @@ def serve(node: Node, members: dict[int, Any], frame: Frame) -> None:
         _join(node, members, frame.link.pid, pickle.loads(frame.body))
     except Exception as problem:
         error = f"{type(problem).__name__}: {problem}"
-    node.answer(frame.link, frame.call_id, 0, codec.dumps(error))
+    node.requests.answer(frame.link, frame.call_id, 0, codec.dumps(error))
 
 
 def _join(node: Node, members: dict[int, Any], first: int, second: int) -> None:

@@ -51,14 +51,14 @@ def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float 
         thread_state.enter()
         try:
             if timeout is None:
-                reply = node.request(owner, _REFERENCE_OP, 0, payload)
-                node.wait(reply)
+                reply = node.requests.request(owner, _REFERENCE_OP, 0, payload)
+                node.requests.wait(reply)
             else:
                 begun = time.monotonic()
                 reply = _send_in_time(node, owner, payload, begun + max(timeout, _MIN_WRITE_SECONDS))
-                if reply is not None and not node.wait(reply, begun + timeout - time.monotonic()):
-                    node.expire_now(reply)
-                    if not node.wait(reply, ANSWER_GRACE_SECONDS):
+                if reply is not None and not node.requests.wait(reply, begun + timeout - time.monotonic()):
+                    node.requests.expire_now(reply)
+                    if not node.requests.wait(reply, ANSWER_GRACE_SECONDS):
                         raise TimeoutError(
                             f"{what} timed out after {timeout:.3g} s; the process does not answer, so it "
                             f"may be done when it goes on"
@@ -75,7 +75,7 @@ def ask(owner: int, name: str, rrid: RRID, argument: Any = None, timeout: float 
         if reply.frame is not None and reply.frame.flags & NOT_RUN:
             reply = None  # nothing is to be given up
             raise TimeoutError(f"{what} timed out after {timeout:.3g} s")
-        return node.open(reply, what)
+        return node.requests.open(reply, what)
     except SerializationError:  # nobody can read it
         raise
     except BaseException:
@@ -100,17 +100,17 @@ def ask_later(
         False when there is no link to the owner yet: to make one may take long.
     """
     node = current_node()
-    link = node.links.get(owner)
+    link = node.peers.links.get(owner)
     if link is None:
         return False
     payload = codec.dumps((name, tuple(rrid), argument), "the value")
     with current():
-        reply = PendingReply(next(node.call_ids), owner, answered)
-        node.pending[reply.call_id] = reply
+        reply = PendingReply(next(node.requests.call_ids), owner, answered)
+        node.requests.pending[reply.call_id] = reply
         with contextlib.suppress(LinkClosed):  # its death is on its way to us
-            node.post(link, _REFERENCE_OP, 0, reply.call_id, payload)
-        if owner in node.lost_processes and node.pending.pop(reply.call_id, None) is not None:
-            node.fail(reply, node.death(owner))
+            node.reactor.post(link, _REFERENCE_OP, 0, reply.call_id, payload)
+        if owner in node.peers.lost and node.requests.pending.pop(reply.call_id, None) is not None:
+            node.requests.fail(reply, node.peers.death(owner))
     return True
 
 
@@ -119,7 +119,7 @@ def _send_in_time(node: Node, owner: int, payload: codec.Payload, until: float) 
     thread_state = current()
     thread_state.send_deadline = until
     try:
-        return node.request(owner, _REFERENCE_OP, 0, payload)
+        return node.requests.request(owner, _REFERENCE_OP, 0, payload)
     except TimeoutError:
         return None
     finally:
@@ -129,14 +129,14 @@ def _send_in_time(node: Node, owner: int, payload: codec.Payload, until: float) 
 def _give_up(node: Node, reply: PendingReply, back: tuple[int, RRID] | None) -> None:
     """Wait for the answer no longer; what it brings goes `back`, if it is an item."""
     if back is not None:
-        node.unclaimed_takes[reply.call_id] = back
-    if node.cancel(reply):
+        node.requests.unclaimed_takes[reply.call_id] = back
+    if node.requests.cancel(reply):
         return
     while not reply.done:
         time.sleep(0)  # it comes at the very moment of giving up
     if reply.frame is not None:
-        node.on_late_answer(reply.frame)
-    node.unclaimed_takes.pop(reply.call_id, None)
+        node.router._on_late_answer(reply.frame)
+    node.requests.unclaimed_takes.pop(reply.call_id, None)
 
 
 def call_owner(owner: int, function: Callable[..., Any], *args: Any) -> Any:
@@ -156,14 +156,14 @@ def call_owner(owner: int, function: Callable[..., Any], *args: Any) -> Any:
     thread_state = current()
     thread_state.enter()
     try:
-        reply = node.request(owner, _CALL, WANT_VALUE, payload)
+        reply = node.requests.request(owner, _CALL, WANT_VALUE, payload)
         try:
-            node.wait(reply)
+            node.requests.wait(reply)
         except BaseException:
             _give_up(node, reply, None)
             raise
         # Read before an interrupt can come: what it refers to is counted, and goes back with the value.
-        return node.open(reply, getattr(function, "__name__", "the call"))
+        return node.requests.open(reply, getattr(function, "__name__", "the call"))
     finally:
         thread_state.leave()
 
@@ -189,7 +189,7 @@ class Reference:
         # It tells the owner when this reference is dropped.
         node.reactor.threads.ensure_standby()
         count = self._count = Ending(VOID)
-        return count, partial(node.released.append, (where, rrid))
+        return count, partial(node.counts.released.append, (where, rrid))
 
     @property
     def where(self) -> int:
@@ -201,16 +201,16 @@ class Reference:
         with current():
             if self._count is not None:
                 self._count = None
-                firmly(current_node().see_to_released)
+                firmly(current_node().counts.see_to_released)
 
     def __del__(self) -> None:
         if self._count is not None:
             try:
                 self._count = None
-                current_node().see_to_released()
+                current_node().counts.see_to_released()
             except KeyboardInterrupt:
                 again = current().again()  # noqa: F841 - raised when this frame ends
-                firmly(current_node().see_to_released)
+                firmly(current_node().counts.see_to_released)
             except Exception:
                 pass  # with the next one
 

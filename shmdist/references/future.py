@@ -105,19 +105,21 @@ class Future(ConcurrentFutureInterface):
     def __init__(self, pid: int | None = None) -> None:
         node = current_node()
         owner = node.pid if pid is None else process_id(pid)
-        rrid = RRID(node.pid, next(node.call_ids))
+        rrid = RRID(node.pid, next(node.requests.call_ids))
         with current():
             self._set_up(rrid, owner)
             if owner == node.pid:
-                node.create(rrid, "future", node.pid)
+                node.counts.create(rrid, "future", node.pid)
             else:
-                node.link_to(owner)
+                node.peers.link_to(owner)
                 # Not an operation, which would be run later than words on counts that follow it.
                 payload = codec.dumps(tuple(rrid))
                 try:
-                    node.send(node.links[owner], codec.frame(_REFS, IS_NEW, 0, owner, payload), None)
+                    node.requests.send(
+                        node.peers.links[owner], codec.frame(_REFS, IS_NEW, 0, owner, payload), None
+                    )
                 except (LinkClosed, KeyError):
-                    raise node.death(owner) from None
+                    raise node.peers.death(owner) from None
 
     @classmethod
     def _of_call(cls, rrid: RRID, where: int, what: str) -> Future:
@@ -143,7 +145,7 @@ class Future(ConcurrentFutureInterface):
             return "cancelled" if flags & NOT_RUN else "failed" if failed else "ready"
         if reply is None and self._weak is None and self._where == node.pid:
             with current(), node.lock:
-                entry = node.refs.get(self._rrid)
+                entry = node.counts.refs.get(self._rrid)
             if entry is not None and entry.state is State.SET:
                 return "failed" if isinstance(entry.value, CapturedException) else "ready"
         return "pending" if self._weak is None else "ready"
@@ -175,10 +177,10 @@ class Future(ConcurrentFutureInterface):
 
     def _entry(self, node: Node) -> Entry | None:
         """Return the entry of one that lives here, under the node's lock; None: its outcome is here."""
-        entry = node.refs.get(self._rrid)
+        entry = node.counts.refs.get(self._rrid)
         if entry is None and self._outcome is not None:
             return None  # another thread has fetched it, and let it go
-        return node.refs.lookup(self._rrid) if entry is None else entry
+        return node.counts.refs.lookup(self._rrid) if entry is None else entry
 
     def _open_reply(self, reply: PendingReply) -> None:
         """Take what the word of the call's end brought; the value may still be with the owner."""
@@ -191,7 +193,7 @@ class Future(ConcurrentFutureInterface):
         elif frame.flags & NOT_RUN:
             self._settle(False, Cancelled(f"{self._what} was withdrawn before it began", self._rrid))
         elif frame.flags & IS_ERROR:
-            self._settle(False, node.load_error(frame))
+            self._settle(False, node.requests.load_error(frame))
         elif frame.body:
             self._settle(True, pickle.loads(frame.body))
 
@@ -268,7 +270,7 @@ class Future(ConcurrentFutureInterface):
             thread_state.enter()
             try:
                 try:
-                    if not node.wait(reply, timeout):
+                    if not node.requests.wait(reply, timeout):
                         raise TimeoutError(
                             f"{self._what} on process {self._where} took more than {timeout:g} s"
                         )
@@ -290,14 +292,14 @@ class Future(ConcurrentFutureInterface):
             self._local.interrupt()
             return
         reply = self._reply
-        link = node.links.get(self._where)
+        link = node.peers.links.get(self._where)
         if reply is not None and not reply.done and link is not None:
-            node.post(link, int(Kind.CANCEL), flags, reply.call_id)
+            node.reactor.post(link, int(Kind.CANCEL), flags, reply.call_id)
 
     def _fetch_here(self, node: Node, timeout: float | None) -> None:
         """Wait for a value that lives in this process."""
         waiter = ResultWaiter()
-        if self._weak is not None and not node.has_value(self._rrid):
+        if self._weak is not None and not node.counts.has_value(self._rrid):
             self._settle(False, SerializationError(self._weak))
             return
         thread_state = current()
@@ -401,7 +403,7 @@ class Future(ConcurrentFutureInterface):
                     entry = self._entry(node)
                 if entry is None:
                     raise AlreadySet(self._rrid)
-                node.set_value(entry, value)
+                node.counts.set_value(entry, value)
             finally:
                 thread_state.leave()
         else:
@@ -482,10 +484,10 @@ class Future(ConcurrentFutureInterface):
         """Let others that hold this future of a call of this process see that it is cancelled."""
         assert self._outcome is not None
         with current(), node.lock:
-            entry = node.refs.get(self._rrid)
+            entry = node.counts.refs.get(self._rrid)
         if entry is not None:
             with contextlib.suppress(AlreadySet):  # it has ended this very moment
-                node.set_value(entry, capture(self._outcome[1]))
+                node.counts.set_value(entry, capture(self._outcome[1]))
 
     def __getitem__(self, index: Any) -> Any:
         if self._outcome is not None:
@@ -504,15 +506,15 @@ class Future(ConcurrentFutureInterface):
         if self._where != node.pid or self._weak is not None or outcome is None or not outcome[0]:
             return False
         with current(), node.lock:
-            count, back = Ending(VOID), partial(node.released.append, (node.pid, self._rrid))
-            if not node.has_value(self._rrid):
-                entry = node.refs.create(self._rrid, "future", node.pid)
+            count, back = Ending(VOID), partial(node.counts.released.append, (node.pid, self._rrid))
+            if not node.counts.has_value(self._rrid):
+                entry = node.counts.refs.create(self._rrid, "future", node.pid)
                 if self._count is None:
                     count.__del__, self._count = back, count
                 self._revived = True
-                node.refs.set_value(entry, outcome[1])
+                node.counts.refs.set_value(entry, outcome[1])
             elif self._count is None:
-                node.refs.add(self._rrid, node.pid, +1)
+                node.counts.refs.add(self._rrid, node.pid, +1)
                 count.__del__, self._count = back, count
             self._revived = True
         return True

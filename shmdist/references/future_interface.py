@@ -29,7 +29,7 @@ def soon(job: Callable[[], None]) -> None:
     try:
         node.reactor.outcomes.put_callback(job)
     except (RuntimeError, MemoryError):  # no room for another thread
-        node.run_soon(job)
+        node.counts.run_soon(job)
 
 
 class _Finisher:
@@ -165,7 +165,7 @@ class ConcurrentFutureInterface(Reference, _Base):  # type: ignore[type-arg]  # 
         """Take what the owner has answered; where it cannot be read, :meth:`_finish` asks again."""
         outcome: tuple[bool, Any] | None = None
         try:
-            outcome = True, current_node().open(reply, f"fetch of {self!r}")
+            outcome = True, current_node().requests.open(reply, f"fetch of {self!r}")
         except ShmdistError as error:
             outcome = False, error
         except Exception:

@@ -81,12 +81,12 @@ class RemoteChannel(Reference):
             )
         node = current_node()
         owner = node.pid if pid is None else process_id(pid)
-        if size is not None and owner not in node.peers and owner not in node.leaving:
+        if size is not None and owner not in node.peers.members and owner not in node.peers.leaving:
             raise ValueError(
-                f"there is no process {size}; the processes are {sorted(node.peers)}. "
+                f"there is no process {size}; the processes are {sorted(node.peers.members)}. "
                 f"For room for {size} items: RemoteChannel(lambda: Channel({size}))"
             )
-        rrid = RRID(node.pid, next(node.call_ids))
+        rrid = RRID(node.pid, next(node.requests.call_ids))
         # It comes as a reference, whose count goes back by itself when an interrupt keeps it from this one.
         made = call_owner(owner, _make_channel, tuple(rrid), factory)
         self._rrid, self._where = rrid, owner
@@ -102,7 +102,7 @@ class RemoteChannel(Reference):
         timeout = seconds(timeout)
         if self._where != node.pid:
             return ask(self._where, name, self._rrid, args[0] if args else None, timeout)
-        channel = local_channel(node, self._rrid)
+        channel = local_channel(node.counts, self._rrid)
         if name == "len":
             return len(channel)
         method = getattr(channel, name)
@@ -257,9 +257,9 @@ def _make_channel(rrid: tuple[int, int], factory: Callable[[], Any] | None) -> R
     with current():
         made = RemoteChannel.__new__(RemoteChannel)
         count, back = made._prepare(RRID(*rrid), node.pid)
-        entry = node.create(RRID(*rrid), "channel", node.pid)
+        entry = node.counts.create(RRID(*rrid), "channel", node.pid)
         count.__del__ = back
-        node.set_value(entry, channel)
+        node.counts.set_value(entry, channel)
     return made
 
 
@@ -489,7 +489,7 @@ def channel_from_id(rrid: RRID) -> Any:
     >>> channel_from_id(remoteref_id(RemoteChannel(lambda: Channel(5)))).size
     5
     """
-    return local_channel(current_node(), RRID(*rrid))
+    return local_channel(current_node().counts, RRID(*rrid))
 
 
 def worker_id_from_socket(connection: Connection | Any) -> int:
@@ -512,7 +512,7 @@ def worker_id_from_socket(connection: Connection | Any) -> int:
     except (OSError, ValueError, AttributeError):
         return -1
     with current(), node.lock:
-        links = [link for links in node.all_links.values() for link in links]
+        links = [link for links in node.peers.all_links.values() for link in links]
     return next((link.pid for link in links if link.fd == fd and not link.closed), -1)
 
 

@@ -7,56 +7,60 @@ channel, which answers it later, and tells the operation how it is withdrawn.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 from shmdist._firmly import firmly
 from shmdist.errors import CapturedException, SerializationError, ShmdistError, remote_exception
 from shmdist.refcount.table import RRID, Entry, State
 from shmdist.references.channel import Channel
+from shmdist.runtime.counts import ReferenceCounts
 from shmdist.runtime.interrupts import current
-from shmdist.runtime.node import Node
 from shmdist.runtime.replies import PendingOperation
+from shmdist.runtime.router import Operation, register_operations
 
 USER_CHANNEL_MIN_SECONDS = 0.05  # that the method of a user's own channel has at least, whatever the timeout
 
 
-def local_channel(node: Node, rrid: RRID) -> Any:
+def local_channel(counts: ReferenceCounts, rrid: RRID) -> Any:
     """Return the channel that `rrid` names; it lives on this process."""
-    entry = node.refs.get(rrid)  # one step for the interpreter
+    entry = counts.refs.get(rrid)  # one step for the interpreter
     if entry is None or entry.state is not State.SET:
-        raise ShmdistError(f"there is no channel {tuple(rrid)} on process {node.pid}")
+        raise ShmdistError(f"there is no channel {tuple(rrid)} on process {counts.peers.pid}")
     return entry.value
 
 
-def _serve(node: Node, operation: PendingOperation, rrid: RRID, name: str, argument: Any) -> None:
+def _serve(
+    counts: ReferenceCounts, operation: PendingOperation, rrid: RRID, name: str, argument: Any
+) -> None:
     """Run a waiting operation: its answer may come later, and it may be withdrawn till then."""
-    if name == "fetch" and argument is not None and not node.has_value(rrid):
+    if name == "fetch" and argument is not None and not counts.has_value(rrid):
         raise SerializationError(argument)  # asked for by a weak reference
     waiter = None
-    with current(), node.lock:
-        entry = node.refs.lookup(rrid)
+    with current(), counts.lock:
+        entry = counts.refs.lookup(rrid)
         if entry.state is State.UNSET and name in ("fetch", "wait"):
             # A future without a value, or one of whose creation we have not heard yet.
             waiter = operation if name == "fetch" else _ReadinessWaiter(operation)
             entry.waiters.append(waiter)
     if waiter is not None:
-        firmly(operation.waits, lambda: _withdraw(node, entry, waiter))  # or it stays there for good
+        firmly(operation.waits, lambda: _withdraw(counts, entry, waiter))  # or it stays there for good
     elif entry.kind != "channel":
-        _serve_future(node, operation, entry, name, argument)
+        _serve_future(counts, operation, entry, name, argument)
     elif isinstance(entry.value, Channel):
         _serve_channel(operation, entry.value, name, argument)
     else:
-        _UserChannelOperation(node, operation, entry.value, name, argument)
+        _UserChannelOperation(counts, operation, entry.value, name, argument)
 
 
-def _serve_future(node: Node, operation: PendingOperation, entry: Any, name: str, argument: Any) -> None:
+def _serve_future(
+    counts: ReferenceCounts, operation: PendingOperation, entry: Any, name: str, argument: Any
+) -> None:
     if name == "put":
-        node.set_value(entry, argument)
+        counts.set_value(entry, argument)
         operation.resolve(None)
     elif name in ("fetch", "wait"):
         if isinstance(entry.value, CapturedException):
-            operation.fail(remote_exception(node.pid, entry.value))
+            operation.fail(remote_exception(counts.peers.pid, entry.value))
         else:
             operation.resolve(entry.value if name == "fetch" else None)
     else:
@@ -84,15 +88,15 @@ class _UserChannelOperation:
     """
 
     def __init__(
-        self, node: Node, operation: PendingOperation, channel: Any, name: str, argument: Any
+        self, counts: ReferenceCounts, operation: PendingOperation, channel: Any, name: str, argument: Any
     ) -> None:
-        self._node, self._operation = node, operation
+        self._counts, self._operation = counts, operation
         self._channel, self._name, self._argument = channel, name, argument
         self._decided = threading.Lock()
         if name == "take":
             operation.undo = channel.put
         operation.waits(self._withdraw)
-        node.reactor.start(self._run)
+        counts.reactor.start(self._run)
 
     def _run(self) -> None:
         putting = self._name == "put"
@@ -114,7 +118,7 @@ class _UserChannelOperation:
         if self._operation.given_up:
             return self._decided.acquire(False)
         try:
-            self._node.reactor.later(USER_CHANNEL_MIN_SECONDS, self._end)  # so that it finds what is there
+            self._counts.reactor.later(USER_CHANNEL_MIN_SECONDS, self._end)  # so that it finds what is there
         except (RuntimeError, MemoryError):  # no thread can be had
             self._end()
         return False
@@ -137,44 +141,49 @@ class _ReadinessWaiter:
         self._operation.fail(error)
 
 
-def _withdraw(node: Node, entry: Entry, waiter: Any) -> bool:
-    with current(), node.lock:
+def _withdraw(counts: ReferenceCounts, entry: Entry, waiter: Any) -> bool:
+    with current(), counts.lock:
         if waiter in entry.waiters:
             entry.waiters.remove(waiter)
             return True
     return False
 
 
-def _waiting(name: str) -> Callable[[Node, PendingOperation, RRID, Any], None]:
-    return lambda node, operation, rrid, argument: _serve(node, operation, rrid, name, argument)
+def _waiting(name: str) -> Operation:
+    return lambda counts, operation, rrid, argument: _serve(counts, operation, rrid, name, argument)
 
 
-def _isready(node: Node, operation: PendingOperation, rrid: RRID, argument: Any) -> None:
-    with current(), node.lock:
-        entry = node.refs.lookup(rrid)
+def _isready(counts: ReferenceCounts, operation: PendingOperation, rrid: RRID, argument: Any) -> None:
+    with current(), counts.lock:
+        entry = counts.refs.lookup(rrid)
     if entry.kind == "channel":
-        _at_once("isready")(node, operation, rrid, argument)
+        _at_once("isready")(counts, operation, rrid, argument)
     else:
         operation.resolve(entry.state is State.SET)
 
 
-def _at_once(name: str) -> Callable[[Node, PendingOperation, RRID, Any], None]:
-    def run(node: Node, operation: PendingOperation, rrid: RRID, argument: Any) -> None:
-        channel = local_channel(node, rrid)
+def _at_once(name: str) -> Operation:
+    def run(counts: ReferenceCounts, operation: PendingOperation, rrid: RRID, argument: Any) -> None:
+        channel = local_channel(counts, rrid)
         operation.resolve(len(channel) if name == "len" else getattr(channel, name)())
 
     return run
 
 
-def _untake(node: Node, operation: PendingOperation, rrid: RRID, argument: Any) -> None:
-    channel = local_channel(node, rrid)
+def _untake(counts: ReferenceCounts, operation: PendingOperation, rrid: RRID, argument: Any) -> None:
+    channel = local_channel(counts, rrid)
     if hasattr(channel, "untake"):
         channel.untake(argument)
     else:
-        node.reactor.soon(lambda: channel.put(argument))
+        counts.reactor.soon(lambda: channel.put(argument))
     operation.resolve(None)
 
 
-Node.operations.update({name: _waiting(name) for name in ("fetch", "wait", "take", "put")})
-Node.operations.update({name: _at_once(name) for name in ("isopen", "close", "len")})
-Node.operations.update({"isready": _isready, "untake": _untake})
+register_operations(
+    {
+        **{name: _waiting(name) for name in ("fetch", "wait", "take", "put")},
+        **{name: _at_once(name) for name in ("isopen", "close", "len")},
+        "isready": _isready,
+        "untake": _untake,
+    }
+)

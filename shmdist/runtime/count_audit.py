@@ -45,17 +45,16 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shmdist._log import Log
 from shmdist.errors import ShmdistError
 from shmdist.refcount.table import RRID
+from shmdist.runtime.block_counts import BlockCounts
+from shmdist.runtime.counts import ReferenceCounts
 from shmdist.serialization import codec
 from shmdist.transport.link import LinkClosed
 from shmdist.transport.messages import Frame, Kind
-
-if TYPE_CHECKING:
-    from shmdist.runtime.node import Node
 
 _AUDIT = int(Kind.AUDIT)
 _log = Log("count_audit")
@@ -64,64 +63,63 @@ _log = Log("count_audit")
 class CountAudit:
     """A node's part in audits, as owner and as holder."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    def __init__(self, counts: ReferenceCounts, blocks: BlockCounts) -> None:
+        self._counts, self._blocks, self._peers = counts, blocks, counts.peers
         #: Owners that asked about a reporter that is not lost here yet; guarded by the node's lock.
         self._waiting: dict[int, set[int]] = {}
-        node.controls[_AUDIT] = self._on_audit
-        node.lost_hooks.append(self._lost)
+        self._peers.lost_hooks.append(self._lost)
 
     def __repr__(self) -> str:
         return f"<CountAudit, asked about {sorted(self._waiting)}>"
 
     def ask_about(self, reporter: int) -> None:
         """Ask all of whom a lost process told something that was not given back; never blocks."""
-        node = self._node
-        with node.lock:
-            holders = node.refs.holders_reported_by(reporter)
-        with node.sharing.lock:
-            holders |= node.sharing.arena.holders_reported_by(reporter)
+        with self._peers.lock:
+            holders = self._counts.refs.holders_reported_by(reporter)
+        with self._blocks.lock:
+            holders |= self._blocks.arena.holders_reported_by(reporter)
         for holder in holders:
-            if holder == node.pid:
+            if holder == self._peers.pid:
                 self._answer_myself(reporter)
             else:
-                self._send(holder, lambda: (reporter, node.pid))
+                self._send(holder, lambda: (reporter, self._peers.pid))
 
     def _answer_myself(self, reporter: int) -> None:
         """Conclude an audit of this process as owner with itself as holder."""
-        pid = self._node.pid
+        pid = self._peers.pid
         found: dict[str, Any] = {}
-        self._node.reactor.soon(lambda: self._conclude(reporter, pid, *self._receipts(found, pid, reporter)))
+        self._counts.reactor.soon(
+            lambda: self._conclude(reporter, pid, *self._receipts(found, pid, reporter))
+        )
 
     def _lost(self, pid: int) -> None:
         """A process is gone: what it told is audited, and what was asked about it answered."""
-        node = self._node
-        with node.lock:
-            node.receipts.forget(pid)
+        with self._peers.lock:
+            self._counts.receipts.forget(pid)
             for others in self._waiting.values():
                 others.discard(pid)
             owners = list(self._waiting.get(pid, ()))
         for owner in owners:
             self._answer(owner, pid)
-        with node.lock:
+        with self._peers.lock:
             self._waiting.pop(pid, None)
         self.ask_about(pid)
 
-    def _on_audit(self, frame: Frame) -> None:
+    def on_audit(self, frame: Frame) -> None:
         """Handle a question or an answer; on the reading thread."""
         reporter, asker, *found = pickle.loads(frame.body)
         if found:
             self._conclude(reporter, asker, *found)
             return
-        with self._node.lock:
-            if reporter not in self._node.lost_processes:
+        with self._peers.lock:
+            if reporter not in self._peers.lost:
                 self._waiting.setdefault(reporter, set()).add(asker)
                 return
         self._answer(asker, reporter)
 
     def _answer(self, owner: int, reporter: int) -> None:
         found: dict[str, Any] = {}
-        self._send(owner, lambda: (reporter, self._node.pid, *self._receipts(found, owner, reporter)))
+        self._send(owner, lambda: (reporter, self._peers.pid, *self._receipts(found, owner, reporter)))
 
     def _receipts(
         self, found: dict[str, Any], owner: int, reporter: int
@@ -130,25 +128,23 @@ class CountAudit:
 
         They are put down in `found`, for when this is asked again after an error.
         """
-        node = self._node
         if "blocks" not in found:
-            with node.sharing.lock:
-                found["blocks"] = node.sharing.receipts.take(owner, reporter)
+            with self._blocks.lock:
+                found["blocks"] = self._blocks.receipts.take(owner, reporter)
         if "refs" not in found:
-            with node.lock:
-                found["refs"] = node.receipts.take(owner, reporter)
+            with self._peers.lock:
+                found["refs"] = self._counts.receipts.take(owner, reporter)
         return found["blocks"], {tuple(rrid): count for rrid, count in found["refs"].items()}
 
     def _conclude(self, reporter: int, holder: int, blocks: dict[int, int], refs: dict[Any, int]) -> None:
         """Make what a reporter told about a holder what that has receipts for; again after an error."""
-        node = self._node
-        with node.sharing.lock:
-            node.sharing.arena.audited(holder, reporter, blocks)
+        with self._blocks.lock:
+            self._blocks.arena.audited(holder, reporter, blocks)
         counts = {RRID(*key): count for key, count in refs.items()}
-        with node.lock:
-            node.freed += node.refs.audited(holder, reporter, counts)
-        if node.freed:  # their values' finalizers are users' code
-            node.reactor.soon(node.drop)
+        with self._peers.lock:
+            self._counts.freed += self._counts.refs.audited(holder, reporter, counts)
+        if self._counts.freed:  # their values' finalizers are users' code
+            self._counts.reactor.soon(self._counts.drop)
 
     def _send(self, pid: int, body: Callable[[], Any]) -> None:
         """Send a question or an answer, on a thread that may block."""
@@ -156,9 +152,9 @@ class CountAudit:
         def send() -> None:
             try:
                 payload = codec.pickled(body())
-                self._node.way_to(pid).send(codec.frame(_AUDIT, 0, 0, pid, payload))
+                self._peers.way_to(pid).send(codec.frame(_AUDIT, 0, 0, pid, payload))
             except (LinkClosed, ConnectionError, ShmdistError) as error:
-                if pid not in self._node.lost_processes:  # else there is nothing to settle with it
+                if pid not in self._peers.lost:  # else there is nothing to settle with it
                     _log.info("process %d could not be told of an audit: %s", pid, error)
 
-        self._node.reactor.soon(send)
+        self._counts.reactor.soon(send)

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shmdist._ending import VOID, Ending
 from shmdist._firmly import firmly
@@ -18,12 +18,11 @@ from shmdist.errors import CapturedException, ShmdistError, remote_exception
 from shmdist.refcount.receipts import Receipts
 from shmdist.refcount.table import RRID, Entry, RefTable, State
 from shmdist.runtime.interrupts import collection_runs, current
+from shmdist.runtime.peers import Peers
+from shmdist.runtime.reactor import Reactor
 from shmdist.serialization import codec
-from shmdist.transport.link import STUCK_SECONDS, Link, LinkClosed, SendInterrupted
+from shmdist.transport.link import STUCK_SECONDS, LinkClosed, SendInterrupted
 from shmdist.transport.messages import Arrived, Frame, Kind
-
-if TYPE_CHECKING:
-    from shmdist.runtime.reactor import Reactor
 
 _REFS = int(Kind.REFS)
 _FLUSH_SECONDS = 0.005  # that dropped references are gathered before they are told
@@ -36,33 +35,38 @@ Ref = tuple[RRID, int]
 
 
 class ReferenceCounts:
-    """The reference side of a node; see there for the attributes."""
+    """The references that live here, and the counts of those that this process holds.
 
-    pid: int
-    lock: Any
-    refs: RefTable
-    receipts: Receipts
-    lost_processes: dict[int, BaseException]
-    reactor: Reactor
-    released: deque[tuple[int, RRID]]
-    #: Counts to give back, by owner: by reference and reporter.
-    unsent_releases: dict[int, dict[tuple[RRID, int], int]]
-    freed: deque[Entry]  # entries that nobody refers to any more, whose values are to be let go of
-    deferred_jobs: deque[Callable[[], None]]
-    _flush_asked: bool
+    Attributes
+    ----------
+    lock : lock
+        Guards the tables: that of :class:`Peers`.
+    receipts : Receipts
+        Of counts of references that others than their owners gave.
+    released : deque
+        References dropped, by finalizers: owner and id.
+    unsent_releases : dict
+        Counts to give back, by owner: by reference and reporter.
+    freed : deque
+        Entries that nothing refers to any more, whose values are to be let go of.
+    deferred_jobs : deque
+        What finalizers leave to be done.
+    """
 
-    def link_to(self, pid: int) -> Link:
-        """Return the link to a process; the node knows how."""
-        raise NotImplementedError  # a Node has it
+    def __init__(self, peers: Peers, reactor: Reactor) -> None:
+        self.peers = peers
+        self.reactor = reactor
+        self.lock = peers.lock
+        self.refs = RefTable()
+        self.receipts = Receipts()
+        self.released: deque[tuple[int, RRID]] = deque()
+        self.unsent_releases: dict[int, dict[tuple[RRID, int], int]] = {}
+        self.freed: deque[Entry] = deque()
+        self.deferred_jobs: deque[Callable[[], None]] = deque()
+        self._flush_asked = False
 
-    def way_to(self, pid: int) -> Link:
-        """Return the link by which a process is told of counts; errors as those of :meth:`link_to`."""
-        try:
-            return self.link_to(pid)
-        except ConnectionError:
-            # This topology has no way there; process 1 has. It is the same way each time, so
-            # the order of what is told is kept.
-            return self.link_to(1)
+    def __repr__(self) -> str:
+        return f"<ReferenceCounts {self.refs!r}>"
 
     def count(
         self, refs: Iterable[tuple[RRID, int]], pid: int, interrupted: Callable[[], bool] = lambda: False
@@ -94,21 +98,17 @@ class ReferenceCounts:
         """Take back what :meth:`count` has told. Never blocks, for the owner may stand still."""
         for rrid, owner in refs:
             changes = self._changes([(rrid, owner)], pid, -1)
-            if owner == self.pid:
+            if owner == self.peers.pid:
                 self.change_counts(changes)
                 self.drop()
-            elif owner not in self.lost_processes:
+            elif owner not in self.peers.lost:
                 with contextlib.suppress(LinkClosed, ShmdistError):
-                    link = self.way_to(owner)
+                    link = self.peers.way_to(owner)
                     if not link.post(codec.frame(_REFS, 0, 0, owner, codec.pickled(changes))):
-                        firmly(self.flush, link)
+                        firmly(self.reactor.flush, link)
 
     def _changes(self, refs: Iterable[tuple[RRID, int]], pid: int, delta: int) -> list[Change]:
-        return [(*rrid, pid, delta, 0 if owner == self.pid else self.pid) for rrid, owner in refs]
-
-    def flush(self, link: Link) -> None:
-        """Have what was posted written by a thread that may wait."""
-        self.reactor.soon(lambda: (link.flush(block=True), None)[1])
+        return [(*rrid, pid, delta, 0 if owner == self.peers.pid else self.peers.pid) for rrid, owner in refs]
 
     def tell_counts(
         self, owner: int, changes: list[Change], interrupted: Callable[[], bool] = lambda: False
@@ -117,27 +117,27 @@ class ReferenceCounts:
 
         What is told, or concerns nobody any more, is taken out of `changes`.
         """
-        if owner == self.pid:
+        if owner == self.peers.pid:
             self.change_counts(changes)
             if self.freed:
                 firmly(self.drop)
             return
         queued = False
         try:
-            if owner not in self.lost_processes:
-                link = self.way_to(owner)
+            if owner not in self.peers.lost:
+                link = self.peers.way_to(owner)
                 parts = codec.frame(_REFS, 0, 0, owner, codec.pickled(changes))
                 queued = not link.send(parts, interrupted, patience=STUCK_SECONDS)
         except SendInterrupted as stopped:
             if stopped.begun:
                 del changes[:]
-                firmly(self.flush, link)
+                firmly(self.reactor.flush, link)
             raise
         except (LinkClosed, ShmdistError):
             pass  # the owner is gone, and the counts with it
         del changes[:]
         if queued:
-            firmly(self.flush, link)
+            firmly(self.reactor.flush, link)
 
     def change_counts(self, changes: list[Change]) -> None:
         """Change counts of references that live here; what nobody holds any more is :attr:`freed`.
@@ -186,7 +186,7 @@ class ReferenceCounts:
         given = self._of_others(refs, sender)
         if given:
             with self.lock:
-                if sender in self.lost_processes:
+                if sender in self.peers.lost:
                     return False
                 for rrid, owner in given:
                     firmly(self.receipts.note, owner, rrid, sender)
@@ -196,7 +196,7 @@ class ReferenceCounts:
 
     def _of_others(self, refs: Iterable[Ref], sender: int) -> list[Ref]:
         """Return those references whose owner, another one than the sender, lives."""
-        return [ref for ref in refs if ref[1] != sender and ref[1] not in self.lost_processes]
+        return [ref for ref in refs if ref[1] != sender and ref[1] not in self.peers.lost]
 
     def give_back(self, refs: Iterable[tuple[RRID, int]]) -> None:
         """Give back references that came in a frame but were never made.  Takes no lock."""
@@ -246,7 +246,9 @@ class ReferenceCounts:
         for owner in owners:
             with self.lock:
                 counts = self.unsent_releases.get(owner, {})
-                changes = [(*rrid, self.pid, delta, reporter) for (rrid, reporter), delta in counts.items()]
+                changes = [
+                    (*rrid, self.peers.pid, delta, reporter) for (rrid, reporter), delta in counts.items()
+                ]
                 if counts:
                     del self.unsent_releases[owner]
             try:
@@ -300,6 +302,11 @@ class ReferenceCounts:
             firmly(self._ask_for_housekeeping)  # what is left is done then
             raise
 
+    def lose(self, pid: int) -> None:
+        """Take off the counts of a process that is gone."""
+        with self.lock:
+            self.freed += self.refs.peer_lost(pid)
+
     def create(self, rrid: RRID, kind: Any, client: int | None) -> Entry:
         """Enter a reference that lives here from now on."""
         with self.lock:
@@ -320,7 +327,7 @@ class ReferenceCounts:
 
     def _tell(self, waiter: Any, value: Any) -> None:
         if isinstance(value, CapturedException):
-            waiter.fail(remote_exception(self.pid, value))
+            waiter.fail(remote_exception(self.peers.pid, value))
         else:
             waiter.resolve(value)
 

@@ -30,7 +30,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shmdist._firmly import firmly
 from shmdist.errors import (
@@ -45,10 +45,16 @@ from shmdist.memory.progress_page import BEGUN, LANES, ProgressPage
 from shmdist.refcount.table import RRID, AlreadySet
 from shmdist.runtime import forked_child
 from shmdist.runtime.contexts import CallContext
-from shmdist.runtime.interrupts import current
+from shmdist.runtime.counts import ReferenceCounts
+from shmdist.runtime.function_store import FunctionStore
+from shmdist.runtime.interrupts import ThreadState, current
+from shmdist.runtime.requests import RequestClient
+from shmdist.runtime.reserve import Reserve
+from shmdist.runtime.sharing import SharedMemory
 from shmdist.runtime.thread_frames import frames_of
 from shmdist.serialization import atoms, codec, function_names, pickled_functions
 from shmdist.transport import native
+from shmdist.transport.link import Link
 from shmdist.transport.messages import (
     BROKEN,
     BY_ID,
@@ -63,11 +69,6 @@ from shmdist.transport.messages import (
     Frame,
     Kind,
 )
-
-if TYPE_CHECKING:
-    from shmdist.runtime.interrupts import ThreadState
-    from shmdist.runtime.node import Node
-    from shmdist.transport.link import Link
 
 _RESULT = int(Kind.RESULT)
 _GATE_LOOK_SECONDS = 0.25  # between two looks at a call whose arguments are read while the next one waits
@@ -119,10 +120,30 @@ class IncomingCall:
 
 
 class CallExecutor:
-    """The calls that this process runs or is going to run."""
+    """The calls that this process runs or is going to run.
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    Parameters
+    ----------
+    requests, counts, sharing, functions : RequestClient, ReferenceCounts, SharedMemory, FunctionStore
+        By which it answers, keeps outcomes, returns blocks, and finds functions that were sent ahead.
+    reserve : Reserve
+        Given up for as long as an error is told that says that something is lacking.
+    flush_output : callable
+        Writes out what calls printed, before their results go.
+    """
+
+    def __init__(
+        self,
+        requests: RequestClient,
+        counts: ReferenceCounts,
+        sharing: SharedMemory,
+        functions: FunctionStore,
+        reserve: Reserve,
+        flush_output: Callable[[], None],
+    ) -> None:
+        self._requests, self._counts, self._sharing = requests, counts, sharing
+        self._functions, self._reserve, self._flush_output = functions, reserve, flush_output
+        self._reactor = requests.reactor
         self.queued: dict[tuple[int, int], IncomingCall] = {}
         self.running: dict[tuple[int, int], IncomingCall] = {}
         self.context = CallContext()
@@ -137,7 +158,7 @@ class CallExecutor:
         task = IncomingCall(frame)
         if frame.flags & WANT_STORE:
             # Now, not when it ends: others may ask for the value before it is there.
-            self._node.create(RRID(*task.key), "future", task.key[0])
+            self._counts.create(RRID(*task.key), "future", task.key[0])
         self.queued[task.key] = task
         return task
 
@@ -185,7 +206,7 @@ class CallExecutor:
         except BaseException as caught:
             error = caught
             if _lacks_means(caught):
-                self._node.reserve.open()
+                self._reserve.open()
         thread_state.end()
         if task.ticket >= 0:
             self._pass_gate(task)
@@ -206,11 +227,11 @@ class CallExecutor:
                 self._finish_again(task, error)
             else:
                 error = failure
-                self._node.reserve.open()
+                self._reserve.open()
                 firmly(self._last_resort, task, failure)
         finally:
             if error is not None:
-                self._node.reserve.fill()
+                self._reserve.fill()
             # Its traceback holds this frame, and those of the call, with the arguments in them.
             error = None
 
@@ -229,7 +250,7 @@ class CallExecutor:
 
     def _finish_again(self, task: IncomingCall, error: BaseException) -> None:
         """Answer with an error for a call, in the plainest way where no other one works."""
-        self._node.reserve.open()
+        self._reserve.open()
         try:
             self._finish(task, None, error, None)
         except Exception as failure:
@@ -241,7 +262,7 @@ class CallExecutor:
         """Answer for a call that has ended."""
         frame = task.frame
         store = frame.flags & WANT_STORE
-        self._node.flush_own_output()
+        self._flush_output()
         if store:
             self._store(task, value, error)
         elif error is not None:
@@ -249,10 +270,10 @@ class CallExecutor:
         elif payload is not None:
             try:
                 if payload.buffers:
-                    self._node.sharing.mark_moving(payload, task.link.pid)
-                self._node.answer(task.link, frame.call_id, 0, payload)
+                    self._sharing.mark_moving(payload, task.link.pid)
+                self._requests.answer(task.link, frame.call_id, 0, payload)
             except BaseException:
-                self._node.sharing.stay(payload)
+                self._sharing.blocks.stay(payload)
                 raise
 
     def _last_resort(self, task: IncomingCall, failure: BaseException) -> None:
@@ -262,20 +283,20 @@ class CallExecutor:
         captured = CapturedException(kind(text), kind.__name__, text, f"{kind.__name__}: {text}")
         if task.frame.flags & WANT_STORE:
             with contextlib.suppress(AlreadySet):
-                self._node.store(task.key, None, captured)
+                self._counts.store(task.key, None, captured)
         blob = pickle.dumps(captured, 5)
-        payload = codec.pickled((self._node.pid, captured.type_name, text, captured.traceback_text, blob))
+        payload = codec.pickled((self._requests.pid, captured.type_name, text, captured.traceback_text, blob))
         flags = IS_ERROR | (STORED if task.frame.flags & WANT_STORE else 0)
-        self._node.answer(task.link, task.frame.call_id, flags, payload)
+        self._requests.answer(task.link, task.frame.call_id, flags, payload)
 
     def _read(self, task: IncomingCall) -> Any:
         """Read function and arguments of `task`."""
-        frame, node = task.frame, self._node
+        frame = task.frame
         if frame.flags & BROKEN:
             raise MemoryError("this process had no memory to receive the call's arguments")
         try:
             if frame.flags & HAS_REFS or frame.buffers:
-                call = codec.loads(frame, node.give_back)
+                call = codec.loads(frame, self._counts.give_back)
             else:
                 by = frame.flags & (BY_NAME | BY_VALUE)
                 if by != BY_NAME:
@@ -283,12 +304,12 @@ class CallExecutor:
                 call = _LOADS[by](frame.body)
         except Exception as error:
             hint = codec.unreadable(error, "the call's function or arguments").args[0]
-            add_note(error, f"{hint} (on process {node.pid}, {sys.executable})")
+            add_note(error, f"{hint} (on process {self._requests.pid}, {sys.executable})")
             raise
         frame.body = b""  # the arguments are what is needed of it
         frame.buffers = []
         if frame.flags & BY_ID:
-            return node.functions.get(task.link.pid, call[0]), call[1], call[2]
+            return self._functions.get(task.link.pid, call[0]), call[1], call[2]
         return call
 
     def _pass_gate(self, task: IncomingCall) -> None:
@@ -374,34 +395,35 @@ class CallExecutor:
 
     def _store(self, task: IncomingCall, value: Any, error: BaseException | None) -> None:
         """Keep the outcome here as the caller's Future, and tell him that it is there."""
-        node = self._node
+        requests = self._requests
         frame = task.frame
         captured = None
         if task.cancelled:
             self._store_cancelled(task)
-            node.post(task.link, _RESULT, NOT_RUN, frame.call_id)
+            self._reactor.post(task.link, _RESULT, NOT_RUN, frame.call_id)
             return
         if error is not None:
             captured = capture(error)
             drop_tracebacks(error)
         if not task.stored:  # to tell it may be tried again
-            node.store(task.key, value, captured)
+            self._counts.store(task.key, value, captured)
             task.stored = True
         if captured is not None:
-            node.answer(task.link, frame.call_id, STORED | IS_ERROR, node.dump_error(captured))
+            requests.answer(task.link, frame.call_id, STORED | IS_ERROR, requests.dump_error(captured))
         elif type(value) in atoms.ATOMS and sys.getsizeof(value) < _SMALL_ATOM_BYTES:
-            node.answer(task.link, frame.call_id, STORED, codec.dumps(value))
+            requests.answer(task.link, frame.call_id, STORED, codec.dumps(value))
         else:
-            node.answer(task.link, frame.call_id, STORED, None)
+            requests.answer(task.link, frame.call_id, STORED, None)
 
     def _answer_error(self, task: IncomingCall, error: BaseException) -> None:
-        node = self._node
+        requests = self._requests
         captured = capture(error)
         if task.frame.flags & WANT_VALUE:
-            node.answer(task.link, task.frame.call_id, IS_ERROR, node.dump_error(captured))
-        elif not (node.reactor.closing and isinstance(error, ProcessExitedException)):  # all of them end
+            requests.answer(task.link, task.frame.call_id, IS_ERROR, requests.dump_error(captured))
+        elif not (self._reactor.closing and isinstance(error, ProcessExitedException)):  # all of them end
             # remote_do: no thread waits, so it is printed where it happened
-            print(f"remote_do failed on process {node.pid}:\n{captured.traceback_text}", file=sys.stderr)  # noqa: T201 - the contract
+            text = f"remote_do failed on process {self._requests.pid}:\n{captured.traceback_text}"
+            print(text, file=sys.stderr)  # noqa: T201 - the contract
 
     # ------------------------------------------------------------------ interrupts
 
@@ -419,7 +441,7 @@ class CallExecutor:
             task.cancelled = True
         self.interrupt(task)
         if task.cancelled:
-            self._node.reactor.soon(lambda: self._store_cancelled(task))
+            self._reactor.soon(lambda: self._store_cancelled(task))
         return True
 
     def withdraw(self, key: tuple[int, int]) -> bool:
@@ -435,8 +457,8 @@ class CallExecutor:
         task.frame.body, task.frame.buffers = b"", []
         task.frame.flags &= ~HAS_REFS
         if task.frame.flags & WANT_STORE:
-            self._node.reactor.soon(lambda: self._store_cancelled(task))
-        self._node.post(task.link, _RESULT, NOT_RUN, task.frame.call_id)
+            self._reactor.soon(lambda: self._store_cancelled(task))
+        self._reactor.post(task.link, _RESULT, NOT_RUN, task.frame.call_id)
 
     def _store_cancelled(self, task: IncomingCall) -> None:
         """Let the Future of a call be a cancelled one, unless it has its value already."""
@@ -444,7 +466,7 @@ class CallExecutor:
 
         what = f"a call of process {task.key[0]} was cancelled"
         with contextlib.suppress(AlreadySet):
-            self._node.store(task.key, None, capture(Cancelled(what, task.key)))
+            self._counts.store(task.key, None, capture(Cancelled(what, task.key)))
 
     def interrupt(self, task: IncomingCall) -> None:
         """Raise KeyboardInterrupt in a running call."""
@@ -455,7 +477,7 @@ class CallExecutor:
         if thread_state is None:
             return  # it looks at `interrupted` before it begins
         firmly(thread_state.interrupt_call, task)
-        later = self._node.reactor.later
+        later = self._reactor.later
         with contextlib.suppress(Exception):  # no thread can be had: once must do
             if thread_state.signalled:
                 later(_REPEAT_SIGNAL_SECONDS, lambda: self._make_sure(task, thread_state))
@@ -516,65 +538,3 @@ def _dump_value(value: Any, function: Any) -> codec.Payload:
         if salvage is None:
             raise
         return codec.dumps(salvage(value))
-
-
-class FunctionStore:
-    """Functions sent ahead of their calls, by sender and number; read on first use."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        self._table: dict[tuple[int, int], Any] = {}
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def put(self, frame: Frame) -> None:
-        """Keep a FUNCTION frame; on the reading thread, so it is not read yet."""
-        self._table[frame.link.pid, frame.call_id] = [[frame], threading.Lock(), None]
-
-    def drop(self, pid: int, number: int) -> None:
-        """Forget a function."""
-        entry = self._table.pop((pid, number), None)
-        if entry is not None:
-            entry[0].clear()  # references in it go back, if it has not been read
-
-    def forget(self, pid: int) -> None:
-        """Forget all functions of a process that is gone."""
-        for key in [key for key in self._table if key[0] == pid]:
-            self.drop(*key)
-
-    def get(self, pid: int, number: int) -> Any:
-        """Return a function, reading it when it is asked for first.
-
-        Raises
-        ------
-        LookupError
-            It was dropped.
-        Exception
-            Whatever reading it raises; every call of it raises the same.
-        """
-        entry = self._table.get((pid, number))
-        if entry is None:
-            raise LookupError(f"function {number} of process {pid} is not kept here any more")
-        if entry[2] is None:
-            with entry[1]:  # several calls may want it at once; it is read one time
-                if entry[2] is None:
-                    try:
-                        frame = entry[0].pop()  # one step: whoever has it sees to the references in it
-                    except IndexError:
-                        raise LookupError(f"function {number} of process {pid} was dropped") from None
-                    entry[2] = self._read(frame)
-        function, failure = entry[2]
-        if failure is not None:
-            raise failure
-        return function
-
-    def _read(self, frame: Frame) -> tuple[Any, Exception | None]:
-        """Read a function, or say why it cannot be read."""
-        try:
-            if frame.flags & BROKEN:
-                raise MemoryError("this process had no memory to receive the function")
-            return codec.loads(frame, self._node.give_back), None
-        except Exception as error:
-            add_note(error, codec.unreadable(error, "the function").args[0])
-            return None, error

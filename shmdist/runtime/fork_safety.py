@@ -12,31 +12,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING
 
 from shmdist.memory.leases import OWN, PRIVATE, SHARED, Lease
+from shmdist.runtime.block_counts import BlockCounts
 from shmdist.serialization import arrays
-
-if TYPE_CHECKING:
-    from shmdist.runtime.sharing import SharedMemory
 
 
 class ForkGuard:
     """What is done before and after each fork of a process."""
 
-    def __init__(self, sharing: SharedMemory) -> None:
-        self._sharing = sharing
+    def __init__(self, blocks: BlockCounts) -> None:
+        self._blocks = blocks
         self._pins: list[tuple[int, int, list[Lease]]] = []  # of forks under way: pipe's ends, what is pinned
 
     def before(self) -> None:
         """Pin the values that a child is going to see."""
-        sharing = self._sharing
-        sharing.lock.acquire()  # so that the child finds the tables whole
+        blocks = self._blocks
+        blocks.lock.acquire()  # so that the child finds the tables whole
         leases: list[Lease] = []
         ends = (-1, -1)
         try:
-            sharing.settle()
-            leases = [lease for lease in sharing.holds.leases() if lease.mode != SHARED]
+            blocks.settle()
+            leases = [lease for lease in blocks.holds.leases() if lease.mode != SHARED]
             for lease in leases:
                 lease.pins += 1
                 if lease.mode == OWN and lease.start and not lease.moving:
@@ -55,34 +52,34 @@ class ForkGuard:
         if not self._pins:
             return  # this process was in no cluster when the fork began
         reads, writes, leases = self._pins.pop()
-        self._sharing.lock.release()
+        self._blocks.lock.release()
         if reads < 0:
             return
         os.close(writes)
 
         def unpin() -> None:
             os.close(reads)
-            with self._sharing.lock:
-                self._sharing.settle()
+            with self._blocks.lock:
+                self._blocks.settle()
                 for lease in leases:
                     lease.pins -= 1
-                    if lease in self._sharing.holds.dead and not lease.pins:
-                        self._sharing.holds.dead.remove(lease)
+                    if lease in self._blocks.holds.dead and not lease.pins:
+                        self._blocks.holds.dead.remove(lease)
                         if not lease.moving:
-                            self._sharing.release(lease)
-            self._sharing.pay()
+                            self._blocks.release(lease)
+            self._blocks.pay()
 
-        self._sharing.node.reactor.watch(reads, unpin)
+        self._blocks.reactor.watch(reads, unpin)
 
     def after_in_child(self) -> None:
         """Let what the child writes to its values stay its own; the pipe's end stays open with it."""
         if not self._pins:
             return
         reads, _, leases = self._pins.pop()
-        self._sharing.lock.release()
+        self._blocks.lock.release()
         if reads >= 0:
             os.close(reads)
-        self._sharing.holds.idle = False  # nobody to wake
+        self._blocks.holds.idle = False  # nobody to wake
         arrays.find_shared = None  # to a cluster of the child they are arrays like any other
         for lease in leases:
             if lease.mode == OWN:  # it is on its way home, or the system refused

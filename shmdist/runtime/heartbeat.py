@@ -61,15 +61,14 @@ import os
 import select
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shmdist._log import Log
+from shmdist.runtime.peers import Peers
+from shmdist.runtime.reactor import Reactor
 from shmdist.transport import keepalive
+from shmdist.transport.link import Link
 from shmdist.transport.messages import Kind
-
-if TYPE_CHECKING:
-    from shmdist.runtime.node import Node
-    from shmdist.transport.link import Link
 
 _BEATS = 6  # pauses between two beats
 _log = Log("heartbeat")
@@ -89,8 +88,8 @@ class _LinkHealth:
 class HeartbeatMonitor:
     """Looks after the links of a process to other hosts; see the module's docstring."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    def __init__(self, peers: Peers, reactor: Reactor) -> None:
+        self._peers, self._reactor = peers, reactor
         self._links: dict[Link, _LinkHealth] = {}
         self._lock = threading.Lock()  # guards `_links` and `_running`
         self._running = False
@@ -116,7 +115,7 @@ class HeartbeatMonitor:
                 return
             self._running = True
         try:
-            self._node.reactor.start(self._run)
+            self._reactor.start(self._run)
         except BaseException:
             self._running = False
             raise
@@ -164,13 +163,13 @@ class HeartbeatMonitor:
     def _beat(self, link: Link) -> None:
         """Let the other side hear this process, where no kernel does that."""
         # Bytes that are under way are as good, and what is stuck is not to be added to.
-        if self._node.pid == 1 and link.bridged and not link.is_writing:
-            self._node.post(link, int(Kind.HEARTBEAT), 0, 0)
+        if self._peers.pid == 1 and link.bridged and not link.is_writing:
+            self._reactor.post(link, int(Kind.HEARTBEAT), 0, 0)
 
     def _give_up(self, link: Link, timeout: float) -> None:
         _log.warning("nothing has come from the host of process %d for %g s", link.pid, timeout)
         self.silent.add(link.pid)
-        if self._node.is_worker and link.pid == 1:
+        if self._peers.is_worker and link.pid == 1:
             limit = f"{timeout:g} s (SHMDIST_HEARTBEAT_TIMEOUT)"
             _tell(f"nothing has come from process 1 for {limit}: this worker ends")
         abort = getattr(link.connection, "abort", None)

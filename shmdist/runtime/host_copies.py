@@ -51,18 +51,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shmdist._log import Log, warn
 from shmdist.memory.leases import PRIVATE
-from shmdist.runtime.host_copy_receiver import GONE, HERE, HOST_COPY, HostCopyReceiver, answer_of
+from shmdist.runtime.counts import ReferenceCounts
+from shmdist.runtime.host_copy_receiver import (
+    GONE,
+    HERE,
+    HOST_COPY,
+    BlockSource,
+    HostCopyReceiver,
+    answer_of,
+)
+from shmdist.runtime.requests import RequestClient
 from shmdist.serialization import codec
 from shmdist.serialization.arrays import LINE, SharedSource, contiguous
 from shmdist.transport.link import LinkClosed
 from shmdist.transport.messages import TOKEN, BlockRef, OutgoingFrames, PeerInfo
-
-if TYPE_CHECKING:
-    from shmdist.runtime.sharing import SharedMemory
 
 ANSWER_SECONDS = 2.0  # that another process may take to answer
 RETRY_SHARING_SECONDS = 30.0  # for which a process that could not share is sent its own
@@ -91,7 +97,7 @@ class HostCopy:
 
     def __init__(self, copies: HostCopySender) -> None:
         self._copies = copies
-        self.number = next(copies.node.call_ids)
+        self.number = next(copies.requests.call_ids)
         self.there: set[int] = set()
         self.lenders: dict[int, None] = {}
         self.asked: set[int] = set()
@@ -104,7 +110,7 @@ class HostCopy:
         try:
             if self.asked:
                 copies, number, asked = self._copies, self.number, self.asked
-                copies.node.run_soon(lambda: copies.withdraw(number, asked))
+                copies.run_soon(lambda: copies.withdraw(number, asked))
         except Exception:
             pass  # the program is at its end
 
@@ -112,10 +118,10 @@ class HostCopy:
 class HostCopySender:
     """What a link to another host asks in the place of ``SharedMemory``; hangs on that as ``copies``."""
 
-    def __init__(self, sharing: SharedMemory) -> None:
-        self.node = sharing.node
+    def __init__(self, sharing: BlockSource, requests: RequestClient, counts: ReferenceCounts) -> None:
+        self.requests, self.peers, self.run_soon = requests, requests.peers, counts.run_soon
         self._warned = False  # that a shared array is copied for another host
-        self.lending = HostCopyReceiver(sharing)
+        self.lending = HostCopyReceiver(sharing, requests)
         self.room, self.adopt = self.lending.room, self.lending.adopt
         self._alone: dict[int, float] = {}  # processes that could not share, and until when
 
@@ -180,7 +186,7 @@ class HostCopySender:
 
     def _token(self, copy: HostCopy, offset: int, nbytes: int, done: OutgoingFrames) -> BlockRef:
         done.kept.append(copy)
-        return BlockRef(TOKEN.pack(copy.number, self.node.pid, 0, offset, nbytes, PRIVATE))
+        return BlockRef(TOKEN.pack(copy.number, self.peers.pid, 0, offset, nbytes, PRIVATE))
 
     def _give(
         self, copy: HostCopy, raw: Callable[[], Any], nbytes: int, pid: int, often: bool = False
@@ -191,7 +197,7 @@ class HostCopySender:
         """
         if pid in copy.there:
             return True
-        lost_processes = self.node.lost_processes
+        lost_processes = self.peers.lost
         while pid not in lost_processes and self._alone.get(pid, 0.0) < time.monotonic():
             lender = self._lender(copy, pid)
             if lender is None:
@@ -211,7 +217,6 @@ class HostCopySender:
 
     def _send_first(self, copy: HostCopy, raw: Callable[[], Any], nbytes: int, pid: int) -> bool:
         """Send a copy to the first process of a host."""
-        node = self.node
         seconds = ANSWER_SECONDS + nbytes / _BYTES_PER_SECOND
         if self._ask(copy, pid, ("room", copy.number, nbytes), seconds) != HERE:
             self._leave_alone(pid)
@@ -220,7 +225,9 @@ class HostCopySender:
         payload = codec.pickled(("here", copy.number))
         payload.buffers.append(raw())
         try:
-            node.send(node.links[pid], codec.frame(HOST_COPY, 0, 0, copy.number, payload), None)
+            self.requests.send(
+                self.peers.links[pid], codec.frame(HOST_COPY, 0, 0, copy.number, payload), None
+            )
         except (LinkClosed, KeyError):
             return False  # its death is on its way
         copy.patience = ANSWER_SECONDS + time.monotonic() - begun
@@ -231,7 +238,9 @@ class HostCopySender:
     def _ask(self, copy: HostCopy, pid: int, what: Any, seconds: float) -> int | None:
         """Return a process's answer; None when there is none in time."""
         copy.asked.add(pid)
-        return answer_of(self.node, self.node.request(pid, HOST_COPY, 0, codec.pickled(what)), seconds)
+        return answer_of(
+            self.requests, self.requests.request(pid, HOST_COPY, 0, codec.pickled(what)), seconds
+        )
 
     def _leave_alone(self, pid: int) -> None:
         now = time.monotonic()
@@ -240,14 +249,14 @@ class HostCopySender:
         _log.info("process %d shares no copies for now", pid)
 
     def _members(self) -> list[PeerInfo]:
-        return list(self.node.peers.values())
+        return list(self.peers.members.values())
 
     def _hosts(self) -> int:
         return len({peer.host for peer in self._members()})
 
     def _lender(self, copy: HostCopy, pid: int) -> int | None:
         """Return a process that has the copy, and from which `pid` can take it."""
-        peers = self.node.peers
+        peers = self.peers.members
         taker = peers.get(pid)
         for lender in list(copy.lenders):
             peer = peers.get(lender)
@@ -257,14 +266,13 @@ class HostCopySender:
 
     def _has_sibling(self, pid: int) -> bool:
         """Return whether there is another process to which `pid` could lend a copy."""
-        node = self.node
-        peer = node.peers.get(pid)
+        peer = self.peers.members.get(pid)
         if peer is None:
             return False
         for other in self._members():
-            if other.pid in (pid, node.pid) or not _may_share(peer, other):
+            if other.pid in (pid, self.peers.pid) or not _may_share(peer, other):
                 continue
-            link = node.links.get(other.pid)
+            link = self.peers.links.get(other.pid)
             if link is None or not link.is_local:
                 return True
         return False
@@ -272,9 +280,9 @@ class HostCopySender:
     def withdraw(self, number: int, pids: set[int]) -> None:
         """Let processes forget a copy."""
         for pid in pids:
-            link = self.node.links.get(pid)
+            link = self.peers.links.get(pid)
             if link is not None:
-                self.node.post(link, HOST_COPY, 0, 0, codec.pickled(("forget", number)))
+                self.requests.reactor.post(link, HOST_COPY, 0, 0, codec.pickled(("forget", number)))
 
 
 def _may_share(one: PeerInfo, other: PeerInfo) -> bool:

@@ -8,18 +8,16 @@ import threading
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from shmdist._log import Log
-from shmdist.memory.leases import PRIVATE, Lease, LeaseHandle
+from shmdist.memory.leases import PRIVATE, Lease, LeaseHandle, LeaseTable
+from shmdist.memory.segment import Segment
 from shmdist.runtime.replies import PendingReply
+from shmdist.runtime.requests import RequestClient
 from shmdist.serialization import codec
 from shmdist.transport.link import Link
 from shmdist.transport.messages import BROKEN, TOKEN, Frame, Kind
-
-if TYPE_CHECKING:
-    from shmdist.runtime.node import Node
-    from shmdist.runtime.sharing import SharedMemory
 
 HOST_COPY, _RESULT = int(Kind.HOST_COPY), int(Kind.RESULT)
 HERE, GONE, APART = range(3)  # answers: it is here; the lender has it not; nothing can be shared
@@ -60,16 +58,48 @@ class _PartLease(Lease):
         self.whole = whole
 
 
+class Offers(Protocol):
+    """What is needed of the exchange of segments."""
+
+    def ensure_mapped(self, segment: Segment, pid: int, patience: float, /) -> bool:
+        """See to it that a process has mapped a segment."""
+
+
+class Maintainer(Protocol):
+    """What is needed of the arena's maintainer."""
+
+    def used(self) -> None:
+        """Note that a block was taken."""
+
+
+class BlockSource(Protocol):
+    """What is needed of the shared memory of this process."""
+
+    @property
+    def holds(self) -> LeaseTable:
+        """The leases of this process."""
+
+    @property
+    def offers(self) -> Offers:
+        """The exchange of segments."""
+
+    @property
+    def maintainer(self) -> Maintainer:
+        """The arena's maintainer."""
+
+    def take_for_many(self, nbytes: int, grow: bool) -> LeaseHandle | None:
+        """Take a block that several processes will see; None when there is none."""
+
+
 class HostCopyReceiver:
     """The table of what is here, and what is done for those who want it; hangs on ``HostCopySender``."""
 
-    def __init__(self, sharing: SharedMemory) -> None:
-        self._sharing = sharing
-        self._node = node = sharing.node
+    def __init__(self, sharing: BlockSource, requests: RequestClient) -> None:
+        self._sharing, self._requests = sharing, requests
+        self._peers, self._reactor = requests.peers, requests.reactor
         self._lock = threading.Lock()  # guards the table; a leaf
         self.table: dict[Key, _ReceivedCopy] = {}
-        node.controls[Kind.HOST_COPY] = self._on_frame
-        node.lost_hooks.append(self._lost)
+        self._peers.lost_hooks.append(self._lost)
 
     def __repr__(self) -> str:
         return f"<HostCopyReceiver {sorted(self.table)}>"
@@ -103,9 +133,9 @@ class HostCopyReceiver:
         self._sharing.maintainer.used()
         return LeaseHandle(self._sharing.holds, _PartLease(kept.hold, offset, nbytes))
 
-    def _on_frame(self, frame: Frame) -> None:
+    def on_frame(self, frame: Frame) -> None:
         """Handle a frame about copies; on the reading thread."""
-        node, link = self._node, frame.link
+        link = frame.link
         if frame.flags & BROKEN:
             self._forget((link.pid, frame.call_id))  # of its own requests no copy has the number
             return
@@ -122,7 +152,7 @@ class HostCopyReceiver:
                 former, self.table[key] = self.table.get(key), kept
             self._refuse(former)
             work = self._make_room if verb == "room" else self._take
-            node.reactor.soon(lambda: self._provide(link, frame.call_id, key, kept, work, details[1:]))
+            self._reactor.soon(lambda: self._provide(link, frame.call_id, key, kept, work, details[1:]))
 
     def _provide(
         self,
@@ -147,7 +177,7 @@ class HostCopyReceiver:
             with self._lock:
                 if self.table.get(key) is kept:
                     del self.table[key]
-        self._node.answer(link, call_id, 0, codec.pickled(answer))
+        self._requests.answer(link, call_id, 0, codec.pickled(answer))
 
     def _enter(self, key: Key, kept: _ReceivedCopy, hold: LeaseHandle, here: bool) -> int:
         with self._lock:
@@ -163,14 +193,14 @@ class HostCopyReceiver:
 
     def _take(self, key: Key, kept: _ReceivedCopy, lender: int, seconds: float) -> int:
         """Get a block from a process of this host."""
-        node, deadline = self._node, time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         link = self._link_to(lender, seconds)
         if link is None:
             return GONE
         if not link.is_local:
             return APART
-        reply = node.request(lender, HOST_COPY, 0, codec.pickled(("give", *key)))
-        answer = answer_of(node, reply, deadline - time.monotonic())
+        reply = self._requests.request(lender, HOST_COPY, 0, codec.pickled(("give", *key)))
+        answer = answer_of(self._requests, reply, deadline - time.monotonic())
         if answer != HERE or reply.frame is None:
             return GONE if answer is None else answer
         hold = reply.frame.buffers[0]
@@ -179,23 +209,22 @@ class HostCopyReceiver:
 
     def _link_to(self, pid: int, seconds: float) -> Link | None:
         """Return the link to a process of this host; None when it takes too long to make."""
-        node = self._node
         errors: list[Exception] = []
         made = threading.Event()
 
         def make() -> None:
             try:
-                node.link_to(pid)
+                self._peers.link_to(pid)
             except Exception as error:
                 errors.append(error)
             made.set()
 
-        if pid not in node.links:
-            node.reactor.start(make)
+        if pid not in self._peers.links:
+            self._reactor.start(make)
             made.wait(seconds)
             if errors:
                 raise errors[0]
-        return node.links.get(pid)
+        return self._peers.links.get(pid)
 
     def _give_up(self, link: Link, call_id: int, key: Key) -> None:
         """Lend a copy to another process of this host, now or when it is here; on the reading thread."""
@@ -205,7 +234,7 @@ class HostCopyReceiver:
                 kept.asking.append((link, call_id))
                 return
         if kept is None:
-            self._node.post(link, _RESULT, 0, call_id, codec.pickled(GONE))
+            self._reactor.post(link, _RESULT, 0, call_id, codec.pickled(GONE))
         else:
             self._lend(kept, link, call_id)
 
@@ -216,14 +245,14 @@ class HostCopyReceiver:
         def lend() -> None:
             lease = hold.lease
             if not link.is_local or not self._sharing.offers.ensure_mapped(lease.segment, link.pid, math.inf):
-                self._node.answer(link, call_id, 0, codec.pickled(APART))
+                self._requests.answer(link, call_id, 0, codec.pickled(APART))
                 return
             payload = codec.pickled(HERE)
             payload.buffers.append(lease.view())
             payload.spread = {0: hold}
-            self._node.answer(link, call_id, 0, payload)
+            self._requests.answer(link, call_id, 0, payload)
 
-        self._node.reactor.soon(lend)
+        self._reactor.soon(lend)
 
     def _arrived(self, key: Key) -> None:
         """The bytes of a copy are here."""
@@ -245,7 +274,7 @@ class HostCopyReceiver:
         """Tell those who wait for a copy that it will not come."""
         if kept is not None:
             for link, call_id in kept.asking:
-                self._node.post(link, _RESULT, 0, call_id, codec.pickled(GONE))
+                self._reactor.post(link, _RESULT, 0, call_id, codec.pickled(GONE))
 
     def _lost(self, pid: int) -> None:
         """A process is gone, and its copies with it."""
@@ -255,12 +284,12 @@ class HostCopyReceiver:
             self._forget(key)
 
 
-def answer_of(node: Node, reply: PendingReply, seconds: float) -> int | None:
+def answer_of(requests: RequestClient, reply: PendingReply, seconds: float) -> int | None:
     """Return the answer to a request; None when there is none in time."""
     try:
-        node.wait_inside(reply, seconds)
+        requests.wait_inside(reply, seconds)
     finally:
-        node.pending.pop(reply.call_id, None)
+        requests.pending.pop(reply.call_id, None)
     frame = reply.frame
     return None if frame is None or frame.flags & BROKEN else pickle.loads(frame.body)
 

@@ -28,7 +28,7 @@ would wait for itself. Hence three rules:
   (:meth:`ThreadState.enter`). So a finalizer comes to no lock there, and what it asks for fails with a
   text that says why. It works as anywhere else where the collection began in user code. Finalizers of the
   runtime's own ask :func:`collecting` first and leave what they have to do to another thread
-  (``node.hand_over``), or only append to a deque.
+  (``ReferenceCounts.hand_over``), or only append to a deque.
 - *No object of a user is dropped while a lock is held*, for its finalizer runs there and then, without a
   collection. Where one is dropped by the thread that reads, it cannot wait (``Reactor.wait``).
 

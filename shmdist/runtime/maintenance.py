@@ -17,17 +17,16 @@ import os
 import select
 import time
 from collections import deque
-from typing import TYPE_CHECKING
 
 from shmdist._log import Log, warn
 from shmdist.memory.arena import State
 from shmdist.memory.limits import total_memory
 from shmdist.memory.mapping import whole_pages
 from shmdist.memory.segment import Segment
+from shmdist.runtime.block_counts import BlockCounts
+from shmdist.runtime.counts import ReferenceCounts
+from shmdist.runtime.segment_exchange import SegmentExchange
 from shmdist.transport.poller import WakeupFd
-
-if TYPE_CHECKING:
-    from shmdist.runtime.sharing import SharedMemory
 
 IDLE_SECONDS = 5.0  # after which unused memory goes back
 _TICK_SECONDS = 0.02  # between looks while there is traffic
@@ -64,8 +63,10 @@ def arena_limit() -> int:
 class ArenaMaintainer:
     """The thread that keeps a process's arena; see the module's docstring."""
 
-    def __init__(self, sharing: SharedMemory) -> None:
-        self._sharing = sharing
+    def __init__(self, blocks: BlockCounts, counts: ReferenceCounts, offers: SegmentExchange) -> None:
+        self._blocks, self._counts, self._offers = blocks, counts, offers
+        blocks.wake, blocks.want = self.wake, self.want
+        offers.report_trouble, offers.keep_for_now = self.trouble, self.keep_for_now
         self._kick: WakeupFd | None = None
         self._wants: deque[tuple[int, int | None]] = deque()  # bytes, and for whom
         self._last_use = 0.0
@@ -120,7 +121,7 @@ class ArenaMaintainer:
 
     def wake(self) -> None:
         """Wake the maintainer, or have it started; safe in finalizers."""
-        holds, kick = self._sharing.holds, self._kick
+        holds, kick = self._blocks.holds, self._kick
         if not holds.idle:
             return
         try:
@@ -128,7 +129,7 @@ class ArenaMaintainer:
             if kick is not None:
                 kick.set()
             else:  # this process has only ever received
-                self._sharing.node.run_soon(self.used)
+                self._counts.run_soon(self.used)
         except BaseException:  # an interrupt, which nothing puts off in a finalizer
             holds.idle = True  # the next one wakes it
             raise
@@ -139,7 +140,7 @@ class ArenaMaintainer:
             self._told.add(kind)
             self._trouble = why
             _log.warning("arrays go by the socket: %s", why)
-            if self._sharing.node.is_worker:
+            if self._blocks.peers.is_worker:
                 self._tell()
 
     def _tell(self) -> None:
@@ -147,7 +148,7 @@ class ArenaMaintainer:
         why, self._trouble = self._trouble, ""
         if why:
             text = f"shmdist: arrays to local processes are copied through sockets, for {why}"
-            if self._sharing.node.is_worker:
+            if self._blocks.peers.is_worker:
                 with contextlib.suppress(Exception):
                     warn(text, RuntimeWarning)
             else:
@@ -167,7 +168,7 @@ class ArenaMaintainer:
             self._kick.set()
 
     def _ensure(self) -> None:
-        with self._sharing.lock:
+        with self._blocks.lock:
             if self._running or self.closing:
                 return
             if self._kick is None:
@@ -178,7 +179,7 @@ class ArenaMaintainer:
                     return
             self._running = True
         try:
-            self._sharing.node.reactor.start(self._run)
+            self._blocks.reactor.start(self._run)
         except (RuntimeError, MemoryError) as error:  # no thread can be had: the next time, then
             self._running = False
             self.trouble("maintainer", str(error))
@@ -190,7 +191,7 @@ class ArenaMaintainer:
         assert kick is not None
         poller = select.poll()
         poller.register(kick.fileno(), select.POLLIN)
-        holds = self._sharing.holds
+        holds = self._blocks.holds
         while not self.closing:
             wait = self._wait_time()
             holds.idle = wait > _TICK_SECONDS
@@ -217,20 +218,20 @@ class ArenaMaintainer:
         quiet = time.monotonic() - self._last_use
         if quiet < _TRAFFIC_SECONDS or self._kept:
             return _TICK_SECONDS
-        sharing = self._sharing
-        with sharing.lock:
-            free = sharing.arena.total - sharing.arena.lent - sharing.arena.cold
-            spares = any(len(segment.spares) for segment in sharing.holds.segments.values())
-        if free > 0 or spares or sharing.unsent_releases:
+        blocks = self._blocks
+        with blocks.lock:
+            free = blocks.arena.total - blocks.arena.lent - blocks.arena.cold
+            spares = any(len(segment.spares) for segment in blocks.holds.segments.values())
+        if free > 0 or spares or blocks.unsent_releases:
             return max(_TICK_SECONDS, IDLE_SECONDS - quiet)
         return _FOR_EVER
 
     def _turn(self) -> None:
         """Do what there is to do."""
-        sharing = self._sharing
+        blocks = self._blocks
         while self._wants and not self.closing:
             nbytes, pid = self._wants.popleft()
-            if pid in sharing.node.lost_processes:
+            if pid in blocks.peers.lost:
                 continue
             try:
                 self._provide(nbytes, pid)
@@ -239,16 +240,16 @@ class ArenaMaintainer:
                 self.trouble("memory", str(error))
             except Exception as error:  # the process for which it is has gone meanwhile, say
                 _log.info("no block for process %d: %s", pid, error)
-        sharing.pay()
+        blocks.pay()
         now = time.monotonic()
         idle = now - self._last_use >= IDLE_SECONDS
         if not idle:  # else they are taken down
-            for segment in list(sharing.holds.segments.values()):
+            for segment in list(blocks.holds.segments.values()):
                 segment.tidy_spares()
         while self._kept and self._kept[0][0] < now:
             self._kept.popleft()
-        with sharing.lock:
-            over = sharing.arena.total - sharing.arena.cold > max(self.limit, sharing.arena.lent)
+        with blocks.lock:
+            over = blocks.arena.total - blocks.arena.cold > max(self.limit, blocks.arena.lent)
         if over or idle:
             self._cool()
 
@@ -263,12 +264,12 @@ class ArenaMaintainer:
 
     def _provide(self, nbytes: int, pid: int | None) -> None:
         """Make sure that there is a warm block of `nbytes`, and offer what is made for it to a process."""
-        sharing = self._sharing
-        with sharing.lock:
-            sharing.settle()
-            if sharing.arena.has_warm(nbytes):
+        blocks = self._blocks
+        with blocks.lock:
+            blocks.settle()
+            if blocks.arena.has_warm(nbytes):
                 return
-            there = sharing.arena.total - sharing.arena.cold
+            there = blocks.arena.total - blocks.arena.cold
         size = whole_pages(nbytes)
         if there + size > self.limit:
             self.trouble("limit", _over(there + size, self.limit))
@@ -285,12 +286,12 @@ class ArenaMaintainer:
         self._making.append(segment)
         try:
             _touch(segment, 0, segment.size)
-            with sharing.lock:
-                sharing.add_segment(segment)
+            with blocks.lock:
+                blocks.add_segment(segment)
         finally:
             self._making.remove(segment)
         if pid is not None:
-            sharing.offers.offer(pid, segment)
+            self._offers.offer(pid, segment)
 
     def warm(self, nbytes: int, *, touch: bool = True) -> bool:
         """Warm a block that was given back to the system; False when there is none so large.
@@ -300,12 +301,12 @@ class ArenaMaintainer:
         MemoryError
             There is not so much memory to spare.
         """
-        sharing = self._sharing
-        with sharing.lock:
-            extent = sharing.arena.begin_warming(nbytes)
+        blocks = self._blocks
+        with blocks.lock:
+            extent = blocks.arena.begin_warming(nbytes)
         if extent is None:
             return False
-        segment = sharing.holds.segments[sharing.pid, extent.segment]
+        segment = blocks.holds.segments[blocks.peers.pid, extent.segment]
         state = State.COLD
         try:
             segment.reserve(extent.offset, extent.size)
@@ -315,8 +316,8 @@ class ArenaMaintainer:
         except OSError as error:
             raise _refused(extent.size, error) from error
         finally:
-            with sharing.lock:
-                sharing.arena.end(extent, state)
+            with blocks.lock:
+                blocks.arena.end(extent, state)
         return True
 
     def make_shared_segment(self, nbytes: int) -> Segment:
@@ -325,8 +326,8 @@ class ArenaMaintainer:
         Each segment costs descriptors, here and wherever it is mapped, and of small arrays
         there may be thousands. Errors as those of :meth:`make_segment`.
         """
-        with self._sharing.lock:
-            there = self._sharing.arena.total - self._sharing.arena.cold
+        with self._blocks.lock:
+            there = self._blocks.arena.total - self._blocks.arena.cold
         size = min(max(there // 4, _FEW), _MANY)
         if nbytes < size and there + size <= self.limit:
             try:
@@ -345,25 +346,25 @@ class ArenaMaintainer:
         """
         size = whole_pages(max(nbytes, 1))
         try:
-            return Segment.make(self._sharing.pid, next(self._sharing.numbers), size)
+            return Segment.make(self._blocks.peers.pid, next(self._blocks.numbers), size)
         except OSError as error:
             raise _refused(size, error) from error
 
     def _cool(self) -> None:
         """Give everything back that nobody uses."""
-        sharing = self._sharing
-        for segment in list(sharing.holds.segments.values()):
+        blocks = self._blocks
+        for segment in list(blocks.holds.segments.values()):
             segment.spares.drop()
-        with sharing.lock:
-            extents = sharing.arena.begin_cooling()
+        with blocks.lock:
+            extents = blocks.arena.begin_cooling()
         for extent in extents:
-            sharing.holds.segments[sharing.pid, extent.segment].give_back(extent.offset, extent.size)
-        with sharing.lock:
+            blocks.holds.segments[blocks.peers.pid, extent.segment].give_back(extent.offset, extent.size)
+        with blocks.lock:
             for extent in extents:
-                sharing.arena.end(extent, State.COLD)
-            dropped = [number for number in sharing.arena.segments() if sharing.arena.drop_segment(number)]
+                blocks.arena.end(extent, State.COLD)
+            dropped = [number for number in blocks.arena.segments() if blocks.arena.drop_segment(number)]
         if dropped:
-            sharing.offers.forget_segments(dropped)
+            self._offers.forget_segments(dropped)
 
 
 _FOR_EVER = float("inf")

@@ -19,17 +19,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from shmdist._firmly import firmly
 from shmdist._log import Log
 from shmdist.errors import CapturedException, capture
 from shmdist.runtime.interrupts import ThreadState, current
-from shmdist.runtime.threads import Attempt
+from shmdist.runtime.threads import Attempt, ThreadPool
 from shmdist.runtime.waiting import Waiter
-
-if TYPE_CHECKING:
-    from shmdist.runtime.reactor import Reactor
 
 _OVERTAKE_SECONDS = 1e-3  # a call runs before the next is begun beside it; as in ``runtime.reactor``
 _TRIES = 3  # times that a call is tried to be begun
@@ -54,6 +51,21 @@ class _Turn:
         return self.inside or (state is not None and (state.leading or state.waits_for is not None))
 
 
+class Threads(Protocol):
+    """What is needed of the reactor."""
+
+    threads: ThreadPool
+
+    def start(self, job: Job, /) -> None:
+        """Run a job on another thread."""
+
+    def complete(self, waiter: Waiter, /) -> None:
+        """Complete a waiter from any thread."""
+
+    def wait(self, waiter: Waiter, /) -> bool:
+        """Wait until a waiter is done."""
+
+
 class OwnCalls:
     """The calls of one process to itself that have not begun, and who begins them.
 
@@ -65,7 +77,7 @@ class OwnCalls:
         The first so many are known to have begun.
     """
 
-    def __init__(self, reactor: Reactor) -> None:
+    def __init__(self, reactor: Threads) -> None:
         self._reactor = reactor
         self._lock = threading.Lock()  # guards all below; nothing else is done while it is held
         self._waiting: deque[tuple[int, Job]] = deque()

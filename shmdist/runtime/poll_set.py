@@ -19,27 +19,66 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from shmdist._firmly import firmly
 from shmdist._log import Log
-from shmdist.runtime import router
-from shmdist.runtime.replies import PendingOperation, PendingReply
+from shmdist.runtime.interrupts import ThreadState, current
+from shmdist.runtime.peers import Peers
+from shmdist.runtime.reserve import Reserve
 from shmdist.runtime.ring_exchange import LIVELY, RingExchange
-from shmdist.runtime.serial_queues import SerialQueues
 from shmdist.runtime.threads import ThreadPool
-from shmdist.transport.messages import HAS_REFS, Frame, Kind
+from shmdist.serialization import codec
+from shmdist.transport.link import Link
+from shmdist.transport.messages import Frame, Kind
 from shmdist.transport.poller import FEW, make_poller
-
-if TYPE_CHECKING:
-    from shmdist.runtime.node import Node
-    from shmdist.transport.link import Link
 
 _WITH_DESCRIPTOR, _HEARTBEAT = {int(Kind.SEGMENT), int(Kind.RING)}, int(Kind.HEARTBEAT)
 _TRIES = 24  # times, in two seconds, that what has come is tried to be taken, until its link is ended
 _RETRY_SECONDS = 1e-3  # until the second one; then twice as many each time
-_CALL, _REFERENCE_OP, _RESULT = int(Kind.CALL), int(Kind.REFERENCE_OP), int(Kind.RESULT)
 _log = Log("reactor")
+
+
+class Events(NamedTuple):
+    """What the reactor calls; the node tells it. None of the first five may block or run users' code.
+
+    Attributes
+    ----------
+    route : callable
+        Hands a frame to what waits for it; returns what is to be run once the lead is let go of: a call, a
+        frame (an operation), or None.
+    fail : callable
+        Fails what a frame concerns that could not be handed out; returns a call to be refused, or None.
+    control : callable
+        Handles a frame that is neither call, operation nor answer.
+    added : callable
+        A link is about to be read.
+    read_output : callable
+        A worker has printed something: the descriptor can be read.
+    ended : callable
+        A link has been read to its end; on a thread of its own.
+    operate : callable
+        Runs an operation.
+    run, refuse : callable
+        Run a call, or answer for it with an error.
+    woken : callable
+        A standby thread was woken: finalizers have left something to be done.
+    stopping, closing : callable
+        The threads are about to end, and the links to be closed.
+    """
+
+    route: Callable[[Frame], Any]
+    fail: Callable[[Frame, Exception], Any]
+    control: Callable[[Frame], None]
+    added: Callable[[Link], None]
+    read_output: Callable[[int], object]
+    ended: Callable[[Link], None]
+    operate: Callable[[Frame], None]
+    run: Callable[[Any, ThreadState], None]
+    refuse: Callable[[Any, BaseException], None]
+    woken: Callable[[], None]
+    stopping: Callable[[], None]
+    closing: Callable[[], None]
 
 
 class PollSet:
@@ -48,13 +87,14 @@ class PollSet:
     threads: ThreadPool
     _inbox: deque[Any]
     soon: Callable[[Callable[[], None]], None]
-    _lanes: SerialQueues
+    start: Callable[[Callable[[], None]], None]
+    _events: Events
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    def __init__(self, peers: Peers, reserve: Reserve) -> None:
+        self._reserve = reserve
         self.poller = make_poller()
         self._wait, self._outputs = self.poller.poll, self.poller.outputs
-        self.rings = RingExchange(node)
+        self.rings = RingExchange(peers, self)
         self._frames: list[Frame] = []  # what one turn of reading brought; the leader's
         self._ended: list[Link] = []  # links that have been read to their ends
         self._failures = 0  # turns that failed, one after the other
@@ -62,12 +102,21 @@ class PollSet:
         self._links: dict[int, Link] = {}  # by descriptor
         self._watched: dict[int, Callable[[], None]] = {}  # descriptors of processes, by what to do
 
+    def post(
+        self, link: Link, kind: int, flags: int, call_id: int, payload: codec.Payload | None = None
+    ) -> None:
+        """Send a frame without ever blocking; from any thread. After an error it is not sent."""
+        with current():
+            if not link.post(codec.frame(kind, flags, 0, call_id, payload)):
+                firmly(self.flush, link)
+
+    def flush(self, link: Link) -> None:
+        """Have what was posted written by a thread that may wait."""
+        self.soon(lambda: (link.flush(block=True), None)[1])
+
     def add(self, link: Link) -> None:
         """Read `link` from now on."""
-        sharing = self._node.sharing
-        link.sharing = sharing if link.is_local else sharing.copies
-        if not link.is_local:
-            self._node.heartbeat.watch(link)
+        self._events.added(link)
         if not self.threads.ensure_standby() and not len(self.threads):
             raise RuntimeError("can't start new thread: shmdist needs one to read the connections")
         self._links[link.fd] = link
@@ -116,13 +165,16 @@ class PollSet:
                 # read the output is there to be read, and must be taken first.
                 outputs = self._outputs(0, FEW)
                 for fd, _ in self._outputs(0) if len(outputs) == FEW else outputs:
-                    self._node.read_output(fd)
+                    self._events.read_output(fd)
             if frames:
                 handed = 0
                 try:
+                    route, inbox = self._events.route, self._inbox
                     for frame in frames:
                         try:
-                            self._route(frame)
+                            item = route(frame)
+                            if item is not None:
+                                inbox.append(item)
                         except Exception as error:
                             self._fail(frame, error)
                         handed += 1
@@ -135,47 +187,11 @@ class PollSet:
             self._failed(error)
         return True
 
-    def _route(self, frame: Frame) -> None:
-        """Give a frame to who waits for it; never runs user code, never blocks."""
-        kind = frame.kind
-        if frame.flags & HAS_REFS and not self._node.arrived(frame):
-            return
-        if kind == _RESULT:
-            reply = self._node.pending.pop(frame.call_id, None)
-            if reply is None:
-                self._node.on_late_answer(frame)
-                return
-            reply.frame = frame
-            try:
-                callback = reply.callback
-                if callback is not None:
-                    reply.callback = None  # a Future that holds the reply must not be held by it
-                    callback(reply)
-            except Exception as error:
-                self._insist(callback, reply, error)
-            finally:
-                reply.done = True
-                if reply.locks:
-                    firmly(reply.wake)
-        elif kind == _CALL:
-            task = self._node.tasks.accept(frame)
-            if frame.lane and not self._lanes.enter(task):
-                return  # it follows the one before it in its lane
-            task.ticket = frame.link.calls_read
-            frame.link.calls_read += 1
-            self._inbox.append(task)
-        elif kind == _REFERENCE_OP:
-            node, link, call_id = self._node, frame.link, frame.call_id
-            node.waiting[link.pid, call_id] = PendingOperation(node, link, call_id)  # it can be withdrawn now
-            self._inbox.append(frame)
-        else:
-            self._node.control(frame)
-
     def hand_out_segments(self) -> None:
         """Map the segments that are offered in what has been read, ahead of the rest; the lead is held."""
         for frame in self._frames:
             if frame.kind in _WITH_DESCRIPTOR:  # all of them, for the descriptors come in their order
-                self._node.control(frame)
+                self._events.control(frame)
                 frame.kind = _HEARTBEAT  # it is handled, and has nothing more to say
 
     def _close_links(self) -> None:
@@ -223,7 +239,7 @@ class PollSet:
                 # First, for `link_ended` closes the descriptor, and its number is another link's then.
                 del self._links[link.fd]
                 try:
-                    self.soon(functools.partial(self._node.link_ended, link))
+                    self.soon(functools.partial(self._events.ended, link))
                 except Exception:
                     self._links[link.fd] = link
                     raise
@@ -259,21 +275,10 @@ class PollSet:
             self._failures = self._failures or 1
             raise error
         self._failures += 1
-        self._node.reserve.open()
+        self._reserve.open()
         _log.exception("an error in the thread that reads: %r", error)
         if self._failures > 1:
             time.sleep(_RETRY_SECONDS * (1 << min(self._failures, 7)))
-
-    def _insist(self, callback: Any, reply: PendingReply, error: Exception) -> None:
-        """Tell of an answer again: whoever is told raises nothing, but where it has no memory for that."""
-        self._node.reserve.open()
-        _log.exception("an error in what an answer was told to: %r", error)
-        for _ in range(3):
-            try:
-                callback(reply)
-            except Exception:
-                continue
-            return
 
     def put_off(self, frame: Frame) -> None:
         """Leave a frame to a thread that has let go of the reading; called by the one that reads."""
@@ -281,15 +286,13 @@ class PollSet:
 
     def _fail(self, frame: Frame, error: Exception) -> None:
         """Fail what a frame concerns that could not be handed out."""
-        self._node.reserve.open()
+        self._reserve.open()
         _log.exception("%r could not be handled: %r", frame, error)
         for _ in range(3):
             try:
-                if frame.flags & HAS_REFS and not self._node.arrived(frame):
-                    return
-                task = router.fail(self._node, frame, error)
-                if task is not None:
-                    self._inbox.append(task)
+                call = self._events.fail(frame, error)
+                if call is not None:
+                    self._inbox.append(call)
             except Exception:
                 continue
             return

@@ -48,7 +48,7 @@ inbox until it is handed out. What raises outside of ``runtime.poll_set`` is rai
 Death
 -----
 Whoever reads finds the end of a link or of a watched process; what follows is another
-thread's (``node.link_ended``): it may wait for an exit code.
+thread's (``Peers.link_ended``): it may wait for an exit code.
 """
 
 from __future__ import annotations
@@ -59,21 +59,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shmdist._log import Log
 from shmdist.errors import FinalizerError
 from shmdist.runtime.interrupts import ThreadState, current
 from shmdist.runtime.own_calls import OwnCalls
-from shmdist.runtime.poll_set import PollSet
-from shmdist.runtime.serial_queues import SerialQueues
+from shmdist.runtime.peers import Peers
+from shmdist.runtime.poll_set import Events, PollSet
+from shmdist.runtime.reserve import Reserve
+from shmdist.runtime.serial_queues import Call, SerialQueues
 from shmdist.runtime.threads import Attempt, ThreadPool, surely
 from shmdist.runtime.waiting import Waiter, WakeCallback
 from shmdist.transport.messages import Frame
-
-if TYPE_CHECKING:
-    from shmdist.runtime.executor import IncomingCall
-    from shmdist.runtime.node import Node
 
 SPIN_SECONDS = 50e-6  # a reader polls before it sleeps
 OVERTAKE_SECONDS = 1e-3  # a call may run before the reading is taken over from it
@@ -90,11 +88,13 @@ _yield = getattr(os, "sched_yield", lambda: None)
 class Reactor(PollSet):
     """The threads of one process of the cluster."""
 
-    # As in Node.
-    __slots__ = ("_housekeeping", "_kicker", "closing", "later", "outcomes", "own", "soon", "start")
+    # Rarely used ones. CPython keeps 29 others inline, where a call finds them sooner than in a dict.
+    __slots__ = tuple(
+        ["_events", "_housekeeping", "_kicker", "closing", "later", "outcomes", "own", "soon", "start"]
+    )
 
-    def __init__(self, node: Node) -> None:
-        super().__init__(node)
+    def __init__(self, peers: Peers, reserve: Reserve) -> None:
+        super().__init__(peers, reserve)
         self._leader_lock = threading.Lock()  # held by the one thread that reads
         self._holder: ThreadState | None = None  # that thread
         self._inbox: deque[Any] = deque()  # tasks and operations read, not yet run; the leader's
@@ -108,22 +108,25 @@ class Reactor(PollSet):
         self._left = 0  # how often calls were left to a worker's main thread since it last read
         self._main: ThreadState | None = None  # a worker's main thread
         self._main_waiter: Waiter | None = None  # a worker's main thread, waiting for the lead or a job
-        self._main_jobs: deque[IncomingCall] = deque()
-        self._lanes = SerialQueues()
+        self._main_jobs: deque[Call] = deque()
+        self.lanes = SerialQueues(reserve)
         self.threads = ThreadPool(self._stand_by, self.poller.wake)
         self.start, self.soon, self.later = self.threads.start, self.threads.soon, self.threads.later
         self.own = OwnCalls(self)
         #: What is done when an outcome has come: callbacks of futures, which are users' code.
         self.outcomes = OwnCalls(self)
-        self._housekeeping = surely(node.housekeeping)
         self._kicker = WakeCallback(self.poller.kick)
         self._arm, self._disarm = self.poller.arm, self.poller.disarm
         self.closing = False
 
+    def connect(self, events: Events) -> None:
+        """Be told what to call; before the first link."""
+        self._events = events
+        self._housekeeping = surely(events.woken)
+
     def __repr__(self) -> str:
-        lead = "held" if self._leader_lock.locked() else "free"
-        sizes = f"links={len(self._links)} followers={len(self._followers)} inbox={len(self._inbox)}"
-        return f"<Reactor lead={lead} {sizes} {self._lanes!r} {self.threads!r}>"
+        lead = f"lead={'held' if self._leader_lock.locked() else 'free'} links={len(self._links)}"
+        return f"<Reactor {lead} inbox={len(self._inbox)} {self.lanes!r} {self.threads!r}>"
 
     # ------------------------------------------------------------------ outcomes
 
@@ -369,7 +372,7 @@ class Reactor(PollSet):
                 else:
                     self._wait_for_turn(thread_state, waiter)
             except Exception as error:
-                self._node.reserve.open()
+                self._reserve.open()
                 _log.exception("an error in the main thread: %r", error)
                 self._main_waiter = None
                 self._recover(thread_state)
@@ -443,13 +446,13 @@ class Reactor(PollSet):
         """Run an operation, or a task and its lane after it, or refuse them."""
         if type(item) is Frame:
             try:
-                self._node.operate(item)
+                self._events.operate(item)
             except Exception as error:
                 self._fail(item, error)
             return
         if not self.threads.parked and not self.threads.ensure_standby() and item.refusal is None:
             item.refusal = self.threads.refusal("none could be started to read meanwhile")
-        self._lanes.run(self._node, item, thread_state)
+        self.lanes.run(self._events, item, thread_state)
 
     def _begin(self, item: Any, thread_state: ThreadState) -> None:
         """Run an operation or a task, or answer with the error that kept it from being begun."""
@@ -464,9 +467,9 @@ class Reactor(PollSet):
             self._fail(item, error)
         else:
             item.refusal = item.refusal or error
-            self._lanes.run(self._node, item, thread_state)
+            self.lanes.run(self._events, item, thread_state)
 
-    def _hand_off(self, task: IncomingCall) -> bool:
+    def _hand_off(self, task: Call) -> bool:
         """Let another thread run `task`, a worker's main thread when it is free; False when it is refused."""
         if task.refusal is not None:
             return False
@@ -519,14 +522,14 @@ class Reactor(PollSet):
                 self._holder = thread_state
                 self._serve(thread_state, Waiter(), forever=False, leave=leave)
         except Exception as error:
-            self._node.reserve.open()
+            self._reserve.open()
             _log.exception("an error in a thread that stands by: %r", error)
             if woken:
                 self.poller.wake()  # what was asked for may not be done yet
             self._recover(thread_state)
             if not self._leader_lock.locked():
                 self._wake_all()
-        self._node.reserve.fill()
+        self._reserve.fill()
 
     def _main_returns(self) -> bool:
         """Return whether a worker's main thread has ended a call, and is about to read or run the next."""
@@ -570,7 +573,7 @@ class Reactor(PollSet):
     def stop_serving(self) -> None:
         """Let the main thread leave :meth:`serve`."""
         self.closing = True
-        self._node.heartbeat.close()
+        self._events.stopping()
         self.threads.close()
         waiter = self._main_waiter
         if waiter is not None:
@@ -580,12 +583,12 @@ class Reactor(PollSet):
 
     def close(self) -> None:
         """End the threads, and close the links and the poller."""
-        self._node.sharing.maintainer.close()
+        self._events.closing()
         self.rings.close()
         self.stop_serving()
         ended = self.threads.join(1.0)
         self._close_links()
-        self._node.reserve.open()
+        self._reserve.open()
         if ended:  # else one may still be in a system call with its descriptors
             self.poller.close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from shmdist._firmly import firmly
 from shmdist.errors import CapturedException, RemoteException, capture, remote_exception
@@ -12,11 +12,8 @@ from shmdist.runtime.threads import Attempt
 from shmdist.runtime.waiting import Waiter
 from shmdist.serialization import codec
 from shmdist.serialization.channel_items import Item
+from shmdist.transport.link import Link
 from shmdist.transport.messages import IS_ERROR, NOT_RUN, Frame, Kind
-
-if TYPE_CHECKING:
-    from shmdist.runtime.node import Node
-    from shmdist.transport.link import Link
 
 _RESULT = int(Kind.RESULT)
 
@@ -50,11 +47,34 @@ class PendingReply(Waiter):
         self.error: BaseException | None = None
 
 
+class Responder(Protocol):
+    """What answers: the client of requests, which is their server as well."""
+
+    #: Others' operations that are not yet answered, by process and call.
+    waiting: dict[tuple[int, int], PendingOperation]
+
+    @property
+    def pid(self) -> int:
+        """The number of this process."""
+
+    def start(self, job: Callable[[], None], /) -> None:
+        """Run a job on another thread."""
+
+    def answer(self, link: Link, call_id: int, flags: int, payload: codec.Payload | None, /) -> bool:
+        """Answer a request; False when the other side is gone."""
+
+    def post(self, link: Link, kind: int, flags: int, call_id: int, /) -> None:
+        """Send a frame without ever blocking."""
+
+    def dump_error(self, captured: CapturedException, /) -> codec.Payload:
+        """Pickle an error that is an answer."""
+
+
 class PendingOperation:
     """A remote process's request on a reference that lives here: what answers it.
 
     It is a ``Completion``: a channel resolves or fails it, now or later, from any thread.
-    Until it is answered it stands in ``node.waiting``, and may be withdrawn; then too it is
+    Until it is answered it stands in ``Responder.waiting``, and may be withdrawn; then too it is
     answered, by the word that it was not done. *Exactly one answer goes out.* A withdrawal that comes
     before it is known how it waits is made up for when that is known (:meth:`waits`): of the two
     threads one sets `hurried` and then looks at `_way`, the other one does it the other way round.
@@ -69,10 +89,20 @@ class PendingOperation:
         Given a value that cannot be sent, or that nobody took.
     """
 
-    __slots__ = ("_answered", "_ended", "_node", "_way", "call_id", "given_up", "hurried", "link", "undo")
+    __slots__ = (
+        "_answered",
+        "_ended",
+        "_responder",
+        "_way",
+        "call_id",
+        "given_up",
+        "hurried",
+        "link",
+        "undo",
+    )
 
-    def __init__(self, node: Node, link: Link, call_id: int) -> None:
-        self._node = node
+    def __init__(self, responder: Responder, link: Link, call_id: int) -> None:
+        self._responder = responder
         self.link = link
         self.call_id = call_id
         self.undo: Callable[[Any], None] | None = None
@@ -89,7 +119,7 @@ class PendingOperation:
             )
             if payload.buffers:
                 # It may have to wait for its receiver, and this thread may be the one that reads.
-                self._node.reactor.start(
+                self._responder.start(
                     Attempt(lambda: self._answer(value, payload), lambda error: self._undo(value, error))
                 )
             else:
@@ -98,7 +128,7 @@ class PendingOperation:
             self._undo(value, error)
 
     def _answer(self, value: object, payload: codec.Payload) -> None:
-        there = self._node.answer(self.link, self.call_id, 0, payload)
+        there = self._responder.answer(self.link, self.call_id, 0, payload)
         self._answered = True
         if not there and self.undo is not None:
             firmly(self.undo, value)
@@ -114,18 +144,18 @@ class PendingOperation:
         if self._answered:
             return
         self._end()
-        node = self._node
-        if isinstance(error, RemoteException) and error.pid == node.pid and error.__traceback__ is None:
+        responder = self._responder
+        if isinstance(error, RemoteException) and error.pid == responder.pid and error.__traceback__ is None:
             captured = error.captured  # a future's own, made from it just now
         else:
             captured = capture(error)
-        node.answer(self.link, self.call_id, IS_ERROR, node.dump_error(captured))
+        responder.answer(self.link, self.call_id, IS_ERROR, responder.dump_error(captured))
         self._answered = True
 
     def not_done(self) -> None:
         """Answer that it was withdrawn; who has withdrawn it calls this."""
         self._end()
-        self._node.post(self.link, _RESULT, NOT_RUN, self.call_id)
+        self._responder.post(self.link, _RESULT, NOT_RUN, self.call_id)
         self._answered = True
 
     def waits(self, way: Callable[[], bool]) -> None:
@@ -148,7 +178,7 @@ class PendingOperation:
     def _end(self) -> None:
         self._ended = True
         self._way = None
-        self._node.waiting.pop((self.link.pid, self.call_id), None)
+        self._responder.waiting.pop((self.link.pid, self.call_id), None)
 
 
 def pack_error(captured: CapturedException) -> tuple[Any, ...]:

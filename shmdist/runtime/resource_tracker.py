@@ -72,7 +72,7 @@ def _redirect(module: ModuleType, node: Node) -> None:
 
 def _open(node: Node) -> int:
     """Return a descriptor of the pipe to the tracker of process 1."""
-    ospid, fd = node.call(1, WANT_VALUE, codec.dumps_call(pipe_of_tracker, (), {}), pipe_of_tracker)
+    ospid, fd = node.requests.call(1, WANT_VALUE, codec.dumps_call(pipe_of_tracker, (), {}), pipe_of_tracker)
     return os.open(f"/proc/{ospid}/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
 
 

@@ -20,19 +20,18 @@ import os
 import pickle
 import threading
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Protocol
 
 from shmdist._log import Log
 from shmdist.memory.mapping import Window
 from shmdist.runtime.interrupts import current
+from shmdist.runtime.peers import Peers
 from shmdist.serialization import codec
 from shmdist.transport.link import Link, LinkClosed
 from shmdist.transport.messages import BadFrame, Frame, Kind
-from shmdist.transport.poller import WakeupFd
+from shmdist.transport.poller import Poller, WakeupFd
 from shmdist.transport.ring import SIZE, InboundRings, RingWriter
-
-if TYPE_CHECKING:
-    from shmdist.runtime.node import Node
 
 _MAX_WAKE_DELAY_SECONDS = 2e-4  # for which a receiver may have to wait until others can be woken with it
 LIVELY = 8  # reads of a link after which it gets a slot
@@ -64,11 +63,26 @@ class BatchedWakeups(list[Link]):
                 self.clear()
 
 
-class RingExchange:
-    """The ring segment's side of a node."""
+class Reader(Protocol):
+    """What is needed of the reactor."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    poller: Poller
+
+    def start(self, job: Callable[[], None], /) -> None:
+        """Run a job on another thread."""
+
+    def links(self) -> list[Link]:
+        """Return the links that are read."""
+
+    def post(self, link: Link, kind: int, flags: int, call_id: int, payload: codec.Payload | None, /) -> None:
+        """Send a frame without ever blocking."""
+
+
+class RingExchange:
+    """The ring segments of this process and of those that it writes to."""
+
+    def __init__(self, peers: Peers, reader: Reader) -> None:
+        self._peers, self._reader = peers, reader
         self._lock = threading.Lock()  # guards all below
         self.inbound: InboundRings | None = None
         self._links: tuple[Link, ...] = ()  # that have slots
@@ -81,7 +95,7 @@ class RingExchange:
     def descriptors(self) -> int:
         """Descriptors open for ring segments: two for its own, one to wake each other one, group wake-ups."""
         own = 2 * (self.inbound is not None) + (self._group_wakeup is not None) + len(self._group_wakeups)
-        return own + sum(link.kick_out >= 0 for link in self._node.reactor.links())
+        return own + sum(link.kick_out >= 0 for link in self._reader.links())
 
     def read(self, link: Link, frames: list[Frame]) -> None:
         """Append frames of a link that do not lie whole in the ring segment; the lead is held."""
@@ -95,13 +109,12 @@ class RingExchange:
 
     def offer(self, link: Link) -> None:
         """Give a link a slot, and tell the process at its other end."""
-        node = self._node
         try:
             with self._lock:
                 if self._closing or link.closed or link.ring_in is not None:
                     return
                 if self.inbound is None:
-                    self.inbound = InboundRings.make(node.pid)
+                    self.inbound = InboundRings.make(self._peers.pid)
                 taken = {each.ring_in.slot for each in self._links if each.ring_in is not None}
                 for slot, ospid in list(self._users.items()):
                     if slot not in taken and not _exists(ospid):
@@ -110,11 +123,11 @@ class RingExchange:
                 receiver = self.inbound.open_slot(link)
                 if receiver is None:
                     return
-                peer = node.peers.get(link.pid)
+                peer = self._peers.members.get(link.pid)
                 self._users[receiver.slot] = 0 if peer is None else peer.ospid
                 link.ring_in = receiver
                 self._links += (link,)
-            poller = node.reactor.poller
+            poller = self._reader.poller
             _send(link, _KICK, poller.kicker, poller.supports_group_wakeup)
             _send(link, receiver.slot, self.inbound.segment.fd, False)
         except LinkClosed:
@@ -144,10 +157,10 @@ class RingExchange:
                     os.close(fd)
                     return
                 if link not in self._group_wakeups:
-                    self._node.reactor.poller.add_group_wakeup(fd)
+                    self._reader.poller.add_group_wakeup(fd)
                     self._group_wakeups[link] = fd
             # The descriptor may get lost; who has said nothing is woken by himself.
-            self._node.post(link, int(Kind.RING), 0, 0, codec.pickled((_HEARD, 0, False)))
+            self._reader.post(link, int(Kind.RING), 0, 0, codec.pickled((_HEARD, 0, False)))
             return
         try:
             link.ring_out = RingWriter(Window(fd, SIZE), slot)
@@ -168,7 +181,7 @@ class RingExchange:
     def _wake(self, links: list[Link]) -> None:
         unaware = [link for link in links if link.supports_group_wakeup] if len(links) > 1 else []
         if len(links) > 1:
-            listening = sum(link.hears_group_wakeup for link in list(self._node.links.values()))
+            listening = sum(link.hears_group_wakeup for link in list(self._peers.links.values()))
             ringing = [link for link in links if link.hears_group_wakeup]
             # It wakes all who listen, so most of them should have something to do.
             if self._group_wakeup is not None and len(ringing) > 1 and 2 * len(ringing) >= listening:
@@ -178,7 +191,7 @@ class RingExchange:
             link.wake()
         if unaware:
             with contextlib.suppress(RuntimeError, MemoryError):  # no thread can be had: the next time, then
-                self._node.reactor.start(lambda: self._send_group_wakeup(unaware))
+                self._reader.start(lambda: self._send_group_wakeup(unaware))
 
     def _send_group_wakeup(self, links: list[Link]) -> None:
         """Send processes the descriptor by which they are woken together from now on."""
@@ -201,7 +214,7 @@ class RingExchange:
         with self._lock:
             fd = self._group_wakeups.pop(link, -1)
             if fd >= 0:
-                self._node.reactor.poller.remove_group_wakeup(fd)
+                self._reader.poller.remove_group_wakeup(fd)
                 os.close(fd)
             self._links = tuple(each for each in self._links if each is not link)
             if self.inbound is not None and link.ring_in is not None:
@@ -212,7 +225,7 @@ class RingExchange:
         with self._lock:
             self._closing = True
             for fd in self._group_wakeups.values():
-                self._node.reactor.poller.remove_group_wakeup(fd)
+                self._reader.poller.remove_group_wakeup(fd)
             self.abandon()
 
     def abandon(self) -> None:

@@ -17,16 +17,16 @@ import math
 import os
 import pickle
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from shmdist.memory.segment import Segment
+from shmdist.runtime.block_counts import BlockCounts
 from shmdist.runtime.replies import PendingReply
+from shmdist.runtime.requests import RequestClient
 from shmdist.serialization import codec
 from shmdist.transport.link import Link
 from shmdist.transport.messages import Frame, Kind
-
-if TYPE_CHECKING:
-    from shmdist.runtime.sharing import SharedMemory
 
 ANSWER_SECONDS = 0.1  # that a thread waits for the answer to an offer
 RETRY_SECONDS = 5.0  # after which who could not map a segment is asked again: it had no descriptor, say
@@ -56,10 +56,19 @@ class _PeerSegments:
 
 
 class SegmentExchange:
-    """The segments' side of a node's sharing, whose lock guards the table here."""
+    """Who has mapped what; the lock of the blocks guards the table here.
 
-    def __init__(self, sharing: SharedMemory) -> None:
-        self._sharing = sharing
+    Attributes
+    ----------
+    report_trouble, keep_for_now : callable
+        Note why values take the stream, and keep a segment for a moment. Set by the maintainer.
+    """
+
+    report_trouble: Callable[[str, str], None]
+    keep_for_now: Callable[[Segment], None]
+
+    def __init__(self, blocks: BlockCounts, requests: RequestClient) -> None:
+        self._blocks, self._requests, self._peers = blocks, requests, blocks.peers
         self.peers: dict[int, _PeerSegments] = {}
         self._passed_on: set[tuple[int, int]] = set()  # mapped here, and offered by others than their owner
 
@@ -71,12 +80,12 @@ class SegmentExchange:
         _Offer or None
             None when the answer is here; or when the process takes nothing, and it is not `needed`.
         """
-        node = self._sharing.node
+        requests = self._requests
         key = (segment.owner, segment.number)
-        link = node.links.get(pid)
+        link = self._peers.links.get(pid)
         if link is not None and link.is_stuck and not needed:
             return None
-        with self._sharing.lock:
+        with self._blocks.lock:
             peer = self.peers.setdefault(pid, _PeerSegments())
             if segment.number in peer.accepted.get(segment.owner, ()):
                 return None
@@ -85,27 +94,27 @@ class SegmentExchange:
             offer = peer.offered.get(key)
             if offer is not None:
                 return offer
-            reply = PendingReply(next(node.call_ids), pid, lambda reply: self._answered(pid, key, reply))
+            reply = PendingReply(next(requests.call_ids), pid, lambda reply: self._answered(pid, key, reply))
             offer = peer.offered[key] = _Offer(reply)
         if link is None or not link.is_local:
-            with self._sharing.lock:
+            with self._blocks.lock:
                 peer.refused[key] = "it is not on this host", math.inf
                 peer.offered.pop(key, None)
             return None
         payload = codec.dumps((*key, segment.size, os.fstat(segment.fd).st_ino))
         try:
-            node.request(pid, _SEGMENT, 0, payload, reply=reply, fd=segment.fd)
+            requests.request(pid, _SEGMENT, 0, payload, reply=reply, fd=segment.fd)
         except BaseException:
-            with self._sharing.lock:
+            with self._blocks.lock:
                 peer.offered.pop(key, None)
-            node.reactor.complete(reply)
+            self._blocks.reactor.complete(reply)
             raise
         offer.sent = True
         return offer
 
     def _answered(self, pid: int, key: tuple[int, int], reply: Any) -> None:
         """Note the answer to an offer; on the reading thread."""
-        with self._sharing.lock:
+        with self._blocks.lock:
             peer = self.peers.get(pid)
             if peer is None:
                 return
@@ -119,7 +128,7 @@ class SegmentExchange:
             else:
                 peer.refused[key] = trouble, time.monotonic() + RETRY_SECONDS
         if trouble is not None:
-            self._sharing.maintainer.trouble("mapping", f"process {pid} cannot map shared memory ({trouble})")
+            self.report_trouble("mapping", f"process {pid} cannot map shared memory ({trouble})")
 
     def ensure_mapped(
         self, segment: Segment, pid: int, patience: float = ANSWER_SECONDS, *, needed: bool = False
@@ -134,7 +143,7 @@ class SegmentExchange:
         """
         peer = self.peers.get(pid)
         if peer is not None and segment.number in peer.accepted.get(segment.owner, ()):
-            if segment.owner not in self._sharing.node.lost_processes:
+            if segment.owner not in self._peers.lost:
                 return True
             peer.accepted[segment.owner].discard(segment.number)
         offer = self.offer(pid, segment, needed=needed)
@@ -142,12 +151,12 @@ class SegmentExchange:
             peer = self.peers.get(pid)
             return peer is not None and segment.number in peer.accepted.get(segment.owner, ())
         # What it says counts, not the table: when the owner is gone, others take it out again.
-        node, reply = self._sharing.node, offer.reply
-        link = node.links.get(pid)
+        requests, reply = self._requests, offer.reply
+        link = self._peers.links.get(pid)
         if link is None or not link.is_stuck:
-            node.wait_inside(reply, offer.since + patience - time.monotonic())
+            requests.wait_inside(reply, offer.since + patience - time.monotonic())
         while needed and not offer.sent and not reply.done:  # by another thread, which is about to
-            node.wait_inside(reply, ANSWER_SECONDS)
+            requests.wait_inside(reply, ANSWER_SECONDS)
         if not reply.done:
             if link is not None:
                 link.note_stuck()
@@ -171,7 +180,7 @@ class SegmentExchange:
         if len(frame.buffers) < 2:  # else it has been done, and could not be answered
             frame.buffers = [-1, self._map(frame, owner, number, size, inode)]
         payload = codec.pickled(frame.buffers[1])
-        self._sharing.node.post(link, _RESULT, 0, frame.call_id, payload)
+        self._blocks.reactor.post(link, _RESULT, 0, frame.call_id, payload)
 
     def _map(self, frame: Frame, owner: int, number: int, size: int, inode: int) -> str | None:
         """Map a segment that is offered; returns why that cannot be, or None."""
@@ -184,7 +193,7 @@ class SegmentExchange:
                 fd = -1
             if fd < 0:
                 trouble = "its descriptor was lost: too many open files?"
-            elif (owner, number) not in self._sharing.holds.segments:
+            elif (owner, number) not in self._blocks.holds.segments:
                 segment = Segment(owner, number, size, fd)
                 fd = -1
                 self._enter(segment)
@@ -199,38 +208,39 @@ class SegmentExchange:
     def _enter(self, segment: Segment) -> None:
         """Keep another process's segment."""
         key = (segment.owner, segment.number)
-        with self._sharing.lock:
-            if segment.owner not in self._sharing.node.lost_processes:
-                self._sharing.holds.segments[key] = segment
+        with self._blocks.lock:
+            if segment.owner not in self._peers.lost:
+                self._blocks.holds.segments[key] = segment
                 return
             # Nobody will say when it may go: it stays for the token that follows, and then
             # as long as arrays need it. It is offered anew each time.
-            self._sharing.holds.orphans[key] = segment
-        self._sharing.maintainer.keep_for_now(segment)
+            self._blocks.holds.orphans[key] = segment
+        self.keep_for_now(segment)
 
     def _forget(self, owner: int, number: int) -> None:
         """Let go of a segment."""
-        with self._sharing.lock:
-            self._sharing.holds.segments.pop((owner, number), None)
+        with self._blocks.lock:
+            self._blocks.holds.segments.pop((owner, number), None)
             self._passed_on.discard((owner, number))
             for peer in self.peers.values():
                 peer.accepted.get(owner, set()).discard(number)
 
     def forget_segments(self, numbers: list[int]) -> None:
         """Let go of segments of which nothing is lent, here and everywhere."""
-        node = self._sharing.node
         for number in numbers:
-            self._forget(node.pid, number)
-            for link in list(node.links.values()):
+            self._forget(self._peers.pid, number)
+            for link in list(self._peers.links.values()):
                 if link.is_local:  # whoever it was that offered it there
-                    node.post(link, _SEGMENT, 0, 0, codec.dumps((node.pid, number, 0, 0)))
+                    self._blocks.reactor.post(
+                        link, _SEGMENT, 0, 0, codec.dumps((self._peers.pid, number, 0, 0))
+                    )
 
     def lost(self, pid: int) -> list[Segment]:
         """A process is gone; the lock is held. Returns the segments that tokens may still come for."""
         self.peers.pop(pid, None)
         for peer in self.peers.values():
             peer.accepted.pop(pid, None)  # who passes its arrays on must offer them anew
-        holds = self._sharing.holds
+        holds = self._blocks.holds
         kept = []
         for key in [key for key in holds.segments if key[0] == pid]:
             segment = holds.orphans[key] = holds.segments.pop(key)

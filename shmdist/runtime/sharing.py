@@ -24,7 +24,7 @@ in the mappings of those who hold it, and nobody counts any more.
 
 Death, at each step
 -------------------
-- The receiver dies before, while or after a token is written: :meth:`SharedMemory.lost` drops his
+- The receiver dies before, while or after a token is written: :meth:`SharedMemory.lose` drops his
   counts, and a later one is refused. While the sender still copies into the block, the count
   is the sender's own, so nobody else is given the block.
 - The sender dies: the frame that has not come whole is dropped. Arrays over his blocks stay
@@ -36,39 +36,25 @@ Death, at each step
 
 from __future__ import annotations
 
-import itertools
-import pickle
-import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from shmdist._firmly import firmly
-from shmdist._log import Log
-from shmdist.errors import ShmdistError
-from shmdist.memory.arena import Arena, Extent
-from shmdist.memory.leases import OWN, PRIVATE, SHARED, Lease, LeaseHandle, LeaseTable
-from shmdist.memory.mapping import PAGE
+from shmdist.memory.arena import Extent
+from shmdist.memory.leases import OWN, PRIVATE, SHARED, Lease, LeaseHandle
 from shmdist.memory.segment import Segment
-from shmdist.refcount.receipts import Receipts
 from shmdist.runtime.block_buffers import Kept, ReturningBuffer, address_of, write_pieces
+from shmdist.runtime.counts import ReferenceCounts
 from shmdist.runtime.fork_safety import ForkGuard
 from shmdist.runtime.host_copies import HostCopySender
 from shmdist.runtime.interrupts import current
 from shmdist.runtime.maintenance import ArenaMaintainer
+from shmdist.runtime.peers import Peers
+from shmdist.runtime.reactor import Reactor
+from shmdist.runtime.requests import RequestClient
 from shmdist.runtime.segment_exchange import SegmentExchange
 from shmdist.serialization import arrays, codec
 from shmdist.serialization.arrays import LINE, SharedSource, StridedSource, contiguous
-from shmdist.transport.link import STUCK_SECONDS, Link, LinkClosed
-from shmdist.transport.messages import TOKEN, BlockRef, Frame, Kind, OutgoingFrames
-
-if TYPE_CHECKING:
-    from shmdist.runtime.node import Node
-
-_SEGMENT, _LEASES, _RESULT = int(Kind.SEGMENT), int(Kind.LEASES), int(Kind.RESULT)
-_log = Log("sharing")
-
-#: A change of a count: the block's number, the process, by how much, and who told (0 for the owner).
-Change = tuple[int, int, int, int]
+from shmdist.transport.messages import TOKEN, BlockRef, OutgoingFrames
 
 
 class SharedMemory:
@@ -76,140 +62,30 @@ class SharedMemory:
 
     Attributes
     ----------
-    lock : lock
-        Guards the arena, the holds, and the tables below. A leaf: nothing is sent, copied or
-        waited for while it is held.
+    blocks : BlockCounts
+        The tables, and the lock that guards them.
     """
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        self.lock = threading.Lock()
-        self.maintainer = ArenaMaintainer(self)
-        self.holds = LeaseTable(self.lock, self.maintainer.wake, current)
-        self.arena = Arena(PAGE)
-        self.offers = SegmentExchange(self)
-        self.forks = ForkGuard(self)
-        self.copies = HostCopySender(self)
-        self.room = self.copies.room
-        self.unsent_releases: dict[int, list[Change]] = {}  # counts to give back, by owner
-        self.receipts = Receipts()  # of counts that others than the owner gave
-        self.numbers = itertools.count(1)  # of segments
+    def __init__(
+        self, peers: Peers, reactor: Reactor, counts: ReferenceCounts, requests: RequestClient
+    ) -> None:
+        self.peers, self._reactor = peers, reactor
+        self.blocks = blocks = requests.blocks
+        self.lock, self.arena, self.holds = blocks.lock, blocks.arena, blocks.holds
+        self.receipts = blocks.receipts
+        self.offers = SegmentExchange(blocks, requests)
+        self.maintainer = ArenaMaintainer(blocks, counts, self.offers)
+        self.forks = ForkGuard(blocks)
+        self.copies = HostCopySender(self, requests, counts)
+        self.room, self.revoke = self.copies.room, blocks.revoke
 
     def __repr__(self) -> str:
-        owed = sum(map(len, self.unsent_releases.values()))
-        return f"<SharedMemory {self.arena!r}, {self.holds!r}, owed {owed}>"
+        return f"<SharedMemory {self.blocks!r}>"
 
     @property
     def pid(self) -> int:
         """The number of this process in the cluster."""
-        return self._node.pid
-
-    @property
-    def node(self) -> Node:
-        """Whose sharing this is."""
-        return self._node
-
-    # ------------------------------------------------------------------ counts
-
-    def settle(self) -> None:
-        """Give back what ended holds had; the lock is held."""
-        over = self.holds.drain()
-        while over:
-            self.release(over[-1])
-            del over[-1]
-
-    def release(self, lease: Lease) -> None:
-        """Give a count back: now when the block is this process's, else with the next releases."""
-        owner = lease.segment.owner
-        if not lease.serial:
-            pass  # a part, which has no count of its own
-        elif owner == self.pid:
-            self.arena.change(lease.serial, owner, -1)
-        elif owner not in self._node.lost_processes:
-            reporter = self.receipts.spend(owner, lease.serial)
-            try:
-                self.unsent_releases.setdefault(owner, []).append((lease.serial, self.pid, -1, reporter))
-            except BaseException:
-                if reporter:
-                    self.receipts.note(owner, lease.serial, reporter)
-                raise
-
-    def has_pending_releases(self) -> bool:
-        """Return whether there may be counts to give back; for the hot path."""
-        return bool(self.holds.ended or self.unsent_releases)
-
-    def pending_releases(self, link: Link) -> OutgoingFrames:
-        """Return the frame that gives counts back to the process at the end of `link`, if any.
-
-        They stand in its `unsent_releases`, for :meth:`take_back` if it is not written.
-        """
-        with self.lock:
-            self.settle()
-            # By any other link it could overtake what was told by this one.
-            if self._node.links.get(link.pid) is not link or not self.unsent_releases.get(link.pid):
-                return OutgoingFrames()
-            changes = self.unsent_releases.pop(link.pid)
-        try:
-            parts = _leases_frame(link.pid, changes)
-            parts.unsent_releases = changes
-        except BaseException:
-            self._owe(link.pid, changes)
-            raise
-        return parts
-
-    def _owe(self, owner: int, changes: list[Change]) -> None:
-        """What is owed could not be told: it is owed again."""
-        with self.lock:
-            if owner not in self._node.lost_processes:
-                self.unsent_releases[owner] = [*changes, *self.unsent_releases.get(owner, ())]
-
-    def tell(self, owner: int, changes: list[Change]) -> None:
-        """Tell an owner now, and before it whatever is owed to it.
-
-        Raises
-        ------
-        Exception
-            There is no memory, say: what is owed is owed as before.
-        """
-        try:
-            self._tell(owner, changes)
-        except (LinkClosed, ConnectionError, ShmdistError) as error:
-            if owner not in self._node.lost_processes:  # else the counts went with it
-                _log.info("process %d could not be told of its blocks: %s", owner, error)
-
-    def _tell(self, owner: int, changes: list[Change]) -> None:
-        with self.lock:
-            unsent_releases = self.unsent_releases.pop(owner, [])
-        node = self._node
-        try:
-            if not (unsent_releases or changes) or owner in node.lost_processes:
-                return
-            link, parts = node.way_to(owner), _leases_frame(owner, [*unsent_releases, *changes])
-            written = link.send(parts, patience=STUCK_SECONDS)
-        except BaseException:
-            self._owe(owner, unsent_releases)
-            raise
-        if not written:
-            firmly(node.flush, link)
-
-    def pay(self) -> None:
-        """Give back whatever is owed, to everybody."""
-        with self.lock:
-            self.settle()
-            owners = list(self.unsent_releases)
-        for owner in owners:
-            self.tell(owner, [])
-
-    def on_leases(self, frame: Frame) -> None:
-        """Change counts of this process's blocks, as their holders tell."""
-        if not frame.buffers:
-            frame.buffers = [pickle.loads(frame.body)]
-        changes: list[Change] = frame.buffers[0]  # those that are made are taken out of it: see `control`
-        with self.lock:
-            while changes:
-                self.arena.change(*changes[0])
-                del changes[0]
-        self.maintainer.wake()  # it may sleep for ever, all that is not in use having been given back
+        return self.peers.pid
 
     # ------------------------------------------------------------------ going out
 
@@ -228,7 +104,7 @@ class SharedMemory:
             The receiver.
         done : OutgoingFrames
             Where grants are noted, and the buffers for which no block was there. Where this raises, the
-            grants are to be taken back (:meth:`revoke`).
+            grants are to be taken back (:meth:`BlockCounts.revoke`).
 
         Returns
         -------
@@ -248,8 +124,8 @@ class SharedMemory:
         if kind is SharedSource:
             token = self._pass_on(source.lease, source.lease, SHARED, pid, done)
             if token is None:
-                if pid in self._node.lost_processes:
-                    raise self._node.death(pid)
+                if pid in self.peers.lost:
+                    raise self.peers.death(pid)
                 why = self.offers.refusal_reason(pid, source.lease.segment)
                 raise MemoryError(f"process {pid} cannot be given the shared array: {why}")
             return token
@@ -264,7 +140,7 @@ class SharedMemory:
             view = source.lease.segment.view[source.offset : source.offset + source.nbytes]
             token = self._copy([view], len(source), pid, done)
             # Copied, for the block may be given back while the stream still reads it.
-            return self._stay(source, bytes(view) if token is None else token)
+            return self.blocks.keep_block(source, bytes(view) if token is None else token)
         if len(source) < LINE:
             return contiguous(source)
         if payload.known is not None:
@@ -298,7 +174,7 @@ class SharedMemory:
             token = BlockRef(TOKEN.pack(serial, self.pid, segment.number, block.offset, nbytes, OWN))
             introduced = self.offers.ensure_mapped(segment, pid)
             if introduced:
-                write_pieces(segment, block.offset, pieces, self._node.reactor.start)
+                write_pieces(segment, block.offset, pieces, self._reactor.start)
                 self._grant(done, self.pid, serial, self.arena.hand_over, serial, self.pid, pid)
         except BaseException:
             self._give_up(serial)
@@ -331,17 +207,17 @@ class SharedMemory:
     def _take(self, nbytes: int) -> Extent | None:
         self.maintainer.used()  # first: it may fail
         with self.lock:
-            self.settle()
+            self.blocks.settle()
             return self.arena.take(nbytes, self.pid)
 
     def keep(self, source: Any) -> Any:
         """Copy a buffer that will be sent later: into a block, or plain memory where there is none."""
         nbytes = len(source)
-        if nbytes >= LINE and len(self._node.peers) > 1:
+        if nbytes >= LINE and len(self.peers.members) > 1:
             with current():
                 hold = self._take_hold(nbytes, OWN)
                 if hold is not None:
-                    write_pieces(hold.lease.segment, hold.lease.offset, [source], self._node.reactor.start)
+                    write_pieces(hold.lease.segment, hold.lease.offset, [source], self._reactor.start)
                     return Kept(hold)
             self.maintainer.want([nbytes], None)
         return source.bytes() if isinstance(source, StridedSource) else bytearray(source)
@@ -353,7 +229,7 @@ class SharedMemory:
         """
         hold = self.take_for_many(len(source), grow)
         if hold is not None:
-            write_pieces(hold.lease.segment, hold.lease.offset, [source], self._node.reactor.start)
+            write_pieces(hold.lease.segment, hold.lease.offset, [source], self._reactor.start)
         return hold
 
     def take_for_many(self, nbytes: int, grow: bool) -> LeaseHandle | None:
@@ -369,9 +245,9 @@ class SharedMemory:
         if mode != SHARED:
             self.maintainer.used()  # first: it may fail
         with self.lock:
-            self.settle()
+            self.blocks.settle()
             if new is not None:
-                self.add_segment(new)
+                self.blocks.add_segment(new)
             block = self.arena.take(nbytes, self.pid, None if new is None else {new.number})
         if block is None:
             return None
@@ -393,27 +269,10 @@ class SharedMemory:
                 return None
             if owner == self.pid:
                 self._grant(done, owner, lease.serial, self.arena.lend, lease.serial, pid)
-            elif owner not in self._node.lost_processes:
+            elif owner not in self.peers.lost:
                 change = (lease.serial, pid, +1, self.pid)
-                self._grant(done, owner, lease.serial, self.tell, owner, [change])
+                self._grant(done, owner, lease.serial, self.blocks.tell, owner, [change])
         return BlockRef(TOKEN.pack(lease.serial, owner, segment.number, part.offset, part.nbytes, mode))
-
-    def take_back(self, parts: OutgoingFrames, pid: int) -> None:
-        """Take back what was granted for frames, and what they were to give back, unless they are gone."""
-        if parts.gone:
-            return
-        grants = parts.grants
-        with self.lock:
-            while grants:
-                owner, serial = grants[-1]
-                if owner == self.pid:
-                    self.arena.change(serial, pid, -1)
-                elif owner not in self._node.lost_processes:
-                    self.unsent_releases.setdefault(owner, []).append((serial, pid, -1, self.pid))
-                del grants[-1]
-        unsent_releases, parts.unsent_releases = parts.unsent_releases, []
-        if unsent_releases:
-            self._owe(pid, unsent_releases)
 
     # ------------------------------------------------------------------ going home
 
@@ -435,37 +294,15 @@ class SharedMemory:
                 lease.moving = True
                 payload.buffers[index] = moving
 
-    def revoke(self, parts: OutgoingFrames, payload: codec.Payload | None, pid: int) -> None:
-        """A frame is not written: its counts are taken back, and what was to go home with it does not."""
-        self.take_back(parts, pid)
-        if payload is not None:
-            self.stay(payload)
-
-    def stay(self, payload: codec.Payload) -> None:
-        """What was to go home with a payload does not."""
-        for source in payload.buffers:
-            if type(source) is ReturningBuffer:
-                self._stay(source, None)
-
     def _go_home(self, moving: ReturningBuffer) -> BlockRef | None:
         """Return the token of a block that nobody here looks into any more; else None."""
         lease = moving.lease
         with self.lock:
-            self.settle()
+            self.blocks.settle()
             if not lease.dead or lease.pins:
                 return None
         owner, number = lease.segment.owner, lease.segment.number
         return BlockRef(TOKEN.pack(lease.serial, owner, number, moving.offset, moving.nbytes, OWN))
-
-    def _stay(self, moving: ReturningBuffer, result: Any) -> Any:
-        """The block does not go home after all: its lease is like any other again."""
-        lease = moving.lease
-        with self.lock:
-            self.settle()
-            if lease.moving and lease.dead and not lease.pins:
-                self.release(lease)
-            lease.moving = False
-        return result
 
     # ------------------------------------------------------------------ coming in
 
@@ -496,9 +333,9 @@ class SharedMemory:
                 else:
                     self.arena.change(serial, self.pid, +1)
             elif owner != sender:
-                if sender in self._node.lost_processes:
+                if sender in self.peers.lost:
                     raise LookupError(f"process {sender} is gone, and what it told is audited")
-                if owner not in self._node.lost_processes:
+                if owner not in self.peers.lost:
                     self.receipts.note(owner, serial, sender)
             lease.serial = serial
         return hold
@@ -511,29 +348,18 @@ class SharedMemory:
         LookupError
             It is not mapped here: the token is refused, and its count goes back.
         """
-        self._node.reactor.hand_out_segments()
+        self._reactor.hand_out_segments()
         try:
             return self.holds.segment(owner, number)
         except LookupError:
             with self.lock:
-                if owner not in self._node.lost_processes:
+                if owner not in self.peers.lost:
                     change = serial, self.pid, -1, 0 if sender == owner else sender
-                    self.unsent_releases.setdefault(owner, []).append(change)
+                    self.blocks.unsent_releases.setdefault(owner, []).append(change)
             self.maintainer.wake()
             raise
 
     # ------------------------------------------------------------------ shared arrays
-
-    def add_segment(self, segment: Segment) -> None:
-        """Enter a new segment of this process; the lock is held."""
-        key = self.pid, segment.number
-        self.holds.segments[key] = segment
-        try:
-            self.arena.add_segment(segment.number, segment.size)
-        except BaseException:
-            if segment.number not in self.arena.segments():
-                del self.holds.segments[key]
-            raise
 
     def make_shared(self, nbytes: int) -> tuple[LeaseHandle, bool]:
         """Return the hold of a new block for a shared array, and whether the block is known to be zero.
@@ -563,12 +389,12 @@ class SharedMemory:
 
     # ------------------------------------------------------------------ death
 
-    def lost(self, pid: int) -> None:
+    def lose(self, pid: int) -> None:
         """A process is gone: its counts are dropped, and its memory is not ours to keep."""
         with self.lock:
-            self.settle()
+            self.blocks.settle()
             self.arena.lose(pid)
-            self.unsent_releases.pop(pid, None)
+            self.blocks.unsent_releases.pop(pid, None)
             self.receipts.forget(pid)
             kept = self.offers.lost(pid)
         self.maintainer.wake()
@@ -578,7 +404,7 @@ class SharedMemory:
     def state(self) -> dict[str, Any]:
         """Return what is lent and held; for people and tests."""
         with self.lock:
-            self.settle()
+            self.blocks.settle()
             self.arena._check()
             self.holds._check()
             self.receipts._check()
@@ -586,15 +412,10 @@ class SharedMemory:
                 "lent": {block.serial: dict(block.counts) for block in self.arena.blocks.values()},
                 "held": [repr(lease) for lease in self.holds.leases()],
                 "unsent_releases": {
-                    owner: list(changes) for owner, changes in self.unsent_releases.items() if changes
+                    owner: list(changes) for owner, changes in self.blocks.unsent_releases.items() if changes
                 },
                 # A segment's own, and the one that the module mmap keeps.
                 "descriptors": 2 * len(self.holds.segments)
                 + self.maintainer.descriptors
-                + self._node.reactor.rings.descriptors,
+                + self._reactor.rings.descriptors,
             }
-
-
-def _leases_frame(owner: int, changes: list[Change]) -> OutgoingFrames:
-    payload = codec.pickled(changes)
-    return codec.frame(_LEASES, 0, 0, owner, payload)

@@ -120,7 +120,7 @@ class SplitRequest:
         if self.reply.frame is None:
             return None  # the worker is gone
         try:
-            kept: int | None = node.read_result(self.reply.frame, self.batch.pid, "a division")
+            kept: int | None = node.requests.read_result(self.reply.frame, self.batch.pid, "a division")
         except Exception:
             return None
         return kept
@@ -172,13 +172,13 @@ class Assignments:
 
     def is_blocked(self, pid: int) -> bool:
         """Return whether a worker takes nothing of what was sent to it."""
-        link = self._node.links.get(pid)
+        link = self._node.peers.links.get(pid)
         return link is not None and link.is_blocked
 
     def forget(self) -> None:
         """Wait no more for what was taken back, and interrupt what runs on this process."""
         for call_id in self.back:
-            self._node.pending.pop(call_id, None)
+            self._node.requests.pending.pop(call_id, None)
         for batch in self.batches.get(self._node.pid, ()):
             if batch.task is not None:
                 batch.task.interrupt()
@@ -189,7 +189,7 @@ class Assignments:
 
     def able(self, pids: list[int]) -> list[int]:
         """Return those of the workers `pids` that take what is sent to them; all when nothing is out."""
-        links = self._node.links
+        links = self._node.peers.links
         for pid in pids:  # mostly none is left out
             link = links.get(pid)
             if link is not None and link.is_blocked:
@@ -273,10 +273,10 @@ class Assignments:
         """Take back what a worker has not begun; returns what is its own no more."""
         last = batches[-1]
         if page is None:
-            link = self._node.links.get(last.pid)
+            link = self._node.peers.links.get(last.pid)
             if link is not None:
                 last.recalled = True
-                self._node.post(link, _CANCEL, NOT_RUN, last.call_id)
+                self._node.reactor.post(link, _CANCEL, NOT_RUN, last.call_id)
             return []
         try:
             begun = page.withdraw(self._lane, last.call_id)
@@ -299,7 +299,7 @@ class Assignments:
         thread_state.enter()
         try:
             with contextlib.suppress(ShmdistError, OSError):  # it is dying, and its batches come back
-                node.request(
+                node.requests.request(
                     batch.pid,
                     _CALL,
                     WANT_VALUE,

@@ -121,7 +121,7 @@ class MapRun:
         self.room = room
         self.retry = retry
         self.describe = describe
-        self.lane = 1 + next(self.node.lanes) % 0xFFFFFFFE
+        self.lane = 1 + next(self.node.requests.lanes) % 0xFFFFFFFE
         self.waiter = Waiter()
         if self.feed is not None:
             self.feed.fed = partial(self.node.reactor.complete, self.waiter)
@@ -203,7 +203,7 @@ class MapRun:
     def _cancel(self) -> None:
         """Cancel what is out, and let the workers forget the function."""
         if collecting():  # an abandoned generator
-            self.node.hand_over(self._cancel)
+            self.node.counts.hand_over(self._cancel)
             return
         with current():
             self._clear_up()
@@ -212,8 +212,8 @@ class MapRun:
         """Let go of all that the run has; again after an error, until it is done."""
         if not hasattr(self, "out"):
             return
-        for reply in filter(None, [self.node.pending.get(call_id) for call_id in self.calls]):
-            firmly(self.node.cancel, reply)
+        for reply in filter(None, [self.node.requests.pending.get(call_id) for call_id in self.calls]):
+            firmly(self.node.requests.cancel, reply)
         self.calls.clear()
         self.out.forget()
         self.known = None  # its blocks go back now, and not when the collector comes by; so do elements:
@@ -233,7 +233,7 @@ class MapRun:
         self.starved = False
         while self.later and self.later[0][0] <= time.monotonic():
             self.alone.append(heapq.heappop(self.later)[1:])
-        leaving, unreachable = self.node.leaving, self.unreachable
+        leaving, unreachable = self.node.peers.leaving, self.unreachable
         pids = [pid for pid in self.pids() if pid not in leaving and pid not in unreachable]
         held = self.failures.held_back(pids) if self.failures.streaks and self.out else ()
         if self.exhausted and not self.redo and not self.alone:
@@ -295,9 +295,9 @@ class MapRun:
     def _no_workers(self, place: int) -> BaseException:
         """Return the error of an element that is left when all workers are gone."""
         if self.lost_workers and place not in self.failures.places:
-            return self.node.death(self.lost_workers[-1])
+            return self.node.peers.death(self.lost_workers[-1])
         gone = sorted({*self.lost_workers, *self.pids(), *self.unreachable})
-        return no_workers_left(self.node.deaths(gone), "add others")
+        return no_workers_left(self.node.peers.deaths(gone), "add others")
 
     def _again(self, pairs: Iterable[tuple[int, Any]]) -> None:
         """Let elements go out again that have not begun, or whose results were lost."""
@@ -377,15 +377,15 @@ class MapRun:
         try:
             together = codec.Payload()
             self.shipped.go_ahead(pid, together, parts, alone=self.kept)
-            link = node.links[pid]
+            link = node.peers.links[pid]
             for batch, payload in payloads:
                 if sent and not parts and link.is_blocked:
                     break
                 sent += 1
-                call_id = batch.call_id = next(node.call_ids)
+                call_id = batch.call_id = next(node.requests.call_ids)
                 self.calls[call_id] = batch
                 self.out.add(batch)
-                node.pending[call_id] = PendingReply(call_id, pid, self._arrived)
+                node.requests.pending[call_id] = PendingReply(call_id, pid, self._arrived)
                 if payload.buffers:
                     payload.known = self.known
                 self.sizes.weigh(payload, len(batch.elements))
@@ -395,7 +395,7 @@ class MapRun:
                     continue
                 if len(parts) > 1 and sum(map(len, parts)) < _MAX_JOINED_BYTES:
                     parts[:] = [b"".join(parts)]
-                node.send(link, parts, together, wakeups=wakeups)
+                node.requests.send(link, parts, together, wakeups=wakeups)
                 for joined, _ in payloads[written:sent] if not link.is_local else ():
                     joined.link, joined.end = link, link.end
                 written = sent
@@ -405,12 +405,12 @@ class MapRun:
             if not sent or isinstance(error, ProcessExitedException):
                 self.unreachable.add(pid)  # else its death is on its way, and fails what was sent to it
         except Exception:
-            if pid not in node.lost_processes:
+            if pid not in node.peers.lost:
                 raise
         finally:
-            node.sharing.take_back(parts, pid)  # a later frame of them could not be made, say
+            node.sharing.blocks.take_back(parts, pid)  # a later frame of them could not be made, say
             thread_state.leave()
-        if pid in node.lost_processes or pid in self.unreachable:
+        if pid in node.peers.lost or pid in self.unreachable:
             self._fail_sent(pid, [batch for batch, _ in payloads[:sent]])
         for batch, _ in payloads[sent:]:
             self._again(batch.pairs())
@@ -444,8 +444,8 @@ class MapRun:
     def _fail_sent(self, pid: int, batches: list[Batch]) -> None:
         """A worker was gone before these were sent: nobody else will fail them."""
         for batch in batches:
-            if (reply := self.node.pending.pop(batch.call_id, None)) is not None:
-                self.node.fail(reply, self.node.death(pid))
+            if (reply := self.node.requests.pending.pop(batch.call_id, None)) is not None:
+                self.node.requests.fail(reply, self.node.peers.death(pid))
 
     def _arrived(self, what: PendingReply | Batch | SplitRequest) -> None:
         """Take note of something that has come; on any thread."""
@@ -455,7 +455,7 @@ class MapRun:
     def _start_here(self, batch: Batch) -> None:
         """Run a batch on a thread of this process."""
         node = self.node
-        batch.call_id = next(node.call_ids)
+        batch.call_id = next(node.requests.call_ids)
         self.out.add(batch)
 
         def ended(results: Results | None, failure: BaseException | None) -> None:
@@ -503,7 +503,7 @@ class MapRun:
             self._again(batch.pairs())
         else:
             try:
-                results = self.node.read_result(frame, batch.pid, "a batch of elements")
+                results = self.node.requests.read_result(frame, batch.pid, "a batch of elements")
             except Exception as error:
                 self._broken(batch, error, ready, begun=not frame.flags & IS_ERROR)
             else:
@@ -562,7 +562,7 @@ class MapRun:
         self.shipped.forget(pid)
         first = first and pid not in self.lost_workers
         self.lost_workers.append(pid)
-        words = self.node.last_progress.get(pid)
+        words = self.node.peers.last_progress.get(pid)
         begun = None if words is None else words.get(note_key((self.node.pid, batch.call_id)))
         if begun is not None and begun < len(pairs):
             self._again(pairs[:begun] + pairs[begun + 1 :])

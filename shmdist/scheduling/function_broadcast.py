@@ -30,7 +30,7 @@ class BroadcastFunction:
     def __init__(self, f: Callable[..., Any], what: str = "the function") -> None:
         self.node = current_node()
         self.f = f
-        self.number = next(self.node.call_ids)
+        self.number = next(self.node.requests.call_ids)
         self._what = what
         self.payload = codec.dumps(f, what, what)
         self.payload.spread = {}
@@ -55,15 +55,15 @@ class BroadcastFunction:
 
     def _send_to(self, pid: int, wakeups: Wakeups) -> None:
         node = self.node
-        link = node.link_to(pid)
+        link = node.peers.link_to(pid)
         with self._lock:
             if pid in self.there:
                 return
             try:
                 parts = codec.frame(_FUNCTION, 0, 0, self.number, self.payload, link)
-                node.send(link, parts, self.payload, wakeups=wakeups)
+                node.requests.send(link, parts, self.payload, wakeups=wakeups)
             except LinkClosed:
-                raise node.death(pid) from None
+                raise node.peers.death(pid) from None
             self.there.add(pid)
 
     def go_ahead(self, pid: int, together: codec.Payload, parts: OutgoingFrames, *, alone: bool) -> None:
@@ -71,10 +71,10 @@ class BroadcastFunction:
 
         Its references are added to those of `together`, what goes out with it.
         """
-        if alone or pid in self.there or pid not in self.node.links:
+        if alone or pid in self.there or pid not in self.node.peers.links:
             self.send_to(pid)
             return
-        codec.frame(int(Kind.FUNCTION), 0, 0, self.number, self.payload, self.node.links[pid], parts)
+        codec.frame(int(Kind.FUNCTION), 0, 0, self.number, self.payload, self.node.peers.links[pid], parts)
         together.refs += self.payload.refs
         self.there.add(pid)
 
@@ -89,11 +89,11 @@ class BroadcastFunction:
         quietly = not payload.refs and not payload.buffers and payload.nbytes() < _SMALL_FUNCTION_BYTES
         while self.there:
             pid = next(iter(self.there))
-            link = node.links.get(pid)
+            link = node.peers.links.get(pid)
             if link is not None:
                 frame = codec.frame(int(Kind.DROP_FUNCTION), 0, 0, self.number, None)
                 if not quietly or not link.leave(frame, []):
-                    node.post(link, int(Kind.DROP_FUNCTION), 0, self.number)
+                    node.reactor.post(link, int(Kind.DROP_FUNCTION), 0, self.number)
             self.there.discard(pid)
 
     def drop_in_turn(self) -> None:
@@ -107,10 +107,10 @@ class BroadcastFunction:
         payload = codec.dumps((_drop, (node.pid, self.number), {}))
         while self.there:
             pid = next(iter(self.there))
-            link = node.links.get(pid)
+            link = node.peers.links.get(pid)
             if link is not None:
                 # A call that follows others starts after them, and they have found their function.
-                node.post(link, int(Kind.CALL), 0, next(node.call_ids), payload)
+                node.reactor.post(link, int(Kind.CALL), 0, next(node.requests.call_ids), payload)
             self.there.discard(pid)
 
     def forget(self, pid: int) -> None:

@@ -471,7 +471,7 @@ class _Driver:
     def stop(self) -> None:
         """End the run, and wait for that; not for ever, for it may be inside the program's own code."""
         if collecting():  # an abandoned generator
-            current_node().hand_over(self.stop)
+            current_node().counts.hand_over(self.stop)
             return
         try:
             with current():

@@ -118,7 +118,7 @@ class _Crew:
     def interrupt(self) -> None:
         """End those that still run."""
         if collecting():  # an abandoned generator
-            self._node.hand_over(self.interrupt)
+            self._node.counts.hand_over(self.interrupt)
             return
         with current():
             for task in list(self._tasks.values()):

@@ -23,9 +23,11 @@ from shmdist.refcount.table import RRID
 from shmdist.references.channel import Channel, Completion, _inside, _tell, _Told
 from shmdist.references.remote_channel import channel_from_id
 from shmdist.references.server import local_channel
+from shmdist.runtime.counts import ReferenceCounts
 from shmdist.runtime.interrupts import current
-from shmdist.runtime.node import Node, current_node, process_id
+from shmdist.runtime.node import current_node, process_id
 from shmdist.runtime.replies import PendingOperation, PendingReply
+from shmdist.runtime.router import register_operations
 from shmdist.runtime.stack import need_stack
 from shmdist.serialization import codec
 from shmdist.transport.messages import Kind
@@ -51,14 +53,14 @@ class PoolState(Channel):
         for pid in pids:
             self.push(pid)
         # The hook must not keep the pool, and goes with it.
-        alive = weakref.ref(self, lambda _: node.lost_hooks.remove(lost))
+        alive = weakref.ref(self, lambda _: node.peers.lost_hooks.remove(lost))
 
         def lost(pid: int) -> None:
             state = alive()
             if state is not None:
                 state.lost(pid)
 
-        node.lost_hooks.append(lost)
+        node.peers.lost_hooks.append(lost)
 
     def __repr__(self) -> str:
         return f"<PoolState members={list(self.members)} free={list(self._items)} loans={self.loans}>"
@@ -91,7 +93,9 @@ class PoolState(Channel):
         try:
             with self._lock:
                 waits = not (nested and _borrower(w, self._home) in self.members) or bool(self._items)
-                staying = [] if waits else [pid for pid in self.members if pid not in current_node().leaving]
+                staying = (
+                    [] if waits else [pid for pid in self.members if pid not in current_node().peers.leaving]
+                )
                 waits = not staying
                 if staying:
                     pid = min(staying, key=lambda each: len(self.loans.get(each, ())))
@@ -115,7 +119,7 @@ class PoolState(Channel):
 
     def _first_free(self) -> int | None:
         """Return the first free worker that is not about to go; None when there is none."""
-        leaving = current_node().leaving
+        leaving = current_node().peers.leaving
         while self._items:
             pid: int = self._items[0]
             if pid not in leaving:
@@ -215,7 +219,7 @@ class PoolState(Channel):
 
     def _set_free(self, told: _Told, pid: int) -> None:
         """Nobody has `pid`: the next who waits gets it. Its loans are ended last."""
-        if pid not in self.members or pid in self._items or pid in current_node().leaving:
+        if pid not in self.members or pid in self._items or pid in current_node().peers.leaving:
             if pid in self.loans:  # it has left, or is about to; or was free, and must not be lent twice
                 del self.loans[pid]
             return
@@ -237,7 +241,7 @@ class PoolState(Channel):
     def push(self, pid: int) -> None:
         """Add a worker."""
         pid = process_id(pid)
-        current_node().check_member(pid)
+        current_node().peers.check_member(pid)
         told: _Told = []
         with self._lock:
             self.members[pid] = None
@@ -246,14 +250,14 @@ class PoolState(Channel):
                 firmly(self._set_free, told, pid)
         _tell(told)
         # One that went before it was a member is taken out by nobody else.
-        if pid in current_node().lost_processes:
+        if pid in current_node().peers.lost:
             self.lost(pid)
 
     @_inside
     def discard(self, pid: int) -> None:
         """Take a worker out."""
         told: _Told = []
-        died = getattr(current_node().lost_processes.get(pid), "what", REMOVAL) != REMOVAL
+        died = getattr(current_node().peers.lost.get(pid), "what", REMOVAL) != REMOVAL
         with self._lock:
             firmly(self._take_out, told, pid, died)
         _tell(told)
@@ -306,10 +310,12 @@ class PoolState(Channel):
     def no_workers(self) -> ShmdistError:
         """Return the error of work for this pool when it has no workers."""
         node = current_node()
-        died = [pid for pid in (*self.died, *self.members) if pid in node.lost_processes]
+        died = [pid for pid in (*self.died, *self.members) if pid in node.peers.lost]
         if not died:
             return ShmdistError("the pool has no workers left: they were removed, or none was pushed")
-        return no_workers_left([node.death(pid) for pid in died], self.cure or "push others into the pool")
+        return no_workers_left(
+            [node.peers.death(pid) for pid in died], self.cure or "push others into the pool"
+        )
 
 
 def _borrower(w: Any, home: int) -> int:
@@ -336,9 +342,9 @@ class _LoanReply:
         self._operation.fail(error)
 
 
-def _lend(node: Node, operation: PendingOperation, rrid: RRID, nested: bool | None) -> None:
+def _lend(counts: ReferenceCounts, operation: PendingOperation, rrid: RRID, nested: bool | None) -> None:
     """Serve a request for a worker; `nested` is None when it is not for a call."""
-    state = local_channel(node, rrid)
+    state = local_channel(counts, rrid)
     loan = _LoanReply(operation, state)
     if nested is None:
         state.take_async(loan)
@@ -347,13 +353,13 @@ def _lend(node: Node, operation: PendingOperation, rrid: RRID, nested: bool | No
     operation.waits(lambda: state.cancel(loan))
 
 
-def _run(node: Node, operation: PendingOperation, rrid: RRID, call: tuple[str, Any]) -> None:
+def _run(counts: ReferenceCounts, operation: PendingOperation, rrid: RRID, call: tuple[str, Any]) -> None:
     """Serve one of the calls that need not wait."""
     name, args = call
-    operation.resolve(getattr(local_channel(node, rrid), name)(*args))
+    operation.resolve(getattr(local_channel(counts, rrid), name)(*args))
 
 
-Node.operations.update({"lend": _lend, "pool": _run})
+register_operations({"lend": _lend, "pool": _run})
 
 
 def give_back(owner: int, rrid: RRID, pid: int) -> None:
@@ -366,15 +372,17 @@ def give_back(owner: int, rrid: RRID, pid: int) -> None:
             channel_from_id(rrid).give_back(pid, node.pid)
             return
         payload = codec.dumps(("untake", tuple(rrid), (pid, node.pid)))
-        call_id = next(node.call_ids)
-        link = node.link_to(owner)
-        reply = node.pending[call_id] = PendingReply(call_id, owner)
-        node.post(link, _REFERENCE_OP, 0, call_id, payload)
-        if owner in node.lost_processes:
-            node.pending.pop(call_id, None)
+        call_id = next(node.requests.call_ids)
+        link = node.peers.link_to(owner)
+        reply = node.requests.pending[call_id] = PendingReply(call_id, owner)
+        node.reactor.post(link, _REFERENCE_OP, 0, call_id, payload)
+        if owner in node.peers.lost:
+            node.requests.pending.pop(call_id, None)
             return
         try:
-            node.wait(reply)  # for it to be free when this returns; an interrupt ends no more than that
+            node.requests.wait(
+                reply
+            )  # for it to be free when this returns; an interrupt ends no more than that
         except Exception:
             pass  # nor does an error: it is given back, and must not be so twice
     except ProcessExitedException:

@@ -271,7 +271,7 @@ def frame(
         The body, and what is beside it.
     link : Link, optional
         By which it will go: then large buffers may go through blocks. Who does not write the
-        frame must take back what was granted for it (``SharedMemory.take_back``).
+        frame must take back what was granted for it (``BlockCounts.take_back``).
     done : OutgoingFrames, optional
         Of earlier frames to the same receiver, which this one is appended to. Of no use after an error:
         nothing is granted for them any more.

@@ -190,7 +190,9 @@ def init_worker(cookie: str | bytes, manager: object = None) -> Node:
     RuntimeError
         This process is in a cluster already.
     """
-    if node_module._current is not None and (node_module._current.links or node_module._current.pid != 1):
+    if node_module._current is not None and (
+        node_module._current.peers.links or node_module._current.pid != 1
+    ):
         raise RuntimeError(
             "this process belongs to a cluster already: init_worker comes before anything else"
         )
@@ -198,7 +200,7 @@ def init_worker(cookie: str | bytes, manager: object = None) -> Node:
         cookie = cookie.encode()
     imports.one_at_a_time()
     node = Node(0)
-    node.is_worker = True
+    node.peers.is_worker = True
     node.cookie = cookie
     node.part(PeerConnections).manager = manager
     node_module.set_current(node)
@@ -214,17 +216,16 @@ class WorkerProcess:
         self.addresses: list[tuple[str, Any]] = []
         self.born = time.monotonic()
         self._dialing = threading.Lock()  # guards the making of links to peers; not held while one reads
-        node.connector = self.connect_peer
-        node.master_gone = self.end_now
-        node.controls.update(
-            {
-                Kind.HELLO: self._on_hello,
-                Kind.JOIN: self._on_join,
-                Kind.PEERS: self._on_peers,
-                Kind.LOST: self._on_lost,
-                Kind.EXIT: self._on_exit,
-            }
-        )
+        node.peers.connector = self.connect_peer
+        node.peers.master_gone = self.end_now
+        for kind, handler in (
+            (Kind.HELLO, self._on_hello),
+            (Kind.JOIN, self._on_join),
+            (Kind.PEERS, self._on_peers),
+            (Kind.LOST, self._on_lost),
+            (Kind.EXIT, self._on_exit),
+        ):
+            node.router.register(kind, handler)
         self.watchdog: Watchdog | None = None
         self._lazy = True
         self.stopping = False
@@ -268,18 +269,18 @@ class WorkerProcess:
             frame.link.is_local, frame.link.sharing = False, self.node.sharing.copies
         node = self.node
         with node.lock:
-            node.all_links.setdefault(hello.pid, set()).add(frame.link)
-            if hello.pid in node.lost_processes:
+            node.peers.all_links.setdefault(hello.pid, set()).add(frame.link)
+            if hello.pid in node.peers.lost:
                 frame.link.shut()
                 return
-            node.links.setdefault(hello.pid, frame.link)
+            node.peers.links.setdefault(hello.pid, frame.link)
 
     # ------------------------------------------------------------------ membership
 
     def _on_join(self, frame: Frame) -> None:
         join: Join = pickle.loads(frame.body)
         node = self.node
-        node.pid = join.pid
+        node.peers.pid = join.pid
         self._lazy = join.lazy
         node.heartbeat.carried = join.carried
         me = PeerInfo(
@@ -292,19 +293,19 @@ class WorkerProcess:
             self.watchdog.watch(frame.link.socket, node.heartbeat.carried)
         # Where the interpreter is process 1's own, so is its numpy: no need to look for that.
         mine = own_versions(numpy=join.prefix != sys.prefix)
-        node.post(frame.link, int(Kind.RESULT), 0, frame.call_id, codec.dumps((me, tuple(mine))))
+        node.reactor.post(frame.link, int(Kind.RESULT), 0, frame.call_id, codec.dumps((me, tuple(mine))))
         if join.parent is not None:
             self._watch_parent(join.parent)
 
     def _on_hello_from_master(self, link: Link) -> None:
         link.pid = 1
-        self.node.all_links.setdefault(1, set()).add(link)
-        self.node.links.setdefault(1, link)
+        self.node.peers.all_links.setdefault(1, set()).add(link)
+        self.node.peers.links.setdefault(1, link)
 
     def _on_peers(self, frame: Frame) -> None:
         peers: tuple[PeerInfo, ...] = pickle.loads(frame.body)
         new = self._learn(peers)
-        for hook in self.node.joined_hooks:
+        for hook in self.node.peers.joined_hooks:
             hook(new)
         if not self._lazy:
             # Of two workers the younger connects, so that each pair gets one link.
@@ -321,8 +322,8 @@ class WorkerProcess:
         new = []
         with node.lock:
             for peer in peers:
-                if peer.pid not in node.lost_processes and peer.pid not in node.peers:
-                    node.peers[peer.pid] = peer
+                if peer.pid not in node.peers.lost and peer.pid not in node.peers.members:
+                    node.peers.members[peer.pid] = peer
                     new.append(peer.pid)
         return new
 
@@ -330,16 +331,18 @@ class WorkerProcess:
         pid, error, words = pickle.loads(frame.body)
         node = self.node
         if words is not None:
-            node.last_progress[pid] = words  # before the news: the thread that waits for it reads these next
-        node.reported_exits[pid] = error
-        links = list(node.all_links.get(pid, ()))
+            node.peers.last_progress[pid] = (
+                words  # before the news: the thread that waits for it reads these next
+            )
+        node.peers.reported_exits[pid] = error
+        links = list(node.peers.all_links.get(pid, ()))
         if not links:
-            node.reactor.soon(lambda: node.lost(pid, error))
+            node.reactor.soon(lambda: node.peers.lose(pid, error))
         for link in links:
             link.shut()  # what it wrote is read to its end all the same
 
     def _may_connect(self, pid: int) -> bool:
-        peer, me = self.node.peers.get(pid), self.node.peers.get(self.node.pid)
+        peer, me = self.node.peers.members.get(pid), self.node.peers.members.get(self.node.pid)
         if peer is None or me is None:
             return False
         return (me.links is None or pid in me.links) and (peer.links is None or self.node.pid in peer.links)
@@ -348,16 +351,16 @@ class WorkerProcess:
         """Make a link to another worker."""
         node = self.node
         with self._dialing:
-            link = node.links.get(pid)
+            link = node.peers.links.get(pid)
             if link is not None:
                 return link
-            node.check_member(pid)
+            node.peers.check_member(pid)
             if not self._may_connect(pid):
                 raise ConnectionError(
                     f"processes {node.pid} and {pid} are not connected in this cluster's topology; "
                     f"call from process 1, or add workers with topology='all_to_all'"
                 )
-            peer = node.peers[pid]
+            peer = node.peers.members[pid]
             errors: list[str] = []
             for connection in connector.connections(node, peer, errors):
                 try:
@@ -368,15 +371,15 @@ class WorkerProcess:
             if not isinstance(relayed, str):
                 return relayed
             errors.append(relayed)
-        node.exit_cause_from_master(pid, _EXIT_TIMEOUT)  # it may be gone, and the news of it on its way
-        if pid in node.lost_processes or pid in node.reported_exits:
-            raise copy.copy(node.lost_processes.get(pid) or node.reported_exits[pid])
+        node.peers.exit_cause_from_master(pid, _EXIT_TIMEOUT)  # it may be gone, and the news of it on its way
+        if pid in node.peers.lost or pid in node.peers.reported_exits:
+            raise copy.copy(node.peers.lost.get(pid) or node.peers.reported_exits[pid])
         raise ConnectionError(f"process {node.pid} cannot connect to process {pid}: {'; '.join(errors)}")
 
     def introduce(self, connection: Connection, pid: int) -> Link:
         """Say who we are by a connection that we have made, and that is proven; it is a link now."""
         node = self.node
-        hello = codec.dumps(Hello(node.pid, node.peers[node.pid].host))
+        hello = codec.dumps(Hello(node.pid, node.peers.members[node.pid].host))
         with current():
             link = Link(connection, pid)
             try:
@@ -384,7 +387,7 @@ class WorkerProcess:
             except LinkClosed:
                 link.close()
                 raise
-            return node.add_link(link)
+            return node.peers.add_link(link)
 
     # ------------------------------------------------------------------ serving and ending
 

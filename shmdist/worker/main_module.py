@@ -113,7 +113,7 @@ class _Names:
     def _ask(self, name: str) -> tuple[bool, Any]:
         """Return whether process 1 has a name, and the value or the text of the error."""
         node = current_node()
-        link = node.links.get(1)
+        link = node.peers.links.get(1)
         if link is None:
             return False, f"module '__main__' has no attribute {name!r}"
         now = link.calls_read
@@ -175,7 +175,7 @@ def _globals_of_all(here: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _ask_master(name: str) -> tuple[bool, Any]:
     payload = codec.dumps_call(_give, (name,), {})
-    answer: tuple[bool, Any] = current_node().call(
+    answer: tuple[bool, Any] = current_node().requests.call(
         1, WANT_VALUE, payload, f"the search for {name} of __main__"
     )
     return answer

@@ -62,7 +62,7 @@ def fresh():
 def _states(between_tests=False):
     node = current_node()
     states = {1: helpers.settled_state(between_tests)}
-    for pid in sorted(node.links):
+    for pid in sorted(node.peers.links):
         with contextlib.suppress(sd.ProcessExitedException):  # the test may have ended it
             states[pid] = sd.remotecall_fetch(helpers.settled_state, pid, between_tests)
     return states
@@ -93,7 +93,7 @@ def nothing_left(request):
         request.getfixturevalue("_cluster")
     shm = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
     before = _states(between_tests=True)
-    if not current_node().links:
+    if not current_node().peers.links:
         before[1]["descriptors"] = sys.maxsize  # what the first worker brings stays
     children = helpers.children()
     yield
@@ -118,7 +118,7 @@ def nothing_left(request):
 
 
 def _of_members():
-    return {peer.ospid for peer in list(current_node().peers.values())}
+    return {peer.ospid for peer in list(current_node().peers.members.values())}
 
 
 @pytest.fixture(scope="session")

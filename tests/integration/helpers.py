@@ -57,25 +57,25 @@ def settled_state(between_tests=False):
         gc.freeze()  # what has been imported since
     node = current_node()
     with node.lock:
-        node.refs._check()
-        entries = {tuple(rrid): repr(entry) for rrid, entry in list(node.refs.entries.items())}
+        node.counts.refs._check()
+        entries = {tuple(rrid): repr(entry) for rrid, entry in list(node.counts.refs.entries.items())}
     running = [task for task in list(node.tasks.running.values()) if task.thread_state is not _my_strand()]
-    node.sharing.pay()
+    node.sharing.blocks.pay()
     shared = node.sharing.state()
     descriptors = _descriptors(node)
     return {
         "blocks lent": shared["lent"],
         "blocks held": shared["held"],
         "blocks owed": shared["unsent_releases"],
-        "receipts": [repr(table) for table in (node.receipts, node.sharing.receipts) if len(table)],
+        "receipts": [repr(table) for table in (node.counts.receipts, node.sharing.receipts) if len(table)],
         "references": entries,
-        "pending": sorted(node.pending),
-        "waiting": sorted(node.waiting),
-        "unclaimed takes": sorted(node.unclaimed_takes),
-        "released": len(node.released),
+        "pending": sorted(node.requests.pending),
+        "waiting": sorted(node.requests.waiting),
+        "unclaimed takes": sorted(node.requests.unclaimed_takes),
+        "released": len(node.counts.released),
         "running": [repr(task) for task in running],
         "queued": sorted(node.tasks.queued),
-        "lanes": len(node.reactor._lanes),
+        "lanes": len(node.reactor.lanes),
         "descriptors": descriptors,
     }
 
@@ -92,7 +92,7 @@ def _descriptors(node):
 
 def _known_descriptors(node):
     with node.lock:
-        links = sum(len(links) for links in node.all_links.values())
+        links = sum(len(links) for links in node.peers.all_links.values())
     return links + node.sharing.state()["descriptors"] + node.reserve.descriptors
 
 
@@ -105,7 +105,7 @@ def _my_strand():
 def reference_count():
     """Return how many references live in this process."""
     gc.collect()
-    return len(current_node().refs.entries)
+    return len(current_node().counts.refs.entries)
 
 
 def children(ospid=None):

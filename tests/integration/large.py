@@ -40,7 +40,7 @@ def kill_in_transfer(fresh, direction, nbytes):
         # The worker stands still, so that the writer has got as far as the socket's buffer, and is blocked.
         os.kill(ospid, signal.SIGSTOP)
         thread.start()
-        until(current_node().links[pid]._write.locked, 10)
+        until(current_node().peers.links[pid]._write.locked, 10)
     else:
         thread.start()
         until(lambda: _incoming(pid) or caught, 10)
@@ -57,5 +57,5 @@ def kill_in_transfer(fresh, direction, nbytes):
 
 
 def _incoming(pid):
-    link = current_node().links.get(pid)
+    link = current_node().peers.links.get(pid)
     return link is None or link._incoming is not None

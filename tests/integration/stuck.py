@@ -33,7 +33,7 @@ class Stopped:
     """A process of this host stands still."""
 
     def __init__(self, pid, folder):
-        self._ospid = current_node().peers[pid].ospid
+        self._ospid = current_node().peers.members[pid].ospid
 
     def begin(self):
         os.kill(self._ospid, signal.SIGSTOP)

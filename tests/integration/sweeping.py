@@ -52,29 +52,31 @@ def state():
     """Return what is lent, held and awaited in this process, whose tables are whole."""
     node = current_node()
     with node.lock:
-        node.refs._check()
-        node.receipts._check()
-        counts = {tuple(rrid): dict(entry.counts) for rrid, entry in node.refs.entries.items()}
+        node.counts.refs._check()
+        node.counts.receipts._check()
+        counts = {tuple(rrid): dict(entry.counts) for rrid, entry in node.counts.refs.entries.items()}
     shared = node.sharing.state()
     return {
         "blocks lent": shared["lent"],
         "blocks held": sorted(shared["held"]),
         "blocks owed": shared["unsent_releases"],
-        "receipts": [repr(table) for table in (node.receipts, node.sharing.receipts) if len(table)],
+        "receipts": [repr(table) for table in (node.counts.receipts, node.sharing.receipts) if len(table)],
         "references": counts,
-        "released": len(node.released),
-        "unsent_releases": {owner: counts for owner, counts in list(node.unsent_releases.items()) if counts},
-        "freed": len(node.freed),
-        "pending": sorted(list(node.pending)),
-        "waiting": sorted(list(node.waiting)),
-        "unclaimed takes": sorted(list(node.unclaimed_takes)),
+        "released": len(node.counts.released),
+        "unsent_releases": {
+            owner: counts for owner, counts in list(node.counts.unsent_releases.items()) if counts
+        },
+        "freed": len(node.counts.freed),
+        "pending": sorted(list(node.requests.pending)),
+        "waiting": sorted(list(node.requests.waiting)),
+        "unclaimed takes": sorted(list(node.requests.unclaimed_takes)),
         "queued": sorted(list(node.tasks.queued)),
         "running": len(node.tasks.running),
-        "lanes": len(node.reactor._lanes),
+        "lanes": len(node.reactor.lanes),
         "functions": len(node.functions),
         "who waits at channels": {
             tuple(rrid): len(entry.value._takers) + len(entry.value._putters)
-            for rrid, entry in list(node.refs.entries.items())
+            for rrid, entry in list(node.counts.refs.entries.items())
             if isinstance(entry.value, sd.Channel)
         },
     }
@@ -82,7 +84,7 @@ def state():
 
 def settle():
     gc.collect()
-    current_node().sharing.pay()
+    current_node().sharing.blocks.pay()
 
 
 def _back(home, number):

@@ -186,13 +186,13 @@ def test_a_dying_worker_is_not_chosen(fresh, cluster, monkeypatch):
     """While it is found out how it ended, no call, pool or map goes there."""
     pids = fresh(2)
     node, known = current_node(), threading.Event()
-    find_exit_cause = node.find_exit_cause
-    monkeypatch.setattr(node, "find_exit_cause", lambda pid: known.wait(10) and find_exit_cause(pid))
+    find_exit_cause = node.peers.find_exit_cause
+    monkeypatch.setattr(node.peers, "find_exit_cause", lambda pid: known.wait(10) and find_exit_cause(pid))
     pool = sd.WorkerPool(pids)
     os.kill(sd.remotecall_fetch(os.getpid, pids[0]), signal.SIGKILL)
-    until(lambda: pids[0] in node.leaving)
+    until(lambda: pids[0] in node.peers.leaving)
     try:
-        assert pids[0] not in sd.workers() and pids[0] in node.peers
+        assert pids[0] not in sd.workers() and pids[0] in node.peers.members
         assert pids[0] not in {sd.spawn(sd.myid).fetch(timeout=5) for _ in range(8)}
         assert {sd.remotecall_fetch(sd.myid, pool) for _ in range(4)} == {pids[1]}
         for batch_size in (None, 1, 5):

@@ -34,11 +34,11 @@ def counts(what):
     gc.collect()
     node = current_node()
     if what == "shared":
-        node.sharing.pay()
+        node.sharing.blocks.pay()
         return list(node.sharing.state()["lent"].values())
-    node.flush_released()
+    node.counts.flush_released()
     with node.lock:
-        return [dict(entry.counts) for entry in node.refs.entries.values() if entry.value == "a value"]
+        return [dict(entry.counts) for entry in node.counts.refs.entries.values() if entry.value == "a value"]
 
 
 def pass_on(thing, to, times):
@@ -53,7 +53,7 @@ def send_without_waiting(thing, to, times):
 
 def die_sending(thing, to):
     """Pass a thing on from several threads, killed when each has told its owner and none has sent it."""
-    link, together = current_node().links[to], threading.Barrier(THREADS)
+    link, together = current_node().peers.links[to], threading.Barrier(THREADS)
     send = link.send
 
     def stop(parts, *rest, **options):
@@ -116,7 +116,7 @@ def test_what_the_receiver_has_not_read_yet(cluster, fresh, what):
     reporter, receiver = fresh(2)
     thing = sd.remotecall_fetch(MAKE[what], owner)
     sd.remotecall_wait(pass_on, reporter, thing, receiver, 1)
-    ospid = current_node().peers[receiver].ospid
+    ospid = current_node().peers.members[receiver].ospid
     os.kill(ospid, signal.SIGSTOP)
     try:
         sd.remotecall_wait(send_without_waiting, reporter, thing, receiver, 4)
@@ -137,7 +137,7 @@ def test_a_receiver_that_dies_before_it_answers(cluster, fresh, what):
     reporter, receiver = fresh(2)
     thing = sd.remotecall_fetch(MAKE[what], owner)
     sd.remotecall_wait(pass_on, reporter, thing, receiver, 1)
-    ospid = current_node().peers[receiver].ospid
+    ospid = current_node().peers.members[receiver].ospid
     os.kill(ospid, signal.SIGSTOP)
     sd.remote_do(die_sending, reporter, thing, receiver)
     del thing

@@ -20,7 +20,7 @@ BOUND = ITEMS * SIZE // 2  # bytes in use at once: enough for all that may be ah
 
 
 def ospids(pids):
-    return [os.getpid(), *(current_node().peers[pid].ospid for pid in pids)]
+    return [os.getpid(), *(current_node().peers.members[pid].ospid for pid in pids)]
 
 
 def used(pids):

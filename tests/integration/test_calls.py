@@ -317,7 +317,7 @@ from tests.integration.helpers import until
 
 writer, stopped = sd.addprocs(2)
 sd.remotecall_fetch(sd.remotecall_fetch, stopped, abs, writer, -1)
-ospid = current_node().peers[stopped].ospid
+ospid = current_node().peers.members[stopped].ospid
 
 def stop():
     def writes():

@@ -259,7 +259,7 @@ def test_custom_topology():
 def _links():
     from shmdist.runtime.node import current_node
 
-    return sorted(current_node().links)
+    return sorted(current_node().peers.links)
 
 
 def test_lazy_and_eager_links(fresh):
@@ -304,9 +304,9 @@ def test_add_from_several_threads():
 def test_not_restricted_workers_listen_by_tcp_too(fresh):
     a, b = fresh(2, restrict=False)
     assert sd.remotecall_fetch(sd.remotecall_fetch, a, sd.myid, b) == b
-    families = [[family for family, _ in current_node().peers[pid].addresses] for pid in (a, b)]
+    families = [[family for family, _ in current_node().peers.members[pid].addresses] for pid in (a, b)]
     assert families == [["unix", "tcp"]] * 2
-    assert all(current_node().links[pid].is_local for pid in (a, b))
+    assert all(current_node().peers.links[pid].is_local for pid in (a, b))
 
 
 def test_not_restricted_workers_are_of_this_host(fresh):
@@ -330,7 +330,7 @@ def test_where_there_is_no_way_by_unix(fresh):
                 yield config
 
     [pid] = fresh(Elsewhere(1))
-    assert not current_node().links[pid].is_local
+    assert not current_node().peers.links[pid].is_local
     assert sd.remotecall_fetch(sd.myid, pid) == pid
 
 
@@ -347,7 +347,7 @@ def test_idle_workers_use_no_processor_time(fresh):
 def test_worker_id_from_socket(cluster):
     from shmdist.runtime.node import current_node
 
-    link = current_node().links[cluster[0]]
+    link = current_node().peers.links[cluster[0]]
     assert sd.worker_id_from_socket(link.connection) == cluster[0]
     assert sd.worker_id_from_socket(sys.__stdin__) == -1
 
@@ -363,7 +363,7 @@ from tests.integration.helpers import children, until
 sd.rmprocs(sd.addprocs(2))
 for _ in range(20):
     sd.remotecall_fetch(abs, pid, 1)  # now it has a mailbox
-until(lambda: current_node().links[pid].ring_in is not None and current_node().links[pid].kick_out >= 0)
+until(lambda: current_node().peers.links[pid].ring_in is not None and current_node().peers.links[pid].kick_out >= 0)
 def state():
     return len(os.listdir("/proc/self/fd")), len(children())
 before = state()

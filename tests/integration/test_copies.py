@@ -49,7 +49,7 @@ def far(fresh):
 
     def add(n, **params):
         pids = fresh(ByTCP(n), **params)
-        assert not any(current_node().links[pid].is_local for pid in pids)
+        assert not any(current_node().peers.links[pid].is_local for pid in pids)
         return pids
 
     return add
@@ -59,7 +59,7 @@ class Sent:
     """How many MiB went to workers since it was made, or since it was last looked at."""
 
     def __init__(self, pids):
-        self._links = [current_node().links[pid] for pid in pids]
+        self._links = [current_node().peers.links[pid] for pid in pids]
         self._before = self._count()
 
     def _count(self):
@@ -229,13 +229,13 @@ def when_asked(monkeypatch, verb, action):
 
 
 def ospid_of(pid):
-    return current_node().peers[pid].ospid
+    return current_node().peers.members[pid].ospid
 
 
 def kill(pid):
     ospid = ospid_of(pid)
     os.kill(ospid, signal.SIGKILL)
-    until(lambda: pid in current_node().lost_processes)
+    until(lambda: pid in current_node().peers.lost)
 
 
 class ToAll:

@@ -266,11 +266,11 @@ def test_an_array_as_well(fresh):
 
 
 def _has_entry(rrid):
-    return current_node().refs.get(rrid) is not None
+    return current_node().counts.refs.get(rrid) is not None
 
 
 def _waiting():
-    return sorted(current_node().waiting)
+    return sorted(current_node().requests.waiting)
 
 
 def test_an_interrupt_while_the_answer_is_awaited(fresh, monkeypatch):

@@ -150,7 +150,7 @@ def test_all_that_waits_for_it_is_told(fresh, others, started):
 def _waiting():
     from shmdist.runtime.node import current_node
 
-    return len(current_node().waiting)
+    return len(current_node().requests.waiting)
 
 
 def test_a_full_channel_of_the_dead(fresh, others):

@@ -92,7 +92,7 @@ def test_the_watch_itself(cluster):
 
     bare, undo = watch()
     try:
-        link = current_node().links[cluster[0]]
+        link = current_node().peers.links[cluster[0]]
         assert isinstance(link, Link)
         link.flush(block=False)
     finally:

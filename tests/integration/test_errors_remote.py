@@ -424,10 +424,10 @@ def test_an_answer_that_cannot_be_made(pid):
         node = current_node()
 
         def fail(*args):
-            del node.answer
+            del node.requests.answer
             raise RuntimeError("can't start new thread")
 
-        node.answer = fail
+        node.requests.answer = fail
 
     with pytest.raises(sd.RemoteException, match="could not be sent: RuntimeError: can't start") as caught:
         sd.remotecall_fetch(break_answers, pid)

@@ -292,7 +292,7 @@ _kept = []
 
 
 def _has(rrid):
-    return current_node().has_value(rrid)
+    return current_node().counts.has_value(rrid)
 
 
 def test_part_of_its_own_value(cluster):

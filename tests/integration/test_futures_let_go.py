@@ -45,14 +45,14 @@ def test_what_is_asked_of_one_that_is_fetched_meanwhile(cluster, monkeypatch, as
 
 def settle(future):
     """Return when the owner has been told of what was let go of."""
-    current_node().flush_released()
+    current_node().counts.flush_released()
     sd.remotecall_fetch(int, future.where)
 
 
 def has_entry(rrid):
     node = current_node()
     with node.lock:
-        return rrid in node.refs.entries
+        return rrid in node.counts.refs.entries
 
 
 def test_sent_in_a_function_that_goes_to_others_after_it_is_fetched(cluster):
@@ -77,8 +77,8 @@ def test_fetched_by_another_thread_while_it_is_sent(cluster, monkeypatch):
         monkeypatch.undo()
         assert future.fetch() == [5]
         settle(future)
-        node.count(refs, *args)
+        node.counts.count(refs, *args)
 
-    monkeypatch.setattr(type(node), "count", lambda self, *args: count(*args))
+    monkeypatch.setattr(type(node.counts), "count", lambda self, *args: count(*args))
     assert sd.remotecall_fetch(sd.fetch, cluster[1], future, timeout=5) == [5]
     until(lambda: not sd.remotecall_fetch(has_entry, cluster[0], tuple(future._rrid)))

@@ -14,7 +14,7 @@ from shmdist.transport.link import Link
 from tests.integration.helpers import until
 
 def listening():
-    return [link.pid for link in current_node().links.values() if link.hears_group_wakeup]
+    return [link.pid for link in current_node().peers.links.values() if link.hears_group_wakeup]
 
 def settle(pids):
     "Map until all of these workers listen to the bell."
@@ -90,11 +90,11 @@ def test_a_bell_that_gets_lost_on_its_way():
 pids = sd.addprocs(2)
 def lose():
     from shmdist.runtime.node import current_node
-    link = current_node().links[1]
+    link = current_node().peers.links[1]
     take = link.take_fd
     link.take_fd = lambda frame: (os.close(take(frame)), -1)[1]
 sd.pmap(abs, range(10))
-until(lambda: sd.remotecall_fetch(lambda: current_node().links[1].ring_out is not None, pids[1]))
+until(lambda: sd.remotecall_fetch(lambda: current_node().peers.links[1].ring_out is not None, pids[1]))
 sd.remotecall_wait(lose, pids[1])
 settle(pids[:1])
 for turn in range(40):

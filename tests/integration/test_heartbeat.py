@@ -26,7 +26,7 @@ def gone(ospid):
 
 def add(server, **params):
     [pid] = sd.addprocs([server.text], **server.params(**params))
-    return pid, current_node().peers[pid].ospid
+    return pid, current_node().peers.members[pid].ospid
 
 
 def waits_for(function):
@@ -55,7 +55,7 @@ def waits_for(function):
 def test_a_call_under_way(host, server, cut, tunnel):
     pid, ospid = add(server, tunnel=tunnel)
     call = waits_for(lambda: sd.remotecall_fetch(time.sleep, pid, 60))
-    until(lambda: current_node().pending, 2)
+    until(lambda: current_node().requests.pending, 2)
     cut(host)
     at = time.monotonic()
     error, when = call()
@@ -84,7 +84,7 @@ def test_each_link_has_the_timeout_of_when_it_was_made(host, server, start, monk
     monkeypatch.setenv("SHMDIST_HEARTBEAT_TIMEOUT", f"{TIMEOUT:g}")
     pid, ospid = add(server, tunnel=tunnel)
     call = waits_for(lambda: sd.remotecall_fetch(time.sleep, pid, 60))
-    until(lambda: current_node().pending, 2)
+    until(lambda: current_node().requests.pending, 2)
     host.lose_all()
     with within(TIMEOUT + 0.3):
         error, _ = call()
@@ -144,7 +144,7 @@ def test_a_server_that_hangs_is_given_up(host, server):
     while (above := helpers.parent(hung[-1])) not in (server.process.pid, 1):
         hung.append(above)
     call = waits_for(lambda: sd.remotecall_fetch(time.sleep, pid, 60))
-    until(lambda: current_node().pending, 2)
+    until(lambda: current_node().requests.pending, 2)
     try:
         for each in hung:
             os.kill(each, signal.SIGSTOP)
@@ -172,10 +172,10 @@ def test_relayed_workers_learn_it_from_process_1(brief, start):
     try:
         servers = [start(host.name, address=host.address, prefix=host.prefix) for host in made]
         first, second = (add(server)[0] for server in servers)
-        ospid = current_node().peers[second].ospid
+        ospid = current_node().peers.members[second].ospid
         assert sd.remotecall_fetch(sd.remotecall_fetch, first, abs, second, -3) == 3  # by process 1
         call = waits_for(lambda: sd.remotecall_fetch(sd.remotecall_fetch, first, time.sleep, second, 60))
-        until(lambda: current_node().pending, 2)
+        until(lambda: current_node().requests.pending, 2)
         at = time.monotonic()
         made[1].lose_all()
         error, when = call()

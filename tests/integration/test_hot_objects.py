@@ -9,7 +9,7 @@ MOST = 29
 def crowded():
     """Return which of this process's objects have too many attributes."""
     node = current_node()
-    objects = [node, node.reactor, node.sharing, node.reactor.rings, node.tasks, *node.links.values()]
+    objects = [node, node.reactor, node.sharing, node.reactor.rings, node.tasks, *node.peers.links.values()]
     return [f"{each!r} has {len(vars(each))}" for each in objects if len(vars(each)) > MOST]
 
 

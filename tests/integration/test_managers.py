@@ -119,7 +119,7 @@ def test_a_custom_topology_made_at_once(fresh):
 
 
 def links_of():
-    return sorted(current_node().links)
+    return sorted(current_node().peers.links)
 
 
 class AtAPort(sd.ClusterManager):

@@ -119,11 +119,11 @@ def test_wherever_a_map_runs_only_the_culprit_is_lost(fresh, cluster, where, bat
 
 def with_lanes_from(first, run):
     node = current_node()
-    before, node.lanes = node.lanes, itertools.count(first)
+    before, node.requests.lanes = node.requests.lanes, itertools.count(first)
     try:
         return run()
     finally:
-        node.lanes = before
+        node.requests.lanes = before
 
 
 @pytest.mark.parametrize("lane", ["same", "other"])

@@ -239,7 +239,7 @@ def test_a_worker_given_back_twice_is_free_once(cluster):
 
 
 def test_pools_that_are_dropped_leave_no_hook(cluster):
-    hooks = current_node().lost_hooks
+    hooks = current_node().peers.lost_hooks
     before = len(hooks)
     pools = [kind(cluster) for kind in (sd.WorkerPool, sd.CachingPool)]
     assert len(hooks) == before + 2

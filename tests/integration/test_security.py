@@ -23,7 +23,7 @@ from tests.integration.helpers import ROOT, run_script, until, within
 def address(request, fresh):
     """A worker, and one of the addresses at which it listens."""
     [pid] = fresh(1, restrict=request.param == "unix")
-    family, place = next(a for a in current_node().peers[pid].addresses if a[0] == request.param)
+    family, place = next(a for a in current_node().peers.members[pid].addresses if a[0] == request.param)
     yield pid, (family, place)
     with within(2):
         assert sd.remotecall_fetch(abs, pid, -1) == 1
@@ -120,7 +120,7 @@ def state_of_worker():
 
 
 def has_mailboxes():
-    link = current_node().links[1]
+    link = current_node().peers.links[1]
     return not link.is_local or (link.ring_in is not None and link.kick_out >= 0)
 
 
@@ -167,7 +167,7 @@ def test_five_hundred_that_stall(address, cluster):
 def test_refusals_are_counted_in_the_log(fresh):
     [pid] = fresh()
     sd.remotecall_eval("__main__", pid, LOG)
-    where = current_node().peers[pid].addresses[0]
+    where = current_node().peers.members[pid].addresses[0]
     for _ in range(3):
         with pytest.raises((sd.ShmdistError, OSError)):
             listener.authenticate_as_client(listener.connect(where), b"wrong", 99)
@@ -252,7 +252,7 @@ def test_the_cookie_is_random():
 
 def test_a_member_can_join_past_silent_strangers(cluster, fresh):
     [pid] = fresh()
-    where = current_node().peers[pid].addresses[0]
+    where = current_node().peers.members[pid].addresses[0]
     with contextlib.ExitStack() as stack:
         for _ in range(20):
             stack.enter_context(dial(where))
@@ -262,14 +262,14 @@ def test_a_member_can_join_past_silent_strangers(cluster, fresh):
 
 def test_the_cookie_is_not_to_be_seen(cluster):
     cookie = sd.cluster_cookie().encode()
-    for peer in current_node().peers.values():
+    for peer in current_node().peers.members.values():
         for name in ("cmdline", "environ"):
             assert cookie not in Path(f"/proc/{peer.ospid}/{name}").read_bytes()
 
 
 def test_local_workers_are_not_reached_by_network(cluster):
     for pid in cluster:
-        assert [family for family, _ in current_node().peers[pid].addresses] == ["unix"]
+        assert [family for family, _ in current_node().peers.members[pid].addresses] == ["unix"]
 
         def inet():
             import os

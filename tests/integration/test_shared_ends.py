@@ -38,7 +38,7 @@ ENDS = {
     "sys.exit": "sys.exit(0)",
     "removes all workers": "sd.rmprocs(a, b); value += 1; shared += 1; theirs += 1; print(int(theirs[0]))",
     "closes in a thread": "t = threading.Thread(target=lambda: value.sum()); t.start()",
-    "workers die": "[os.kill(current_node().peers[p].ospid, 9) for p in (a, b)]; until(lambda: sd.nprocs() == 1); theirs += 1",
+    "workers die": "[os.kill(current_node().peers.members[p].ospid, 9) for p in (a, b)]; until(lambda: sd.nprocs() == 1); theirs += 1",
     "broadcast held": """
 def closure(): return value
 pool = sd.CachingPool([a])
@@ -87,7 +87,7 @@ def churn():
         sd.remotecall_fetch(lambda a: a * 0 + 77, a, np.full(1 << 20, 77, "B"))
 def no_leases():
     gc.collect()
-    current_node().sharing.pay()
+    current_node().sharing.blocks.pay()
     return not current_node().sharing.state()["held"]
 """
 )

@@ -19,7 +19,7 @@ MIB = 1 << 20
 
 
 def ospids():
-    return [os.getpid(), *(peer.ospid for pid, peer in current_node().peers.items() if pid != 1)]
+    return [os.getpid(), *(peer.ospid for pid, peer in current_node().peers.members.items() if pid != 1)]
 
 
 def lent(pid=1):
@@ -70,7 +70,7 @@ def test_a_shared_array_outlives_its_owner_and_is_passed_on(cluster, fresh):
     a, b = cluster[:2]
     [owner] = fresh()
     shared = sd.remotecall_fetch(sd.shared.zeros, owner, 1000)
-    os.kill(current_node().peers[owner].ospid, signal.SIGKILL)
+    os.kill(current_node().peers.members[owner].ospid, signal.SIGKILL)
     until(lambda: owner not in sd.procs())
 
     def write(array, rest):
@@ -87,7 +87,7 @@ def test_memory_goes_back_when_nobody_uses_it(cluster):
     """Of shared arrays, of blocks, and what receivers of a broadcast wrote into their own mappings."""
     a, b = cluster[:2]
     array = np.ones(4 * MIB)
-    before = {pid: anonymous_bytes(current_node().peers[pid].ospid) for pid in (a, b)}
+    before = {pid: anonymous_bytes(current_node().peers.members[pid].ospid) for pid in (a, b)}
     segments = sd.remotecall_fetch(count_segments, b)
     warm(a, array.nbytes)
     sd.pmap(lambda n: array.__setitem__(slice(None), n), sd.CachingPool([a, b]), range(4), batch_size=1)
@@ -102,7 +102,7 @@ def test_memory_goes_back_when_nobody_uses_it(cluster):
     until(lambda: not lent())
 
     def all_is_back():
-        private = [anonymous_bytes(current_node().peers[pid].ospid) - before[pid] for pid in (a, b)]
+        private = [anonymous_bytes(current_node().peers.members[pid].ospid) - before[pid] for pid in (a, b)]
         mapped = sd.remotecall_fetch(count_segments, b)
         return shared_bytes(ospids()) < 8 * MIB and max(private) < 16 * MIB and mapped <= segments
 
@@ -133,7 +133,7 @@ def test_a_thousand_rounds_leave_memory_as_it_was(cluster):
         if n in (50, 999):
             gc.collect()
             shared = shared_bytes(ospids())
-            seen.append((shared, anonymous_bytes(), anonymous_bytes(current_node().peers[pid].ospid)))
+            seen.append((shared, anonymous_bytes(), anonymous_bytes(current_node().peers.members[pid].ospid)))
     for name, first, last in zip(("shared", "here", "there"), *seen, strict=True):
         assert last - first < 10 * MIB, f"{name}: {first} bytes became {last}"
     del back
@@ -292,7 +292,7 @@ def test_a_caller_need_not_wait_for_a_worker_that_stands_still(fresh):
     [pid] = fresh()
     big = np.ones(MIB)
     shared = sd.shared.zeros(1000)
-    ospid = current_node().peers[pid].ospid
+    ospid = current_node().peers.members[pid].ospid
     os.kill(ospid, signal.SIGSTOP)
     try:
         for value in (shared, big, shared):
@@ -312,7 +312,7 @@ def test_a_caller_need_not_wait_for_a_worker_that_stands_still(fresh):
 def test_a_worker_that_dies_while_it_is_sent_to(fresh, recwarn):
     for n in range(4):
         [pid] = fresh()
-        ospid = current_node().peers[pid].ospid
+        ospid = current_node().peers.members[pid].ospid
         shared = sd.shared.zeros(1000)
         big = np.ones(2 * MIB)
         if n % 2:
@@ -348,7 +348,7 @@ def test_what_is_given_back_late_goes_back_to_the_system(fresh, monkeypatch, how
         sd.remotecall_fetch(forget, pid)
         sd.remotecall_fetch(settled_state, pid)
     else:
-        os.kill(current_node().peers[pid].ospid, signal.SIGKILL)
+        os.kill(current_node().peers.members[pid].ospid, signal.SIGKILL)
     until(lambda: sharing.arena.total == sharing.arena.cold, 8, "memory is given back")
 
 

@@ -132,10 +132,10 @@ def test_without_memfd(no_memfd):
         sd.pmap(lambda n: shared.__setitem__(n, n), sd.CachingPool(pids), range(1000))
         assert shared.sum() == sum(range(1000))
         until(lambda: not [name for name in os.listdir("/dev/shm") if "shmdist" in name])  # one may be in the making
-        os.kill(current_node().peers[pids[0]].ospid, 9)
+        os.kill(current_node().peers.members[pids[0]].ospid, 9)
         until(lambda: sd.nprocs() == 2)
         theirs = sd.remotecall_fetch(sd.shared.ones, pids[1], 1000)
-        os.kill(current_node().peers[pids[1]].ospid, 9)
+        os.kill(current_node().peers.members[pids[1]].ospid, 9)
         until(lambda: sd.nprocs() == 1)
         assert theirs.sum() == 1000 and not caught
         """,
@@ -249,7 +249,7 @@ def test_few_descriptors(where):
         for _ in range(20):  # after so many all have mailboxes
             for pid in (a, b): there_and_back(pid, 100)
             sd.remotecall_fetch(sd.remotecall_fetch, a, abs, b, -1)
-        def have(): return all(l.ring_in and l.kick_out >= 0 for l in current_node().links.values())
+        def have(): return all(l.ring_in and l.kick_out >= 0 for l in current_node().peers.links.values())
         until(lambda: all(sd.remotecall_fetch(have, pid) for pid in (1, a)))
         def narrow(spare):
             limit(resource.RLIMIT_NOFILE, 4096)  # there may be none left to see how many there are

@@ -59,7 +59,7 @@ def addresses():
     from shmdist.runtime.node import current_node
 
     node = current_node()
-    return [place[0] for family, place in node.peers[node.pid].addresses if family == "tcp"]
+    return [place[0] for family, place in node.peers.members[node.pid].addresses if family == "tcp"]
 
 
 @pytest.fixture

@@ -159,7 +159,7 @@ def test_while_process_1_connects(warm, monkeypatch, step):
             )
         finally:
             later.join()
-    assert not current_node().pending
+    assert not current_node().requests.pending
 
 
 def test_while_they_join(warm):

@@ -30,5 +30,5 @@ def test_a_silent_host(fresh, host, server):
             # What was not written whole has not begun, and goes to others when it is known that the host is lost.
             assert isinstance(outcome, Exception) or outcome == stuck.OUTCOMES[work.kind], work.kind
             assert work.others == len(work.done)
-    assert pid not in current_node().links
+    assert pid not in current_node().peers.links
     stuck.forget_names([1, *local])

@@ -26,7 +26,7 @@ SIZE = 1 << 20  # numbers, 8 MiB
 @contextlib.contextmanager
 def stopped(pid):
     """Let a process stand still."""
-    ospid = current_node().peers[pid].ospid
+    ospid = current_node().peers.members[pid].ospid
     os.kill(ospid, signal.SIGSTOP)
     try:
         until(lambda: "(stopped)" in pathlib.Path(f"/proc/{ospid}/status").read_text())
@@ -366,7 +366,7 @@ def test_a_stopped_worker_with_calls_queued_is_removed(fresh):
 def goes_on_after(pid, count, stop_after=0):
     """Let a process stand still until `count` elements are done by others; yields the function for them."""
     done = sd.RemoteChannel(lambda: sd.Channel(1000), 1)
-    ospid = current_node().peers[pid].ospid
+    ospid = current_node().peers.members[pid].ospid
     taken = []
 
     def watch():

@@ -32,7 +32,7 @@ def add(host, server, **params):
     """Add a worker; return its id, its process and its watcher's."""
     before = watchers(host)
     [pid] = sd.addprocs([server.text], **server.params(**params))
-    ospid = current_node().peers[pid].ospid
+    ospid = current_node().peers.members[pid].ospid
     [watcher] = set(watchers(host)) - set(before)
     return pid, ospid, watcher
 
@@ -73,7 +73,7 @@ def test_a_road_is_cut(host, server, tmp_path, cut, tunnel):
 @each_road
 def test_a_road_is_cut_that_is_full(host, server, tmp_path, tunnel):
     pid, *ospids = add(host, server, tunnel=tunnel)
-    link = current_node().links[pid]
+    link = current_node().peers.links[pid]
     hold_for_long(pid, tmp_path)
     thread = threading.Thread(target=send_much, args=(pid,))
     thread.start()
@@ -148,7 +148,7 @@ def test_none_is_left(host, server, tunnel):
 
 
 def kill_it(pid):
-    os.kill(current_node().peers[pid].ospid, signal.SIGKILL)
+    os.kill(current_node().peers.members[pid].ospid, signal.SIGKILL)
 
 
 MASTER = """

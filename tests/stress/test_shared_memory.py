@@ -94,7 +94,7 @@ def what_holds(dead):
         for ident, at in sys._current_frames().items()
     ]
     node = current_node()
-    pending = [(reply.call_id, reply.pid, reply.done) for reply in list(node.pending.values())]
+    pending = [(reply.call_id, reply.pid, reply.done) for reply in list(node.requests.pending.values())]
     own = [f"pending {pending}", f"queued {list(node.tasks.queued)}, running {list(node.tasks.running)}"]
     return "\n".join([*stacks, *own, f"collected {gc.collect()}, then {whole(dead)}"])
 
@@ -156,7 +156,7 @@ def test_one_of_four_is_killed_at_any_moment(cluster, fresh):
         for kill in range(KILLS):
             threading.Event().wait(random.random() / 20)
             victim = random.choice(sorted(pids))
-            os.kill(current_node().peers[victim].ospid, signal.SIGKILL)
+            os.kill(current_node().peers.members[victim].ospid, signal.SIGKILL)
             pids.discard(victim)
             dead.add(victim)
             until(lambda victim=victim: victim not in sd.procs(), 5)
@@ -186,7 +186,7 @@ def test_one_of_four_is_killed_at_any_moment(cluster, fresh):
         until(nothing, 10)
     except AssertionError:
         raise AssertionError(f"still lent: {lent}") from None
-    ospids = [os.getpid(), *(peer.ospid for pid, peer in current_node().peers.items() if pid != 1)]
+    ospids = [os.getpid(), *(peer.ospid for pid, peer in current_node().peers.members.items() if pid != 1)]
     until(lambda: shared_bytes(ospids) < 8 * MIB, 12, "memory is given back")
 
 
@@ -211,7 +211,7 @@ def test_three_gibibytes(fresh):
 def test_a_thousand_rounds_leave_memory_as_it_was(fresh, nbytes):
     """Resident and shared memory of both sides after 50 rounds, and after 1,000."""
     [pid] = fresh()
-    ospids = [os.getpid(), current_node().peers[pid].ospid]
+    ospids = [os.getpid(), current_node().peers.members[pid].ospid]
     array = np.ones(nbytes, "B")
 
     def memory():
@@ -242,10 +242,10 @@ def test_a_killed_sender_leaves_no_descriptor_behind(fresh):
 
         sd.remote_do(offer, a, b)
         threading.Event().wait(0.05 + random.random() / 20)
-        os.kill(current_node().peers[a].ospid, signal.SIGKILL)
+        os.kill(current_node().peers.members[a].ospid, signal.SIGKILL)
         until(lambda a=a: a not in sd.procs())
-        now = [shared_bytes([current_node().peers[b].ospid]), shared_bytes([os.getpid()])]
-        assert until(lambda b=b: shared_bytes([current_node().peers[b].ospid]) < 8 * MIB, 5), now
+        now = [shared_bytes([current_node().peers.members[b].ospid]), shared_bytes([os.getpid()])]
+        assert until(lambda b=b: shared_bytes([current_node().peers.members[b].ospid]) < 8 * MIB, 5), now
         sd.rmprocs(b)
         until(lambda: not current_node().sharing.state()["held"], 5)
         fds = len(os.listdir("/proc/self/fd"))

@@ -227,7 +227,7 @@ def test_workers_come_and_go(fresh):
             os.kill(sd.remotecall_fetch(os.getpid, pids[0]), signal.SIGKILL)
             until(lambda pids=pids: pids[0] not in sd.procs())
         sd.rmprocs([pid for pid in pids if pid in sd.procs()])
-        state = (len(os.listdir("/proc/self/fd")), len(node.all_links), len(node.inherited))
+        state = (len(os.listdir("/proc/self/fd")), len(node.peers.all_links), len(node.inherited))
         if n == 1:
             before = state
     assert state[0] <= before[0] + 1 and state[2] <= before[2], (before, state)

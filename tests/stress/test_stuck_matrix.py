@@ -120,7 +120,7 @@ def test_stopped_again_and_again(cluster, tmp_path, batch_size):
     """Each element runs once, whoever stands still when; and all come back."""
     count = 4000
     tally = Tally(tmp_path / "tally", count)
-    ospids = [current_node().peers[pid].ospid for pid in cluster]
+    ospids = [current_node().peers.members[pid].ospid for pid in cluster]
     over = threading.Event()
 
     def stop_some():

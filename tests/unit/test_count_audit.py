@@ -143,7 +143,7 @@ class _Link:
 def node():
     node = Node(HOLDER)
     node.reactor.start = node.reactor.soon = lambda job: job()
-    node.links[OWNER] = _Link(OWNER)
+    node.peers.links[OWNER] = _Link(OWNER)
     yield node
     node.reactor.close()
 
@@ -164,42 +164,42 @@ def question(reporter):
 
 def test_a_question_is_answered_when_the_teller_is_lost_here_too(node):
     ref = (RRID(OTHER, 7), OWNER)
-    assert node.arrived(references_from(TELLER, ref, ref, (RRID(9, 9), TELLER)))
-    node.control(question(TELLER))
-    assert not node.links[OWNER].sent
-    assert node.arrived(references_from(TELLER, ref))  # it was still on its way
-    node.lost(TELLER, Exception("killed"))
-    assert node.links[OWNER].sent == [(TELLER, HOLDER, {}, {(OTHER, 7): 3})]
-    node.control(question(TELLER))
-    assert node.links[OWNER].sent[1:] == [(TELLER, HOLDER, {}, {})]
-    assert not len(node.receipts)
+    assert node.counts.arrived(references_from(TELLER, ref, ref, (RRID(9, 9), TELLER)))
+    node.router.control(question(TELLER))
+    assert not node.peers.links[OWNER].sent
+    assert node.counts.arrived(references_from(TELLER, ref))  # it was still on its way
+    node.peers.lose(TELLER, Exception("killed"))
+    assert node.peers.links[OWNER].sent == [(TELLER, HOLDER, {}, {(OTHER, 7): 3})]
+    node.router.control(question(TELLER))
+    assert node.peers.links[OWNER].sent[1:] == [(TELLER, HOLDER, {}, {})]
+    assert not len(node.counts.receipts)
 
 
 def test_what_comes_of_a_lost_process_is_refused(node):
-    node.lost(TELLER, Exception("killed"))
-    assert not node.arrived(references_from(TELLER, (RRID(OTHER, 7), OWNER)))
-    assert not len(node.receipts)
+    node.peers.lose(TELLER, Exception("killed"))
+    assert not node.counts.arrived(references_from(TELLER, (RRID(OTHER, 7), OWNER)))
+    assert not len(node.counts.receipts)
 
 
 def test_references_of_their_sender_need_no_receipt(node):
     frame = references_from(OWNER, (RRID(OTHER, 7), OWNER))
-    assert node.arrived(frame) and not len(node.receipts)
+    assert node.counts.arrived(frame) and not len(node.counts.receipts)
     assert codec.references(frame) == ((RRID(OTHER, 7), OWNER),)  # read once
 
 
 def test_what_is_dropped_is_given_back_in_the_name_of_who_sent_it(node):
     ref = RRID(OTHER, 7)
-    node.arrived(references_from(TELLER, (ref, OWNER)))  # and the frame is dropped unread
-    node.give_back([(ref, OWNER)])
-    node.flush_released()
-    assert node.links[OWNER].sent == [[(OTHER, 7, HOLDER, -1, TELLER), (OTHER, 7, HOLDER, -1, 0)]]
+    node.counts.arrived(references_from(TELLER, (ref, OWNER)))  # and the frame is dropped unread
+    node.counts.give_back([(ref, OWNER)])
+    node.counts.flush_released()
+    assert node.peers.links[OWNER].sent == [[(OTHER, 7, HOLDER, -1, TELLER), (OTHER, 7, HOLDER, -1, 0)]]
 
 
 def test_owner_and_holder_may_be_one(node):
     ref = RRID(OTHER, 7)
-    node.create(ref, "future", HOLDER)
-    node.arrived(references_from(TELLER, (ref, HOLDER)))
+    node.counts.create(ref, "future", HOLDER)
+    node.counts.arrived(references_from(TELLER, (ref, HOLDER)))
     for _ in range(2):
-        node.change_counts([(*ref, HOLDER, +1, TELLER)])  # the second is never sent
-    node.lost(TELLER, Exception("killed"))
-    assert node.refs.get(ref).counts == {HOLDER: 2}
+        node.counts.change_counts([(*ref, HOLDER, +1, TELLER)])  # the second is never sent
+    node.peers.lose(TELLER, Exception("killed"))
+    assert node.counts.refs.get(ref).counts == {HOLDER: 2}

@@ -25,29 +25,29 @@ def asked(node):
 def test_drops_that_come_together_wake_once(node):
     wakes = asked(node)
     for number in range(5):
-        node.give_back([(RRID(1, number), 1)])
+        node.counts.give_back([(RRID(1, number), 1)])
     assert len(wakes) == 1
-    node.housekeeping()
-    assert not node.released
-    node.give_back([(RRID(1, 9), 1)])
+    node.counts.housekeeping()
+    assert not node.counts.released
+    node.counts.give_back([(RRID(1, 9), 1)])
     assert len(wakes) == 2
 
 
 def test_who_comes_too_late_leaves_the_way_free(node):
     """Another thread has told them meanwhile: the next drop must wake somebody all the same."""
     wakes = asked(node)
-    node.give_back([(RRID(1, 1), 1)])
-    node.released.clear()
-    node.housekeeping()
-    node.give_back([(RRID(1, 2), 1)])
+    node.counts.give_back([(RRID(1, 1), 1)])
+    node.counts.released.clear()
+    node.counts.housekeeping()
+    node.counts.give_back([(RRID(1, 2), 1)])
     assert len(wakes) == 2
 
 
 def test_an_errand_is_run(node):
     wakes, done = asked(node), []
-    node.run_soon(lambda: done.append(True))
+    node.counts.run_soon(lambda: done.append(True))
     assert len(wakes) == 1
-    node.housekeeping()
+    node.counts.housekeeping()
     assert done
 
 
@@ -60,8 +60,8 @@ class SeenAMomentAgo(deque):
 
 def test_another_thread_takes_the_last_job(node, caplog):
     asked(node)
-    done, node.deferred_jobs = [], SeenAMomentAgo()
-    node.run_soon(lambda: done.append(True))
-    node.housekeeping()
+    done, node.counts.deferred_jobs = [], SeenAMomentAgo()
+    node.counts.run_soon(lambda: done.append(True))
+    node.counts.housekeeping()
     assert done
     assert not caplog.records

@@ -38,10 +38,8 @@ def make_heart(monkeypatch):
         threads[-1].start()
 
     def make(is_worker=False):
-        node = types.SimpleNamespace(
-            pid=3 if is_worker else 1, is_worker=is_worker, reactor=types.SimpleNamespace(start=start)
-        )
-        hearts.append(HeartbeatMonitor(node))
+        peers = types.SimpleNamespace(pid=3 if is_worker else 1, is_worker=is_worker)
+        hearts.append(HeartbeatMonitor(peers, types.SimpleNamespace(start=start)))
         return hearts[-1]
 
     yield make

@@ -68,8 +68,9 @@ class TestReceiving:
 class Asked(HostCopySender):
     """Notes what is asked, and answers as it is told."""
 
-    def __init__(self, sharing):
-        super().__init__(sharing)
+    def __init__(self, node):
+        super().__init__(node.sharing, node.requests, node.counts)
+        self.node = node
         self.log, self.answers = [], {}
 
     def _ask(self, copy, pid, what, seconds):
@@ -103,10 +104,10 @@ def copies():
     hosts = {1: "a", 2: "b", 3: "b", 4: "b", 5: "c", 6: "d", 7: "d"}
     for pid, host in hosts.items():
         links = frozenset() if host == "d" else None
-        node.peers[pid] = PeerInfo(pid, host, host, 0, (), links)
-        node.links[pid] = Sends(pid)
-    yield Asked(node.sharing)
-    node.links.clear()
+        node.peers.members[pid] = PeerInfo(pid, host, host, 0, (), links)
+        node.peers.links[pid] = Sends(pid)
+    yield Asked(node)
+    node.peers.links.clear()
     node.reactor.close()
 
 
@@ -135,7 +136,7 @@ class TestSending:
         number, sender, _, offset, nbytes, _ = TOKEN.unpack(tokens[0])
         assert (sender, offset, nbytes) == (1, 0, NBYTES)
         assert copies.log == [(2, "room", NBYTES), (3, "take", 2), (4, "take", 2)]
-        sent = [copies.node.links[pid].sent for pid in (2, 3, 4)]
+        sent = [copies.node.peers.links[pid].sent for pid in (2, 3, 4)]
         assert sent[0] > NBYTES and sent[1:] == [0, 0]
         assert payload.spread[0,].number == number
 
@@ -179,8 +180,8 @@ class TestSending:
         parts = OutgoingFrames()
         copies.place(payload, 4, 2, parts)
         payload.spread = {}
-        assert not copies.node.deferred_jobs, "a frame waits to be written"
+        assert not copies.node.counts.deferred_jobs, "a frame waits to be written"
         del parts
-        [run_soon] = copies.node.deferred_jobs
+        [run_soon] = copies.node.counts.deferred_jobs
         run_soon()
-        assert [copies.node.links[pid].posted for pid in (2, 3)] == [1, 0]
+        assert [copies.node.peers.links[pid].posted for pid in (2, 3)] == [1, 0]

@@ -16,7 +16,7 @@ class Reading(SimpleNamespace):
         poller = SimpleNamespace(remove=self.polled.discard, add=self.polled.add, is_kick=lambda fd: False)
         super().__init__(_links={}, _watched={}, _ended=[], poller=poller, soon=soon)
         self.rings = SimpleNamespace(forget=lambda link: None)
-        self._node = SimpleNamespace(link_ended=lambda link: None)
+        self._events = SimpleNamespace(ended=lambda link: None)
 
 
 def test_a_watched_descriptor_is_closed_and_used_again_by_its_action():
@@ -43,7 +43,7 @@ def test_a_link_is_closed_and_its_descriptor_used_again():
         reading.polled.add(5)
 
     reading = Reading(lambda job: job())
-    reading._node.link_ended = close
+    reading._events.ended = close
     reading._links[5] = old
     reading._ended.append(old)
     PollSet._end_links(reading)
@@ -61,7 +61,7 @@ def test_no_thread_can_be_had_for_the_end(what):
         job()
 
     reading = Reading(soon)
-    reading._node.link_ended = done.append
+    reading._events.ended = done.append
     link = SimpleNamespace(fd=5, shut=lambda: None)
     if what == "process":
         reading._watched[5] = lambda: done.append(link)

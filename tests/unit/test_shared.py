@@ -266,3 +266,10 @@ def test_what_is_pickled_in_its_own_way_does_not_go_by_reference():
     array = sd.shared.zeros(4)
     assert sd.shared.is_shared(array) and sd.shared.is_shared(np.ma.masked_array(array, array > 0))
     assert not sd.shared.is_shared(array.view(_Named))
+
+
+@pytest.mark.parametrize("dtype", ["U5", "M8[s]", "S3", "f8"])
+def test_an_axis_of_length_one_keeps_its_place(dtype):
+    """Where texts are converted on the way, too."""
+    source = np.zeros((3, 6), "U3")[:1, :2].T
+    agree("array", source, dtype, order="K")
