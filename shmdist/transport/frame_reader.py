@@ -62,6 +62,11 @@ _CTRUNC = int(getattr(socket, "MSG_CTRUNC", 0))
 _LOST = (socket.SOL_SOCKET, getattr(socket, "SCM_RIGHTS", 1), struct.pack("i", -1))
 
 
+def _nothing_comes(_: Any) -> int:
+    """Receive from a link that has ended."""
+    return 0
+
+
 class Reader:
     """The reading side of a link.
 
@@ -94,6 +99,14 @@ class Reader:
         self._messages: list[memoryview] | None = None  # of the ring segment, being taken
         self._message_start = 0  # of what is left of the first of them
         self.unfinished = False  # what has come is not taken
+
+    def drop_input(self) -> None:
+        """Let go of what has come of a frame that will not be whole; no thread reads any more.
+
+        It may hold blocks of others, and `_receive` the link itself: that must not wait for the collector.
+        """
+        self._incoming = self._messages = None
+        self._receive = _nothing_comes
 
     def read(self, frames: list[Frame]) -> bool:
         """Append the frames that have come whole; False at the end of the link.

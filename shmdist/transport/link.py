@@ -584,6 +584,7 @@ class Link(Reader):
         self.shut()
         with self._write, self._kick:  # a sender may still be in a system call with the descriptor
             self._clear()
+            self.drop_input()
             self._forget_mail()
             with contextlib.suppress(OSError):
                 self._sock.detach()

@@ -11,6 +11,7 @@ import select
 import socket
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shmdist.serialization import codec
 from shmdist.transport import frame_assembler
 from shmdist.transport import frame_reader as module
 from shmdist.transport.link import Link, LinkClosed, Part
@@ -541,3 +543,24 @@ class TestEnd:
         assert repr(a) == f"<Link to process 2, open, fd {a.fd}, 0 parts posted>"
         a.close()
         assert "closed" in repr(a)
+
+
+def test_an_ended_link_needs_no_collector() -> None:
+    """It would keep what it has of a frame that was not whole: blocks of others, say."""
+    a, b = socket.socketpair()
+    link = Link(Connection(b.detach()), 1)
+    whole = b"".join(bytes(part) for part in codec.frame(1, 0, 0, 7, codec.pickled(bytes(1 << 20))))
+    a.setblocking(False)
+    a.send(whole[: 1 << 16])
+    frames: list[Frame] = []
+    assert link.read(frames) and link._incoming is not None and not frames
+    link.close()
+    assert link._incoming is None
+    there = weakref.ref(link)
+    gc.disable()
+    try:
+        del link
+        assert there() is None
+    finally:
+        gc.enable()
+    a.close()
