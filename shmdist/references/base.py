@@ -135,7 +135,7 @@ def _give_up(node: Node, reply: PendingReply, back: tuple[int, RRID] | None) -> 
     while not reply.done:
         time.sleep(0)  # it comes at the very moment of giving up
     if reply.frame is not None:
-        node.router._on_late_answer(reply.frame)
+        node.router.on_late_answer(reply.frame)
     node.requests.unclaimed_takes.pop(reply.call_id, None)
 
 

@@ -107,7 +107,7 @@ class Router:
         if kind == _RESULT:
             reply = self._requests.pending.pop(frame.call_id, None)
             if reply is None:
-                self._on_late_answer(frame)
+                self.on_late_answer(frame)
                 return None
             reply.frame = frame
             try:
@@ -151,7 +151,7 @@ class Router:
         if frame.kind == _RESULT:
             reply = requests.pending.pop(frame.call_id, None)
             if reply is None:
-                self._on_late_answer(frame)
+                self.on_late_answer(frame)
             else:
                 firmly(requests.fail, reply, error)
         elif frame.kind == _CALL:
@@ -242,7 +242,7 @@ class Router:
         elif not frame.flags & AT_ONCE:  # else it is answered already
             self._executor.cancel(key, for_good=bool(frame.flags & FOR_GOOD))
 
-    def _on_late_answer(self, frame: Frame) -> None:
+    def on_late_answer(self, frame: Frame) -> None:
         """Handle an answer that no thread waits for any more."""
         takes = self._requests.unclaimed_takes
         back = takes.get(frame.call_id)

@@ -582,9 +582,9 @@ class Link(Reader):
         The caller makes sure that no thread reads the link any more, and that its descriptor is in no poller.
         """
         self.shut()
+        self.drop_input()  # blocks, whose ends are noted: not while a lock is held
         with self._write, self._kick:  # a sender may still be in a system call with the descriptor
             self._clear()
-            self.drop_input()
             self._forget_mail()
             with contextlib.suppress(OSError):
                 self._sock.detach()
